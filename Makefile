@@ -1,0 +1,27 @@
+# make demo: train both stages on the built-in digits and draw some.   make test: the whole test suite.
+# VENV=path uses another virtual environment; STAGE1=, STAGE2= and SAMPLE= add settings to the demo's three commands.
+VENV ?= .venv
+PYTHON ?= python3
+RUN ?= runs/demo
+LAUNCH = $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+INSTALLED = $(VENV)/installed
+
+.PHONY: demo test lint
+
+demo: $(INSTALLED)
+	$(LAUNCH) stage1/train.py run_dir=$(RUN)/stage1 $(STAGE1)
+	$(LAUNCH) stage2/train.py run_dir=$(RUN)/stage2 stage1=$(RUN)/stage1 $(STAGE2)
+	$(VENV)/bin/python stage2/sample.py $(RUN)/stage2 num_images=100 out=$(RUN) $(SAMPLE)
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
