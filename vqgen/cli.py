@@ -1,0 +1,40 @@
+"""The frame around every program: --help, the configuration, and one line for what the user can put right."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from vqgen.config import Sections, load_config, usage
+from vqgen.errors import InputError
+
+
+def run_program(
+    main: Callable[..., None], cls: type, sections: Sections, synopsis: str, num_positional: int = 0
+) -> None:
+    """Calls main(*positional, config) with what the command line says.
+
+    Args:
+        main: the program; it takes the positional arguments and a configuration.
+        cls: the configuration's class.
+        sections: its plain-dict sections, and the constructors they go to.
+        synopsis: how to call the program, for --help.
+        num_positional: how many arguments come before the configuration.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    arguments = sys.argv[1:]
+    if "-h" in arguments or "--help" in arguments:
+        print(usage(synopsis, cls, sections))
+        return
+    try:
+        positional, rest = arguments[:num_positional], arguments[num_positional:]
+        if len(positional) < num_positional or any("=" in argument for argument in positional):
+            raise InputError(f"usage: {synopsis}")
+        main(*positional, load_config(cls, rest, sections))
+    except InputError as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(5)  # the launcher ends all processes when one exits; the one that speaks is the main one
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,344 @@
+"""Every setting, its default and its meaning; and how the command line becomes one of these configurations.
+
+A program takes `[CONFIG.yaml] [key=value ...]`: the dataclass holds the defaults, the file what one kind of run changes
+of them, the command line what this one changes of both.
+"""
+
+import ast
+import copy
+import difflib
+import functools
+import inspect
+import itertools
+import textwrap
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vqgen.errors import InputError
+
+C = TypeVar("C")
+
+
+@dataclass
+class DataConfig:
+    """Which images, and how each becomes a square of `image_size` pixels."""
+
+    source: str = "digits"
+    """The images: `digits` (built in), a folder (class = subfolder), an .npz, tar shards such as
+    `train-{00000..00009}.tar`, or a folder of MNIST-style IDX files."""
+    val_source: str | None = None
+    """Held-out images, in any of the same forms; null takes the source's own, or splits some off."""
+    val_fraction: float = 0.05
+    """Share split off by a hash of the file's name, where no held-out images are given."""
+    image_size: int = 32
+    """Side of the square the model sees, in pixels."""
+    channels: int | None = None
+    """1 (grey) or 3 (RGB); null takes 1 if the images are grey, else 3."""
+    resize: str = "crop"
+    """`crop` scales the short side to image_size and crops the centre; `pad` only ever shrinks, and pads."""
+    background: str = "white"
+    """Colour behind transparent pixels and in the padding: a name or #rrggbb."""
+    flip: bool = False
+    """Mirror half of the training images left to right."""
+    on_error: str = "skip"
+    """An image that does not load: `skip` it, name the first and count the rest, or `raise`."""
+    cache_gb: float = 1.0
+    """Decode the data set once into memory if it takes no more than this; else decode as training goes."""
+    workers: int = 2
+    """Processes a rank decodes images with, where the data set is not in memory."""
+
+
+@dataclass
+class LossConfig:
+    """What stage 1 minimises, beside the quantizer's own loss."""
+
+    rec: str = "mse"
+    """Distance between image and reconstruction: `mse` (best PSNR) or `l1` (crisper edges)."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW, with linear warm-up and a cosine to zero over the run's budget."""
+
+    lr: float = 2e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, on matrices and convolutions only."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    """Adam's decay rates of the two moments."""
+    warmup: float = 0.03
+    """Share of the budget over which the learning rate rises to its peak."""
+    grad_clip: float = 1.0
+    """Largest norm of the whole gradient; larger ones are scaled down to it."""
+
+
+@dataclass
+class TrainConfig:
+    """How long, in what portions, and what is written on the way."""
+
+    batch_size: int = 64
+    """Images per step, over all processes and accumulation steps together."""
+    max_steps: int | None = 3000
+    """The run ends after so many steps."""
+    max_seconds: float | None = None
+    """The run ends after so many seconds of training (evaluation and start-up apart), if max_steps is not reached."""
+    accumulation: int = 1
+    """Forward and backward passes per step; more of them take less memory."""
+    mixed_precision: str | None = None
+    """`no`, `bf16` or `fp16`; null does what `accelerate launch` was told."""
+    ema: float = 0.05
+    """Width of the weight average that is evaluated and saved, as a share of the run so far; 0 turns it off."""
+    log_every: int = 50
+    """Steps between lines of metrics."""
+    eval_every: int = 500
+    """Steps between evaluations on held-out images, with a picture; also done at the end."""
+    eval_images: int = 2000
+    """Held-out images that an evaluation looks at, at most."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; one is also written at the end."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+
+
+@dataclass
+class TrackingConfig:
+    """Where the numbers go besides metrics.jsonl."""
+
+    wandb: str = "auto"
+    """`auto` (online with an API key, else offline), `online`, `offline` or `disabled`."""
+    project: str = "vqgen"
+    """Name of the wandb project."""
+
+
+@dataclass
+class Stage1Config:
+    """Stage 1: train the tokenizer, a VQ-VAE."""
+
+    run_dir: str = "runs/stage1"
+    """The run's folder; the same command again goes on from its newest checkpoint."""
+    seed: int = 0
+    """Seed of everything random; on the CPU the same seed gives the same bits."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: dict[str, Any] = field(default_factory=dict)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass
+class Stage2Config:
+    """Stage 2: fit the prior, an autoregressive transformer over the tokenizer's codes."""
+
+    run_dir: str = "runs/stage2"
+    """The run's folder; the same command again goes on from its newest checkpoint."""
+    stage1: str = "runs/stage1"
+    """The tokenizer: a stage-1 run, or a folder with a model's config.json and model.safetensors."""
+    codes_dir: str | None = None
+    """Where the encoded data set is kept; null puts it in the tokenizer's folder, under codes/."""
+    class_dropout: float = 0.1
+    """Share of the examples whose class is hidden, so that sampling can use classifier-free guidance."""
+    seed: int = 0
+    """Seed of everything random; on the CPU the same seed gives the same bits."""
+    data: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(betas=[0.9, 0.95]))
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass
+class SampleConfig:
+    """Draw images from a stage-2 run."""
+
+    num_images: int = 64
+    """How many images to draw."""
+    class_ids: list[int] | None = None
+    """Classes to draw, in turn; null takes all of them in turn, -1 is no class at all."""
+    cfg_scale: float = 2.0
+    """Classifier-free guidance: 1 is none, more is more typical of the class and less varied."""
+    temperature: float = 1.0
+    """Divides the logits: below 1 is safer and less varied; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens only; 0 is all."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """The same seed gives the same images, whatever num_images and batch_size."""
+    batch_size: int = 256
+    """Images drawn at a time; less takes less memory."""
+    out: str | None = None
+    """Folder for grid.png and samples.npz; null is RUN_DIR/samples."""
+
+
+# The plain-dict sections of a configuration, and the constructors that take them: the constructor is the schema.
+Sections = Mapping[str, Callable[..., Any]]
+
+
+def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C:
+    """Reads `[CONFIG.yaml] [key=value ...]` into a configuration of class cls.
+
+    Raises:
+        InputError: a file that is not there or not YAML, a key that does not exist, a value of the wrong type.
+    """
+    files = [a for a in arguments if "=" not in a]
+    if len(files) > 1:
+        raise InputError(f"{files[1]!r} is neither key=value nor the one config file, which is {files[0]!r} already")
+    layers = [read_yaml(Path(name)) for name in files]
+    try:
+        layers.append(_plain(OmegaConf.from_dotlist([a for a in arguments if "=" in a])))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"command line: {_first_line(error)}; write key=value, lists as [1,2]") from error
+
+    known = [key for key, *_ in settings(cls, sections)]
+    config: DictConfig = OmegaConf.structured(cls)
+    for layer in layers:
+        for key in _leaves(layer):
+            if key in sections or any(k.startswith(f"{key}.") for k in known):
+                raise InputError(f"{key}: is a section; set its keys, as in {key}.KEY=VALUE (see --help)")
+            if key not in known and key.split(".")[0] not in sections:
+                raise InputError(_no_such_key(key, known))
+        config = _merge(config, layer)
+    for name in sections:
+        if name in config:
+            given = _plain(config[name])
+            complete = check_options(sections[name], given, name)
+            config[name] = {key: complete[key] for key in given}
+    return typing.cast(C, OmegaConf.to_object(config))
+
+
+def check_options(constructor: Callable[..., Any], options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns all keyword arguments of a constructor that is given these options: checked, converted, and defaults.
+
+    Raises:
+        InputError: an option that the constructor does not take, or of another type; `where` is the section's name.
+    """
+    schema = _as_dataclass(constructor)
+    known = [f.name for f in fields(schema)]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(constructor).parameters.values())
+    for key in options:
+        if key not in known and not open_ended:
+            raise InputError(_no_such_key(f"{where}.{key}", [f"{where}.{k}" for k in known]))
+    typed = _merge(OmegaConf.structured(schema), {k: v for k, v in options.items() if k in known}, f"{where}.")
+    return {**options, **_plain(typed)}
+
+
+def settings(schema: Callable[..., Any], sections: Sections, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Yields (key, type, default, meaning) of every setting of a configuration, sections included."""
+    meanings = _meanings(schema)
+    for f in fields(_as_dataclass(schema)):
+        key = prefix + f.name
+        nested = f.type if is_dataclass(f.type) else sections.get(key)
+        if nested is not None:
+            yield from settings(typing.cast(Callable[..., Any], nested), sections, key + ".")
+        else:
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            kind = f.type.__name__ if isinstance(f.type, type) and not typing.get_args(f.type) else str(f.type)
+            text = "null" if default is None else str(default)
+            yield key, kind.replace("None", "null").replace("typing.", ""), text, meanings.get(f.name, "")
+
+
+def usage(synopsis: str, cls: type, sections: Sections) -> str:
+    """The text of --help: how to call the program, and every key with its default and meaning."""
+    lines = [f"usage: {synopsis}", "", (inspect.getdoc(cls) or "").strip(), ""]
+    for key, kind, default, meaning in settings(cls, sections):
+        lines.append(f"  {key}={default}  ({kind})")
+        lines += textwrap.wrap(meaning, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        InputError: no such file, or no YAML mapping in it.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such config file; give a .yaml, and settings as key=value")
+    try:
+        content = _plain(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path}: not a YAML file of settings: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a YAML file of settings: expected `key: value` lines")
+    return content
+
+
+def _merge(config: DictConfig, layer: Mapping[str, Any], prefix: str = "") -> DictConfig:
+    try:
+        return typing.cast(DictConfig, OmegaConf.merge(config, layer))
+    except OmegaConfBaseException as error:
+        raise InputError(f"{prefix}{error.full_key}: {_first_line(error)}; see --help for what it takes") from error
+
+
+def _no_such_key(key: str, known: Sequence[str]) -> str:
+    last = key.rsplit(".", 1)[-1]
+    near = [k for k in known if k.rsplit(".", 1)[-1] == last] or difflib.get_close_matches(key, known, 1, 0.5)
+    return f"{key}: no such key; " + (f"did you mean {near[0]}?" if near else "see --help for all of them")
+
+
+def _leaves(layer: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in layer.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _as_dataclass(constructor: Callable[..., Any]) -> type:
+    """The constructor's keyword arguments (those with a default) as a dataclass, which OmegaConf can check against."""
+    if is_dataclass(constructor):
+        return typing.cast(type, constructor)
+    members = []
+    for p in inspect.signature(constructor).parameters.values():
+        if p.default is not p.empty:
+            value = list(p.default) if isinstance(p.default, tuple) else p.default
+            kind = list[typing.get_args(p.annotation)[0]] if isinstance(p.default, tuple) else p.annotation  # type: ignore[misc]
+            members.append((p.name, kind, field(default_factory=functools.partial(copy.copy, value))))
+    return make_dataclass(getattr(constructor, "__name__", "Options"), members)
+
+
+def _meanings(schema: Callable[..., Any]) -> dict[str, str]:
+    """What each setting means: the string below a dataclass's field, or the line in a constructor's `Args:`."""
+    meanings: dict[str, str] = {}
+    if is_dataclass(schema):
+        body = ast.parse(textwrap.dedent(inspect.getsource(typing.cast(type, schema)))).body[0]
+        statements = typing.cast(ast.ClassDef, body).body
+        for statement, following in itertools.pairwise(statements):
+            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+                name = typing.cast(ast.Name, statement.target).id
+                meanings[name] = " ".join(str(ast.literal_eval(following.value)).split())
+        return meanings
+    arguments = (inspect.getdoc(schema) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    name = ""
+    for line in textwrap.dedent(arguments).splitlines():
+        if not line.startswith(" "):
+            name, _, line = line.partition(":")
+        meanings[name] = f"{meanings.get(name, '')} {line.strip()}".strip()
+    return meanings
+
+
+def _plain(config: Any) -> Any:
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Writes the configuration as YAML, every default included."""
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises InputError with the message unless the condition holds."""
+    if not condition:
+        raise InputError(message)
