@@ -1,0 +1,31 @@
+"""The process group as the quantizers and metrics see it: plain functions that also work without one."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sums x over the processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def from_main(value: float, device: torch.device) -> float:
+    """The main process's value, on all of them; what a clock says must be agreed on before it decides anything."""
+    if world_size() > 1:
+        shared = torch.tensor(value, dtype=torch.float64, device=device)
+        dist.broadcast(shared, src=0)
+        return shared.item()
+    return value

@@ -1,0 +1,25 @@
+"""Building blocks of the tokenizer's encoder and decoder."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResBlock(nn.Module):
+    """Pre-activation residual block of two 3x3 convolutions: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(num_groups(width), width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.norm2 = nn.GroupNorm(num_groups(width), width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)  # the block starts as the identity, so depth costs nothing at the start
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+def num_groups(width: int) -> int:
+    """Groups of 16 channels, as far as the width allows."""
+    return max(1, width // 16)

@@ -1,0 +1,246 @@
+"""What both training loops need around the step itself: schedule, data order, weight average, checkpoints."""
+
+import copy
+import itertools
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vqgen.config import OptimConfig, read_yaml, save_config
+from vqgen.distributed import from_main, rank, world_size
+from vqgen.errors import InputError
+
+logger = logging.getLogger("vqgen")
+
+# Settings that change nothing about the result, so that a run may go on with other values of them.
+FREE_SETTINGS = ["run_dir", "tracking", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints"]
+FREE_SETTINGS += ["data.workers", "data.cache_gb"]
+
+
+class Budget:
+    """How much of a run is spent, in steps or in seconds of training, whichever is nearer its end.
+
+    Args:
+        max_steps: the run ends after so many steps; None is no such bound.
+        max_seconds: the run ends after so many seconds between `resume` and `pause`; None is no such bound.
+
+    Raises:
+        InputError: neither bound is given, or one is not positive.
+    """
+
+    def __init__(self, max_steps: int | None, max_seconds: float | None):
+        for name, bound in (("max_steps", max_steps), ("max_seconds", max_seconds)):
+            if bound is not None and bound <= 0:
+                raise InputError(f"train.{name}={bound}: must be positive")
+        if max_steps is None and max_seconds is None:
+            raise InputError(
+                "train.max_steps and train.max_seconds are both null: give one of them, or the run never ends"
+            )
+        self.max_steps = max_steps
+        self.max_seconds = max_seconds
+        self.spent = 0.0
+        self.started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far."""
+        return self.spent + (0.0 if self.started is None else time.monotonic() - self.started)
+
+    def share(self, step: int, device: torch.device) -> float:
+        """The share of the budget that is spent after `step` steps: 0 at the start, 1 or more at the end."""
+        by_steps = step / self.max_steps if self.max_steps else 0.0
+        by_clock = from_main(self.seconds, device) / self.max_seconds if self.max_seconds else 0.0
+        return max(by_steps, by_clock)
+
+    def start(self) -> None:
+        """Starts the clock."""
+        self.started = time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops the clock for what is not training."""
+        self.spent, self.started = self.seconds, None
+        yield
+        self.start()
+
+
+def lr_at(share: float, optim: OptimConfig) -> float:
+    """Learning rate after a share of the budget: linear warm-up, then a cosine to zero."""
+    warmup = min(1.0, (share + 1e-3) / optim.warmup) if optim.warmup > 0 else 1.0
+    return optim.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices and convolutions; none for biases and norms, which have no scale to spare."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def micro_batch_size(batch_size: int, accumulation: int) -> int:
+    """Images per forward pass of one process.
+
+    Raises:
+        InputError: the batch does not divide evenly over the processes and accumulation steps.
+    """
+    parts = world_size() * accumulation
+    if batch_size < 1 or accumulation < 1 or batch_size % parts:
+        near = max(1, round(batch_size / max(1, parts))) * max(1, parts)
+        raise InputError(
+            f"train.batch_size={batch_size} does not divide over {world_size()} processes x "
+            f"{accumulation} accumulation steps; use {near}"
+        )
+    return batch_size // parts
+
+
+class BatchOrder:
+    """Which examples this process sees, forever: a batch sampler for `torch.utils.data.DataLoader`.
+
+    All processes walk one endless stream of shuffled epochs side by side, each taking its own stretch of every global
+    batch. The stream depends on the seed alone, so a run can start anywhere in it, with any number of processes.
+
+    Args:
+        num_examples: size of the data set.
+        micro_batch: examples per forward pass of one process.
+        first: number of global micro-batches that were taken before.
+        seed: of the shuffling.
+    """
+
+    def __init__(self, num_examples: int, micro_batch: int, first: int, seed: int):
+        self.num_examples, self.micro_batch, self.first, self.seed = num_examples, micro_batch, first, seed
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, np.arange(0)
+        for i in itertools.count(self.first):
+            start = (i * world_size() + rank()) * self.micro_batch
+            batch = []
+            for position in range(start, start + self.micro_batch):
+                if position // self.num_examples != epoch:
+                    epoch = position // self.num_examples
+                    order = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
+                batch.append(int(order[position % self.num_examples]))
+            yield batch
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One well-mixed seed from several numbers, such as a run's seed and a step."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def coin_flips(probability: float, micro_batch: int, seed: int, i: int) -> Tensor:
+    """(micro_batch,) bool: this process's part of the flips for global micro-batch i.
+
+    Drawn for the whole global micro-batch, on the CPU, from the seed and i alone: the same for any number of
+    processes, and no random state to save.
+    """
+    generator = torch.Generator().manual_seed(mixed_seed(seed, i))
+    flips = torch.rand(world_size() * micro_batch, generator=generator) < probability
+    return flips[rank() * micro_batch : (rank() + 1) * micro_batch]
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Reseeds torch for a step, so that dropout and the like need no random state in the checkpoint (EDM2's way)."""
+    torch.manual_seed(mixed_seed(seed, step, rank()))
+
+
+class WeightEMA:
+    """A running average of a model's weights, whose memory grows with the run (EDM2, Karras et al. 2024, section 3.1).
+
+    After t steps the weights of step s count as s^gamma, so one setting fits a run of any length; buffers (a codebook
+    that is an average already) are copied.
+
+    Args:
+        model: what to average.
+        width: standard deviation of that profile as a share of the run so far (EDM2's sigma_rel); 0 copies the model.
+    """
+
+    def __init__(self, model: nn.Module, width: float):
+        if not 0 <= width < 0.28:  # at 0.28 gamma would be zero: the plain mean of all weights so far
+            raise InputError(f"train.ema={width}: must be at least 0 and below 0.28")
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.gamma = np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max() if width else None  # EDM2, algorithm 2
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Takes in the model's weights after step number `step`, counted from 1 (EDM2, eq. 127)."""
+        weight = 1 - (1 - 1 / step) ** (self.gamma + 1) if self.gamma is not None else 1.0
+        averages, weights = ([p.detach() for p in m.parameters()] for m in (self.model, model))
+        torch._foreach_lerp_(averages, weights, weight)
+        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            average.copy_(buffer)
+
+
+def open_run(config: Any) -> None:
+    """Makes the run's folder with its config.yaml, or checks that the one there was made by the same settings.
+
+    Raises:
+        InputError: the folder holds a run with other settings, or cannot be written.
+    """
+    run_dir = Path(config.run_dir)
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            save_config(config, path)
+        except OSError as error:
+            raise InputError(f"run_dir={run_dir} cannot be written ({error.strerror}); name another") from error
+    there, asked = _flat(read_yaml(path)), _flat(asdict(config))
+    for key in sorted(there.keys() | asked.keys()):
+        free = any(key == name or key.startswith(f"{name}.") for name in FREE_SETTINGS)
+        if not free and there.get(key) != asked.get(key):
+            raise InputError(
+                f"{run_dir} holds a run with {key}={there.get(key)}, but {key}={asked.get(key)} is asked for; "
+                f"repeat its own settings to go on with it, or name another run_dir="
+            )
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Yields a new folder to write to, which takes the place of `folder` once everything is in it and on the disk."""
+    beside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    yield beside
+    for path in beside.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+
+
+def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], keep: int) -> None:
+    """Writes checkpoints/step_XXXXXXXX, whole or not at all, and removes all but the newest `keep`."""
+    folder = run_dir / "checkpoints" / f"step_{step:08d}"
+    with written_whole(folder) as beside:
+        torch.save(state, beside / "state.pt")
+    for old in sorted(folder.parent.glob("step_????????"))[: -max(1, keep)]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
+    """The newest complete checkpoint's state, on the CPU; None if there is none."""
+    folders = sorted((run_dir / "checkpoints").glob("step_????????"))
+    if not folders:
+        return None
+    return torch.load(folders[-1] / "state.pt", map_location="cpu", weights_only=True)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
