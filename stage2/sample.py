@@ -1,0 +1,69 @@
+"""Draw images from a trained prior.
+
+python stage2/sample.py RUN_DIR [num_images=64 class_ids=[3,7] cfg_scale=2.0 ... out=DIR]
+"""
+
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from einops import rearrange
+from tqdm import tqdm
+
+from vqgen.cli import run_program
+from vqgen.config import SampleConfig, require
+from vqgen.models.prior import Prior
+from vqgen.models.vqmodel import load_tokenizer
+from vqgen.sampling import classes_in_turn, sample_images
+from vqgen.tracking import image_grid
+
+
+def main(run_dir: str, config: SampleConfig) -> None:
+    folder = Path(run_dir) / "model"
+    require(folder.is_dir(), f"{run_dir}: no model there; give the folder of a stage-2 run, or train one first")
+    prior = Prior.from_pretrained(folder / "prior").eval()
+    tokenizer, _ = load_tokenizer(folder / "tokenizer")
+
+    num_classes = len(prior.class_names)
+    choices = range(num_classes) if config.class_ids is None else config.class_ids
+    for class_id in choices:
+        known = (
+            f"0 to {num_classes - 1}, or -1 for none" if num_classes else "-1 only, as it was trained without classes"
+        )
+        require(-1 <= class_id < num_classes, f"class_ids: {class_id} is no class of this prior; it takes {known}")
+    require(config.num_images > 0, f"num_images={config.num_images}: must be positive")
+    require(config.batch_size > 0, f"batch_size={config.batch_size}: must be positive")
+    require(config.temperature >= 0, f"temperature={config.temperature}: must be 0 or more")
+    require(config.top_k >= 0, f"top_k={config.top_k}: must be 0 (all) or more")
+    require(0 < config.top_p <= 1, f"top_p={config.top_p}: must be above 0 and at most 1")
+    out = Path(config.out or Path(run_dir) / "samples")
+    out.mkdir(parents=True, exist_ok=True)
+
+    device = PartialState().device
+    prior, tokenizer = prior.to(device), tokenizer.to(device)
+    class_ids = classes_in_turn(config.num_images, choices)
+    images = []
+    with tqdm(total=config.num_images, desc="sampling", unit=" images", disable=None) as bar:
+        for part in class_ids.split(config.batch_size):
+            drawn = sample_images(
+                prior,
+                tokenizer,
+                part.to(device),
+                seed=config.seed,
+                first=bar.n,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                cfg_scale=config.cfg_scale,
+            )
+            images.append(rearrange(drawn.cpu(), "n c h w -> n h w c").numpy())
+            bar.update(len(part))
+    array = np.concatenate(images)
+    np.savez_compressed(out / "samples.npz", images=array, class_ids=class_ids.numpy())
+    columns = len(choices) if 1 < len(choices) <= 16 else 8
+    image_grid(array[: 16 * columns], min(columns, len(array))).save(out / "grid.png")
+    print(f"{config.num_images} images: {out / 'samples.npz'}; the first of them as a picture: {out / 'grid.png'}")
+
+
+if __name__ == "__main__":
+    run_program(main, SampleConfig, {}, "python stage2/sample.py RUN_DIR [key=value ...]", num_positional=1)

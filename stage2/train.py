@@ -1,0 +1,227 @@
+"""Stage 2: fit the prior, an autoregressive transformer over the tokenizer's codes.
+
+accelerate launch stage2/train.py [CONFIG.yaml] [key=value ...]
+"""
+
+import hashlib
+import math
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from einops import rearrange
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from vqgen.cli import run_program
+from vqgen.codes import CodeLayout
+from vqgen.config import DataConfig, SampleConfig, Stage2Config, check_options, read_yaml
+from vqgen.data.codes import TokenStore, encode_images
+from vqgen.data.images import load_images
+from vqgen.distributed import all_reduce_sum, rank, world_size
+from vqgen.models.prior import Prior
+from vqgen.models.vqmodel import VQModel, load_tokenizer
+from vqgen.sampling import classes_in_turn, sample_images
+from vqgen.tracking import Tracker, image_grid
+from vqgen.training import (
+    BatchOrder,
+    Budget,
+    WeightEMA,
+    coin_flips,
+    load_checkpoint,
+    lr_at,
+    micro_batch_size,
+    open_run,
+    parameter_groups,
+    save_checkpoint,
+    seed_step,
+    written_whole,
+)
+
+
+def main(config: Stage2Config) -> None:
+    budget = Budget(config.train.max_steps, config.train.max_seconds)
+    accelerator = Accelerator(
+        mixed_precision=config.train.mixed_precision, gradient_accumulation_steps=config.train.accumulation
+    )
+    device, accumulation = accelerator.device, accelerator.gradient_accumulation_steps
+    micro_batch = micro_batch_size(config.train.batch_size, accumulation)
+
+    # The data are the tokenizer's own unless told otherwise, key by key.
+    tokenizer, tokenizer_folder = load_tokenizer(Path(config.stage1))
+    stage1_config = Path(config.stage1) / "config.yaml"
+    stage1_data = read_yaml(stage1_config)["data"] if stage1_config.is_file() else {}
+    config.data = check_options(DataConfig, {**stage1_data, "channels": tokenizer.channels, **config.data}, "data")
+    data = DataConfig(**config.data)
+    train_images, val_images = load_images(data)
+    layout = tokenizer.code_layout(data.image_size)
+    torch.manual_seed(config.seed)
+    config.model = check_options(Prior, config.model, "model")
+    model = Prior(layout, train_images.class_names, **config.model)
+    if accelerator.is_main_process:
+        open_run(config)
+    accelerator.wait_for_everyone()
+
+    # Each image becomes tokens once, whatever the number of epochs and of runs.
+    tokenizer.to(device)
+    weights_hash = hashlib.sha256((tokenizer_folder / "model.safetensors").read_bytes()).hexdigest()
+    codes_dir = Path(config.codes_dir or Path(config.stage1) / "codes")
+    train_codes, val_codes = (
+        encode_images(
+            images, tokenizer, data, codes_dir, weights_hash=weights_hash, mirror=mirror, accelerator=accelerator
+        )
+        for images, mirror in ((train_images, data.flip), (val_images, False))
+    )
+    del train_images, val_images
+
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.optim.weight_decay),
+        lr=config.optim.lr,
+        betas=tuple(config.optim.betas),
+        fused=True,
+    )
+    model = model.to(device)
+    ema = WeightEMA(model, config.train.ema)
+    step = 0
+    run_dir = Path(config.run_dir)
+    if state := load_checkpoint(run_dir):
+        step, budget.spent = state["step"], state["seconds"]
+        model.load_state_dict(state["model"])
+        ema.model.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+    bare_model = model
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+
+    batches = iter(
+        DataLoader(
+            train_codes,
+            batch_sampler=BatchOrder(len(train_codes), micro_batch, step * accumulation, config.seed),
+            collate_fn=lambda batch: batch,
+            pin_memory=device.type == "cuda",
+        )
+    )
+    num_parameters = sum(p.numel() for p in bare_model.parameters())
+    tracker = Tracker(
+        run_dir, config, step=step, is_main=accelerator.is_main_process, facts={"num_parameters": num_parameters}
+    )
+    tracker.say(
+        f"{run_dir}: {len(train_codes)} training and {len(val_codes)} held-out sequences "
+        f"of {layout.num_tokens} tokens, {len(bare_model.class_names)} classes, "
+        f"{num_parameters / 1e6:.2f} M parameters, {world_size()} x {device.type}"
+        + (f"; going on from step {step}" if step else "")
+    )
+    unigram = unigram_entropy(train_codes, layout)
+    dims_per_token = tokenizer.channels * data.image_size**2 / layout.num_tokens
+    totals = torch.zeros(2, device=device)  # on the device: reading them at every step would stall it
+    first_step, window_start = step, budget.seconds
+    budget.start()
+
+    while True:
+        share = budget.share(step, device)
+        last = share >= 1
+        if step > first_step and (last or step % config.train.eval_every == 0):
+            with budget.paused():
+                nll = evaluate(ema.model, val_codes, config.train.eval_images, micro_batch, device)
+                figures = {
+                    "nll": nll,  # nats per token
+                    "unigram_entropy": unigram,  # nats per token: what a prior that learned nothing but counts reaches
+                    "code_bits_per_dim": nll / math.log(2) / dims_per_token,
+                }
+                tracker.log(step, {f"val/{name}": value for name, value in figures.items()})
+                tracker.say(f"step {step}  " + "  ".join(f"val/{name} {v:.4g}" for name, v in figures.items()))
+                if accelerator.is_main_process:
+                    tracker.picture(step, "samples", samples(ema.model, tokenizer, config.seed, device))
+        if step > first_step and (last or step % config.train.checkpoint_every == 0):
+            with budget.paused():
+                if accelerator.is_main_process:
+                    with written_whole(run_dir / "model") as folder:
+                        ema.model.save_pretrained(folder / "prior")
+                        shutil.copytree(tokenizer_folder, folder / "tokenizer")
+                    state = {
+                        "step": step,
+                        "seconds": budget.seconds,
+                        "model": bare_model.state_dict(),
+                        "ema": ema.model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                    }
+                    save_checkpoint(run_dir, step, state, config.train.keep_checkpoints)
+        if last:
+            break
+
+        lr = lr_at(share, config.optim)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        seed_step(config.seed, step)
+        for i in range(accumulation):
+            tokens, class_ids = (part.to(device, non_blocking=True) for part in next(batches))  # (B, N), (B,)
+            dropped = coin_flips(config.class_dropout, micro_batch, config.seed, step * accumulation + i)
+            class_ids = class_ids.masked_fill(dropped.to(device, non_blocking=True), -1)
+            with accelerator.no_sync(model) if i < accumulation - 1 else nullcontext():
+                logits = model(tokens, class_ids)
+                loss = F.cross_entropy(rearrange(logits, "b n v -> (b n) v"), rearrange(tokens, "b n -> (b n)"))
+                accelerator.backward(loss)
+            totals[0] += loss.detach() / accumulation
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        ema.update(bare_model, step)
+        totals[1] += grad_norm
+
+        if step % config.train.log_every == 0:
+            loss, grad_norm = (all_reduce_sum(totals) / (world_size() * config.train.log_every)).tolist()
+            speed = config.train.log_every * config.train.batch_size / (budget.seconds - window_start)
+            metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "images_per_second": speed}
+            tracker.log(step, {f"train/{name}": value for name, value in metrics.items()})
+            share = budget.share(step, device)
+            tracker.progress(step, share, budget.seconds * (1 / share - 1), loss=loss, images_per_second=speed)
+            totals.zero_()
+            window_start = budget.seconds
+    tracker.close()
+    accelerator.end_training()
+
+
+@torch.no_grad()
+def evaluate(model: Prior, codes: TokenStore, num_images: int, batch_size: int, device: torch.device) -> float:
+    """Negative log-likelihood of held-out codes given their class, in nats per token, shared out over the processes."""
+    chosen = np.linspace(0, len(codes) - 1, min(len(codes), num_images), dtype=int)[rank() :: world_size()]
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # of nats, of tokens
+    for start in range(0, len(chosen), batch_size):
+        tokens, class_ids = (part.to(device) for part in codes.__getitems__(chosen[start : start + batch_size]))
+        logits = rearrange(model(tokens, class_ids), "b n v -> (b n) v")
+        nats = F.cross_entropy(logits, rearrange(tokens, "b n -> (b n)"), reduction="sum")
+        sums += torch.stack([nats.double(), torch.tensor(tokens.numel(), dtype=torch.float64, device=device)])
+    nats, count = all_reduce_sum(sums).tolist()
+    return nats / count
+
+
+def unigram_entropy(codes: TokenStore, layout: CodeLayout) -> float:
+    """Entropy of the training codes without any context, in nats per token (mean over the codebooks)."""
+    tokens = codes.__getitems__(np.linspace(0, len(codes) - 1, min(len(codes), 20000), dtype=int))[0]
+    counts = torch.bincount(tokens.flatten(), minlength=layout.vocab_size).double()
+    totals = torch.zeros_like(counts)
+    for first, end in set(map(tuple, layout.token_ranges().tolist())):
+        totals[first:end] = counts[first:end].sum()
+    return -(torch.xlogy(counts, counts / totals).sum() / counts.sum()).item()
+
+
+def samples(model: Prior, tokenizer: VQModel, seed: int, device: torch.device) -> Image.Image:
+    """A picture of samples at the default settings, the classes in turn."""
+    columns = len(model.class_names) if 0 < len(model.class_names) <= 16 else 8
+    class_ids = classes_in_turn(8 * columns, range(len(model.class_names))).to(device)
+    images = sample_images(model, tokenizer, class_ids, seed=seed, cfg_scale=SampleConfig().cfg_scale)
+    return image_grid(rearrange(images.cpu(), "n c h w -> n h w c").numpy(), columns)
+
+
+if __name__ == "__main__":
+    run_program(
+        main,
+        Stage2Config,
+        {"model": Prior, "data": DataConfig},
+        "accelerate launch stage2/train.py [CONFIG.yaml] [key=value ...]",
+    )

@@ -1,0 +1,142 @@
+"""The prior: an autoregressive transformer over code tokens, around any causal language model of transformers."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from vqgen.codes import CodeLayout
+from vqgen.errors import InputError
+
+
+class Prior(nn.Module):
+    """p(tokens | class), one token after the other.
+
+    The sequence starts with a class token in place of a word: id vocab_size is no class, vocab_size + 1 + c is class c.
+    The model is saved as the transformers checkpoint that it is; what else belongs to it is in its config.json, under
+    `vqgen`.
+
+    Args:
+        layout: of the code tokens.
+        class_names: the classes in the order of their ids; empty for an unconditional prior.
+        model_type: any causal language model of transformers: llama, gpt2, qwen3, mistral, ...
+        hidden_size: width of the transformer.
+        num_hidden_layers: depth of the transformer.
+        num_attention_heads: heads of each attention layer.
+        options: further items of that model's transformers configuration, such as intermediate_size.
+
+    Raises:
+        InputError: transformers has no such model, or the model no such option.
+    """
+
+    lm: Any  # a causal language model of transformers
+    illegal: Tensor | None  # (N, vocab_size) bool: what cannot stand at a position; None if everything can
+
+    def __init__(
+        self,
+        layout: CodeLayout,
+        class_names: list[str],
+        model_type: str = "llama",
+        hidden_size: int = 128,
+        num_hidden_layers: int = 4,
+        num_attention_heads: int = 4,
+        **options: Any,
+    ):
+        super().__init__()
+        if hidden_size % num_attention_heads:
+            raise InputError(
+                f"model.hidden_size={hidden_size} does not divide into model.num_attention_heads={num_attention_heads}"
+            )
+        sizes = {
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": num_attention_heads,
+        }
+        config = _language_model_config(
+            model_type,
+            sizes | options,
+            vocab_size=layout.vocab_size + 1 + len(class_names),
+            max_position_embeddings=1 + layout.num_tokens,
+            bos_token_id=layout.vocab_size,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+        config.vqgen = {**dataclasses.asdict(layout), "class_names": class_names}
+        self._set_up(AutoModelForCausalLM.from_config(config))
+
+    def _set_up(self, lm: Any) -> None:
+        self.lm = lm
+        facts = lm.config.vqgen
+        self.layout = CodeLayout(tuple(tuple(shape) for shape in facts["shapes"]), tuple(facts["codebook_sizes"]))
+        self.class_names = list(facts["class_names"])
+        ranges, ids = self.layout.token_ranges(), torch.arange(self.layout.vocab_size)
+        illegal = (ids < ranges[:, :1]) | (ids >= ranges[:, 1:])  # (N, vocab_size)
+        self.register_buffer("illegal", illegal if illegal.any() else None, persistent=False)
+
+    def forward(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
+        """Logits (B, N, vocab_size) of each token given the class (-1 is none) and the tokens before it, (B, N).
+
+        What cannot stand at a position has the logit -inf.
+        """
+        inputs = torch.cat([self.class_tokens(class_ids), tokens[:, :-1]], dim=1)
+        return self.legal(self.lm(input_ids=inputs, use_cache=False).logits, start=0)
+
+    def class_tokens(self, class_ids: Tensor) -> Tensor:
+        """Class ids (B,), -1 for none, to the tokens (B, 1) that a sequence starts with."""
+        return self.layout.vocab_size + 1 + class_ids[:, None]
+
+    def legal(self, logits: Tensor, start: int) -> Tensor:
+        """The model's logits (B, n, ...) of positions from start on, with -inf for what cannot stand there."""
+        logits = logits[..., : self.layout.vocab_size]
+        if self.illegal is not None:
+            logits = logits.masked_fill(self.illegal[start : start + logits.shape[1]], -torch.inf)
+        return logits
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes a transformers checkpoint, which `AutoModelForCausalLM.from_pretrained` loads too."""
+        self.lm.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "Prior":
+        """Reads what save_pretrained wrote.
+
+        Raises:
+            InputError: there is no prior in the folder.
+        """
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{folder}: no prior there; give the folder of a stage-2 run")
+        prior = cls.__new__(cls)
+        nn.Module.__init__(prior)
+        lm = AutoModelForCausalLM.from_pretrained(folder)
+        if not hasattr(lm.config, "vqgen"):
+            raise InputError(f"{folder}: a language model, but not one that vqgen trained; give a stage-2 run")
+        prior._set_up(lm)
+        return prior
+
+
+def _language_model_config(model_type: str, options: dict[str, Any], **fixed: Any) -> PreTrainedConfig:
+    """The transformers configuration of a model type, checked, with sizes that fit each other where none are given."""
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=1)
+        raise InputError(
+            f"model.model_type={model_type}: not in transformers" + (f"; did you mean {near[0]}?" if near else "")
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    known = {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean model.{near[0]}?" if near else f"; see transformers' {config_class.__name__}"
+            raise InputError(f"model.{key}: no such key for {model_type}{hint}")
+    # The defaults in transformers are those of one large published model; these follow from the sizes asked for.
+    width, heads = options["hidden_size"], options["num_attention_heads"]
+    derived = {"intermediate_size": 4 * width, "num_key_value_heads": heads, "head_dim": width // heads}
+    try:
+        return AutoConfig.for_model(model_type, **{k: v for k, v in derived.items() if k in known} | options | fixed)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise InputError(f"model: not a {model_type} configuration: {' '.join(str(error).split())}") from error

@@ -1,0 +1,104 @@
+"""From class ids to tokens to images."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vqgen.models.prior import Prior
+from vqgen.models.vqmodel import VQModel, to_uint8
+from vqgen.training import mixed_seed
+
+ROWS = 32  # batches are padded to a multiple of this, as matrix multiplies of few rows round differently
+
+
+@torch.no_grad()
+def sample_tokens(
+    prior: Prior,
+    class_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    cfg_scale: float = 1.0,
+    prefix: Tensor | None = None,
+    generator: Sequence[torch.Generator] | None = None,
+) -> Tensor:
+    """Draws token sequences from the prior, with a key-value cache.
+
+    Args:
+        prior: in eval mode.
+        class_ids: (B,) int64, -1 for no class.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draw from the k likeliest tokens only; 0 is all.
+        top_p: draw from the likeliest tokens that together have this probability (Holtzman et al. 2020).
+        cfg_scale: s of classifier-free guidance, logits = none + s (class - none) (Ho and Salimans 2022); 1 is none.
+        prefix: (B, P) tokens to go on from.
+        generator: one CPU generator for each sequence, so that each is the same in any batch; None takes torch's own.
+
+    Returns:
+        Tokens (B, N), int64.
+    """
+    batch, device, num_tokens = len(class_ids), class_ids.device, prior.layout.num_tokens
+    if generator is None:
+        noise = torch.rand(batch, num_tokens, dtype=torch.float64)
+    else:
+        noise = torch.stack([torch.rand(num_tokens, generator=g, dtype=torch.float64) for g in generator])
+    noise = noise.to(device)  # (B, N): one uniform number decides one token
+    tokens = prefix if prefix is not None else class_ids.new_empty(batch, 0)
+    guided = cfg_scale != 1.0 and bool((class_ids >= 0).any())
+
+    starts = prior.class_tokens(torch.cat([class_ids, torch.full_like(class_ids, -1)]) if guided else class_ids)
+    inputs = torch.cat([starts, tokens.repeat(2, 1) if guided else tokens], dim=1)
+    cache = None
+    while tokens.shape[1] < num_tokens:
+        position = tokens.shape[1]
+        output = prior.lm(input_ids=inputs, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits = prior.legal(output.logits[:, -1:], start=position)[:, 0].double()  # (B or 2 B, vocab_size)
+        if guided:
+            conditional, unconditional = logits.log_softmax(dim=1).chunk(2)
+            logits = torch.lerp(unconditional, conditional, cfg_scale).nan_to_num(nan=-torch.inf)
+        token = draw(logits, noise[:, position], temperature, top_k, top_p)
+        tokens = torch.cat([tokens, token[:, None]], dim=1)
+        inputs = token.repeat(2)[:, None] if guided else token[:, None]
+    return tokens
+
+
+def draw(logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Tokens (B,) from logits (B, V) by inverting the distribution function at noise (B,), uniform in [0, 1)."""
+    if temperature == 0:
+        return logits.argmax(dim=1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=1).values[:, -1:], -torch.inf)
+    probabilities = logits.softmax(dim=1)
+    if top_p < 1:
+        sorted_p, order = probabilities.sort(dim=1, descending=True)
+        beyond = sorted_p.cumsum(dim=1) - sorted_p >= top_p  # the tokens before it suffice already
+        probabilities = probabilities.masked_fill(beyond.scatter(1, order, beyond), 0.0)
+    cumulative = probabilities.cumsum(dim=1)
+    return torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)[:, 0]
+
+
+@torch.no_grad()
+def sample_images(
+    prior: Prior, tokenizer: VQModel, class_ids: Tensor, *, seed: int, first: int = 0, **options: float
+) -> Tensor:
+    """Draws images uint8 (B, C, H, W) for class ids (B,), with the options of sample_tokens.
+
+    Image i of a seed depends on nothing but the seed, first + i and its class.
+    """
+    count = len(class_ids)
+    padding = -count % ROWS
+    class_ids = torch.cat([class_ids, class_ids[:1].expand(padding)])
+    generators = [torch.Generator().manual_seed(mixed_seed(seed, first + i)) for i in range(count + padding)]
+    tokens = sample_tokens(prior, class_ids, generator=generators, **options)  # type: ignore[arg-type]
+    codes = [prior.layout.unflatten(part) for part in tokens.split(ROWS)]
+    return torch.cat([to_uint8(tokenizer.decode(part)) for part in codes])[:count]
+
+
+def classes_in_turn(count: int, choices: Sequence[int]) -> Tensor:
+    """(count,) int64 class ids: the choices over and over, or -1 throughout where there are none."""
+    ids = torch.tensor(choices if len(choices) else [-1])
+    return ids[torch.arange(count) % len(ids)]
