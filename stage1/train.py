@@ -18,7 +18,6 @@ from vqgen.cli import run_program
 from vqgen.config import Stage1Config, check_options
 from vqgen.data.images import ImageSet, load_images
 from vqgen.distributed import all_reduce_sum, rank, world_size
-from vqgen.errors import InputError
 from vqgen.metrics import CodeUsage, psnr
 from vqgen.models.vqmodel import VQModel, from_uint8, to_uint8
 from vqgen.quantizers import EMAQuantizer, quantizer_options
@@ -42,8 +41,6 @@ REC_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
 
 
 def main(config: Stage1Config) -> None:
-    if config.loss.rec not in REC_LOSSES:
-        raise InputError(f"loss.rec={config.loss.rec}: must be one of {', '.join(REC_LOSSES)}")
     budget = Budget(config.train.max_steps, config.train.max_seconds)
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
@@ -84,6 +81,9 @@ def main(config: Stage1Config) -> None:
         model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
+        if budget.share(step, device) >= 1:
+            accelerator.print(f"{run_dir} is finished, at step {step}; name another run_dir= for another run")
+            return
     bare_model = model
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
@@ -188,12 +188,12 @@ def evaluate(
     """PSNR (of the pooled squared error) and use of the codebook on held-out images, shared out over the processes."""
     chosen = np.linspace(0, len(images) - 1, min(len(images), num_images), dtype=int)[rank() :: world_size()]
     usage = CodeUsage(model.quantizer.codebook_size, device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # of squared errors, of images
+    sums = torch.zeros(2, device=device)  # of squared errors, of images
     for start in range(0, len(chosen), batch_size):
         x = from_uint8(images.__getitems__(chosen[start : start + batch_size])[0].to(device))
         x_rec, q = model(x)
         squared_errors = (x_rec.clamp(-1, 1) - x).square().mean(dim=(1, 2, 3))
-        sums += torch.stack([squared_errors.sum().double(), torch.tensor(len(x), dtype=torch.float64, device=device)])
+        sums += torch.stack([squared_errors.sum(), torch.tensor(len(x), device=device)])
         usage.update(q[0].codes)
     mse, count = all_reduce_sum(sums)
     figures = {"psnr": psnr(mse / count), **usage.compute()}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from einops import rearrange
 from tqdm import tqdm
 
@@ -39,26 +40,29 @@ def main(run_dir: str, config: SampleConfig) -> None:
     out = Path(config.out or Path(run_dir) / "samples")
     out.mkdir(parents=True, exist_ok=True)
 
-    device = PartialState().device
+    state = PartialState()
+    device = state.device
     prior, tokenizer = prior.to(device), tokenizer.to(device)
     class_ids = classes_in_turn(config.num_images, choices)
-    images = []
-    with tqdm(total=config.num_images, desc="sampling", unit=" images", disable=None) as bar:
-        for part in class_ids.split(config.batch_size):
-            drawn = sample_images(
-                prior,
-                tokenizer,
-                part.to(device),
-                seed=config.seed,
-                first=bar.n,
-                temperature=config.temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
-                cfg_scale=config.cfg_scale,
-            )
-            images.append(rearrange(drawn.cpu(), "n c h w -> n h w c").numpy())
-            bar.update(len(part))
-    array = np.concatenate(images)
+    starts = range(0, config.num_images, config.batch_size)[state.process_index :: state.num_processes]
+    drawn = []
+    for start in tqdm(starts, desc="sampling", unit=" batches", disable=None if state.is_main_process else True):
+        images = sample_images(
+            prior,
+            tokenizer,
+            class_ids[start : start + config.batch_size].to(device),
+            seed=config.seed,
+            first=start,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            cfg_scale=config.cfg_scale,
+        )
+        drawn.append((start, rearrange(images, "n c h w -> n h w c").cpu().numpy()))
+    drawn = gather_object(drawn)
+    if not state.is_main_process:
+        return
+    array = np.concatenate([images for _, images in sorted(drawn, key=lambda part: part[0])])
     np.savez_compressed(out / "samples.npz", images=array, class_ids=class_ids.numpy())
     columns = len(choices) if 1 < len(choices) <= 16 else 8
     image_grid(array[: 16 * columns], min(columns, len(array))).save(out / "grid.png")

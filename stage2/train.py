@@ -93,6 +93,9 @@ def main(config: Stage2Config) -> None:
         model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
+        if budget.share(step, device) >= 1:
+            accelerator.print(f"{run_dir} is finished, at step {step}; name another run_dir= for another run")
+            return
     bare_model = model
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
@@ -190,12 +193,12 @@ def main(config: Stage2Config) -> None:
 def evaluate(model: Prior, codes: TokenStore, num_images: int, batch_size: int, device: torch.device) -> float:
     """Negative log-likelihood of held-out codes given their class, in nats per token, shared out over the processes."""
     chosen = np.linspace(0, len(codes) - 1, min(len(codes), num_images), dtype=int)[rank() :: world_size()]
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # of nats, of tokens
+    sums = torch.zeros(2, device=device)  # of nats, of tokens
     for start in range(0, len(chosen), batch_size):
         tokens, class_ids = (part.to(device) for part in codes.__getitems__(chosen[start : start + batch_size]))
         logits = rearrange(model(tokens, class_ids), "b n v -> (b n) v")
         nats = F.cross_entropy(logits, rearrange(tokens, "b n -> (b n)"), reduction="sum")
-        sums += torch.stack([nats.double(), torch.tensor(tokens.numel(), dtype=torch.float64, device=device)])
+        sums += torch.stack([nats, torch.tensor(tokens.numel(), device=device)])
     nats, count = all_reduce_sum(sums).tolist()
     return nats / count
 
@@ -203,7 +206,7 @@ def evaluate(model: Prior, codes: TokenStore, num_images: int, batch_size: int, 
 def unigram_entropy(codes: TokenStore, layout: CodeLayout) -> float:
     """Entropy of the training codes without any context, in nats per token (mean over the codebooks)."""
     tokens = codes.__getitems__(np.linspace(0, len(codes) - 1, min(len(codes), 20000), dtype=int))[0]
-    counts = torch.bincount(tokens.flatten(), minlength=layout.vocab_size).double()
+    counts = torch.bincount(tokens.flatten(), minlength=layout.vocab_size)
     totals = torch.zeros_like(counts)
     for first, end in set(map(tuple, layout.token_ranges().tolist())):
         totals[first:end] = counts[first:end].sum()

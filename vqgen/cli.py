@@ -4,10 +4,13 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 from vqgen.config import Sections, load_config, usage
 from vqgen.errors import InputError
+from vqgen.launch import make_up_for_launcher
 
 
 def run_program(
@@ -23,6 +26,11 @@ def run_program(
         num_positional: how many arguments come before the configuration.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    # Two of DDP's: an option that Accelerate calls by its old name, and the layout of 1x1 convolutions' gradients.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*deprecated")
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    if "transformers" in sys.modules:  # its bars for files of one part say nothing
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
     arguments = sys.argv[1:]
     if "-h" in arguments or "--help" in arguments:
         print(usage(synopsis, cls, sections))
@@ -31,7 +39,9 @@ def run_program(
         positional, rest = arguments[:num_positional], arguments[num_positional:]
         if len(positional) < num_positional or any("=" in argument for argument in positional):
             raise InputError(f"usage: {synopsis}")
-        main(*positional, load_config(cls, rest, sections))
+        config: Any = load_config(cls, rest, sections)
+        make_up_for_launcher()
+        main(*positional, config)
     except InputError as error:
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(5)  # the launcher ends all processes when one exits; the one that speaks is the main one

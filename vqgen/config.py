@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -41,13 +41,13 @@ class DataConfig:
     """Side of the square the model sees, in pixels."""
     channels: int | None = None
     """1 (grey) or 3 (RGB); null takes 1 if the images are grey, else 3."""
-    resize: str = "crop"
+    resize: Literal["crop", "pad"] = "crop"
     """`crop` scales the short side to image_size and crops the centre; `pad` only ever shrinks, and pads."""
     background: str = "white"
     """Colour behind transparent pixels and in the padding: a name or #rrggbb."""
     flip: bool = False
     """Mirror half of the training images left to right."""
-    on_error: str = "skip"
+    on_error: Literal["skip", "raise"] = "skip"
     """An image that does not load: `skip` it, name the first and count the rest, or `raise`."""
     cache_gb: float = 1.0
     """Decode the data set once into memory if it takes no more than this; else decode as training goes."""
@@ -59,7 +59,7 @@ class DataConfig:
 class LossConfig:
     """What stage 1 minimises, beside the quantizer's own loss."""
 
-    rec: str = "mse"
+    rec: Literal["mse", "l1"] = "mse"
     """Distance between image and reconstruction: `mse` (best PSNR) or `l1` (crisper edges)."""
 
 
@@ -67,13 +67,13 @@ class LossConfig:
 class OptimConfig:
     """AdamW, with linear warm-up and a cosine to zero over the run's budget."""
 
-    lr: float = 2e-3
+    lr: float = 8e-3
     """Peak learning rate."""
     weight_decay: float = 0.01
     """Decoupled weight decay, on matrices and convolutions only."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     """Adam's decay rates of the two moments."""
-    warmup: float = 0.03
+    warmup: float = 0.1
     """Share of the budget over which the learning rate rises to its peak."""
     grad_clip: float = 1.0
     """Largest norm of the whole gradient; larger ones are scaled down to it."""
@@ -91,7 +91,7 @@ class TrainConfig:
     """The run ends after so many seconds of training (evaluation and start-up apart), if max_steps is not reached."""
     accumulation: int = 1
     """Forward and backward passes per step; more of them take less memory."""
-    mixed_precision: str | None = None
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """`no`, `bf16` or `fp16`; null does what `accelerate launch` was told."""
     ema: float = 0.05
     """Width of the weight average that is evaluated and saved, as a share of the run so far; 0 turns it off."""
@@ -111,7 +111,7 @@ class TrainConfig:
 class TrackingConfig:
     """Where the numbers go besides metrics.jsonl."""
 
-    wandb: str = "auto"
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto` (online with an API key, else offline), `online`, `offline` or `disabled`."""
     project: str = "vqgen"
     """Name of the wandb project."""
@@ -149,7 +149,7 @@ class Stage2Config:
     """Seed of everything random; on the CPU the same seed gives the same bits."""
     data: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(betas=[0.9, 0.95]))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, betas=[0.9, 0.95]))
     train: TrainConfig = field(default_factory=TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -236,6 +236,8 @@ def settings(schema: Callable[..., Any], sections: Sections, prefix: str = "") -
     for f in fields(_as_dataclass(schema)):
         key = prefix + f.name
         nested = f.type if is_dataclass(f.type) else sections.get(key)
+        if key in sections and f.name in meanings:
+            yield key, "section", "...", meanings[f.name]
         if nested is not None:
             yield from settings(typing.cast(Callable[..., Any], nested), sections, key + ".")
         else:
@@ -334,8 +336,10 @@ def _first_line(error: Exception) -> str:
 
 
 def save_config(config: Any, path: Path) -> None:
-    """Writes the configuration as YAML, every default included."""
-    OmegaConf.save(OmegaConf.structured(config), path)
+    """Writes the configuration as YAML, every default included; whole or not at all."""
+    beside = path.with_suffix(".tmp")
+    OmegaConf.save(OmegaConf.structured(config), beside)
+    beside.rename(path)
 
 
 def require(condition: bool, message: str) -> None:

@@ -25,7 +25,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 def from_main(value: float, device: torch.device) -> float:
     """The main process's value, on all of them; what a clock says must be agreed on before it decides anything."""
     if world_size() > 1:
-        shared = torch.tensor(value, dtype=torch.float64, device=device)
+        shared = torch.tensor(value, dtype=torch.float32, device=device)
         dist.broadcast(shared, src=0)
         return shared.item()
     return value

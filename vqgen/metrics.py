@@ -20,16 +20,16 @@ class CodeUsage:
     """
 
     def __init__(self, codebook_size: int, device: torch.device):
-        self.counts = torch.zeros(codebook_size, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
 
     def update(self, codes: Tensor) -> None:
         """Counts codes of any shape."""
         flat = codes.flatten()
-        self.counts.index_add_(0, flat, torch.ones_like(flat, dtype=torch.float64))
+        self.counts.index_add_(0, flat, torch.ones_like(flat))
 
     def compute(self) -> dict[str, Tensor]:
         """Over all processes since the last call: the share of codes used, and exp(entropy) of their distribution."""
-        counts = all_reduce_sum(self.counts.clone())
+        counts = all_reduce_sum(self.counts.clone()).float()
         self.counts.zero_()
         p = counts / counts.sum()
-        return {"usage": (counts > 0).double().mean(), "perplexity": torch.exp(-torch.xlogy(p, p).sum())}
+        return {"usage": (counts > 0).float().mean(), "perplexity": torch.exp(-torch.xlogy(p, p).sum())}

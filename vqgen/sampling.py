@@ -40,10 +40,11 @@ def sample_tokens(
         Tokens (B, N), int64.
     """
     batch, device, num_tokens = len(class_ids), class_ids.device, prior.layout.num_tokens
+    precision = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     if generator is None:
-        noise = torch.rand(batch, num_tokens, dtype=torch.float64)
+        noise = torch.rand(batch, num_tokens, dtype=precision)
     else:
-        noise = torch.stack([torch.rand(num_tokens, generator=g, dtype=torch.float64) for g in generator])
+        noise = torch.stack([torch.rand(num_tokens, generator=g, dtype=precision) for g in generator])
     noise = noise.to(device)  # (B, N): one uniform number decides one token
     tokens = prefix if prefix is not None else class_ids.new_empty(batch, 0)
     guided = cfg_scale != 1.0 and bool((class_ids >= 0).any())
@@ -55,7 +56,7 @@ def sample_tokens(
         position = tokens.shape[1]
         output = prior.lm(input_ids=inputs, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        logits = prior.legal(output.logits[:, -1:], start=position)[:, 0].double()  # (B or 2 B, vocab_size)
+        logits = prior.legal(output.logits[:, -1:], start=position)[:, 0].to(precision)  # (B or 2 B, vocab_size)
         if guided:
             conditional, unconditional = logits.log_softmax(dim=1).chunk(2)
             logits = torch.lerp(unconditional, conditional, cfg_scale).nan_to_num(nan=-torch.inf)

@@ -1,11 +1,13 @@
 """The tokenizer: a light convolutional VQ-VAE."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
+from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from vqgen.codes import CodeLayout
@@ -26,16 +28,16 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         widths: channels at each resolution, finest first.
         encoder_blocks: residual blocks at each resolution of the encoder.
         decoder_blocks: residual blocks at each resolution of the decoder.
-        quantizer: its name and options; see model.quantizer.* below.
+        quantizer: `name` (ema), and what that quantizer takes:
     """
 
     def __init__(
         self,
         channels: int = 3,
         patch_size: int = 4,
-        widths: Sequence[int] = (32, 64),
+        widths: Sequence[int] = (24, 64),
         encoder_blocks: int = 1,
-        decoder_blocks: int = 2,
+        decoder_blocks: int = 1,
         quantizer: dict[str, Any] | None = None,
     ):
         super().__init__()
@@ -114,7 +116,8 @@ def load_tokenizer(folder: Path) -> tuple[VQModel, Path]:
                 f"{folder} is no tokenizer: it has no {name}; give a stage-1 run, such as stage1=runs/stage1"
             )
     try:
-        model = VQModel.from_pretrained(inside, strict=True)
+        model = VQModel(**json.loads((inside / "config.json").read_text()))
+        load_model(model, inside / "model.safetensors")
     except (TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{inside} does not load as a tokenizer: {' '.join(str(error).split())[:200]}") from error
     return model.eval().requires_grad_(False), inside

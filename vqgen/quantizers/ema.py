@@ -32,9 +32,9 @@ class EMAQuantizer(Quantizer):
     def __init__(
         self,
         codebook_size: int = 512,
-        code_dim: int = 16,
+        code_dim: int = 8,
         decay: float = 0.99,
-        commitment_weight: float = 0.25,
+        commitment_weight: float = 0.5,
         revive_below: float = 0.1,
     ):
         super().__init__()
@@ -93,8 +93,8 @@ class EMAQuantizer(Quantizer):
         The golden-ratio sequence goes on from step to step, so that each draw is even over the batch, all ranks agree
         without a random state, and the choice does not depend on the number of ranks.
         """
-        k = torch.arange(self.codebook_size, device=z.device, dtype=torch.float64)
-        share = ((k + self.num_updates * self.codebook_size) * 0.6180339887498949) % 1.0
-        index = (share * (world_size() * len(z))).long() - rank() * len(z)
+        k = torch.arange(self.codebook_size, device=z.device) + self.num_updates * self.codebook_size
+        share = (k % 2**31) * 1327217885 % 2**31  # of 2^31, and the factor its golden section: no overflow in int64
+        index = (share * (world_size() * len(z)) >> 31) - rank() * len(z)
         mine = (index >= 0) & (index < len(z))
         return torch.where(mine[:, None], z[index.clamp(0, len(z) - 1)], 0.0)

@@ -1,0 +1,40 @@
+"""What the tests of the programs share: running one in this process, and one tiny run of each stage."""
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from programs import ROOT, shell
+
+torch.set_num_threads(1)  # as programs.ENVIRONMENT has it: sums in another order are other bits
+
+
+@pytest.fixture
+def program(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Runs a program in this process, as its file run with these arguments; returns exit code, output and errors."""
+
+    def run(script: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        AcceleratorState._reset_state(reset_partial_state=True)  # a process of its own would start with none
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    """A folder with stage1/ and stage2/, made by the two commands on tiny settings."""
+    folder = tmp_path_factory.mktemp("runs")
+    shell(f"accelerate launch stage1/train.py configs/debug/stage1.yaml run_dir={folder}/stage1")
+    shell(f"accelerate launch stage2/train.py configs/debug/stage2.yaml run_dir={folder}/stage2 stage1={folder}/stage1")
+    return folder

@@ -1,0 +1,21 @@
+"""How the tests run the programs as a user would."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+# One thread, as tests run side by side with whatever else; no credentials, so that wandb is offline whoever runs them.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "NETRC": os.devnull}
+ENVIRONMENT.pop("WANDB_API_KEY", None)
+
+
+def shell(command: str, cwd: Path = ROOT) -> str:
+    """Runs a command line as a user would, from the project's root; returns what it printed."""
+    done = subprocess.run(
+        command, shell=True, cwd=cwd, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}"
+    return done.stdout

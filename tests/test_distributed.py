@@ -1,0 +1,53 @@
+"""Two processes are one: the same numbers, the same codebook, the same samples."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from programs import shell
+from safetensors.torch import load_file
+
+LAUNCH = "accelerate launch --num_processes 2 --cpu"
+
+
+@pytest.fixture(scope="module")
+def two(runs, tmp_path_factory) -> Path:
+    """The runs of `runs`, by two processes each; the second stage on the first stage of `runs`."""
+    folder = tmp_path_factory.mktemp("two")
+    for stage, more in (("stage1", ""), ("stage2", f"stage1={runs}/stage1 codes_dir={folder}/codes")):
+        command = f"{stage}/train.py configs/debug/{stage}.yaml run_dir={folder}/{stage} tracking.wandb=disabled {more}"
+        assert "2 x cpu" in shell(f"{LAUNCH} {command}")
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_two_processes_train_as_one_does(runs, two, stage):
+    a, b = ([json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()] for run in (runs, two))
+    assert len(a) == len(b)
+    for one, both in zip(a, b, strict=True):
+        one.pop("train/images_per_second", None)
+        both.pop("train/images_per_second", None)
+        assert both == pytest.approx(one, rel=1e-3, abs=1e-4)
+
+
+def test_two_processes_learn_the_same_codebook(runs, two):
+    a, b = (load_file(run / "stage1/model/model.safetensors") for run in (runs, two))
+    assert torch.allclose(a["quantizer.codebook"], b["quantizer.codebook"], atol=1e-3)
+
+
+def test_two_processes_encode_the_same_codes(runs, two):
+    for store in (runs / "stage1/codes").iterdir():
+        other = two / "codes" / store.name
+        assert np.array_equal(np.load(store / "tokens.npy"), np.load(other / "tokens.npy"))
+        assert np.array_equal(np.load(store / "class_ids.npy"), np.load(other / "class_ids.npy"))
+
+
+def test_two_processes_draw_the_same_samples(runs, tmp_path):
+    arguments = f"stage2/sample.py {runs}/stage2 num_images=50 batch_size=16"
+    shell(f"{LAUNCH} {arguments} out={tmp_path}/two")
+    shell(f"python {arguments} out={tmp_path}/one")
+    two, one = (np.load(tmp_path / name / "samples.npz") for name in ("two", "one"))
+    assert np.array_equal(two["images"], one["images"])
+    assert np.array_equal(two["class_ids"], one["class_ids"])

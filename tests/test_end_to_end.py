@@ -1,0 +1,229 @@
+"""The three commands from end to end on tiny settings, and what they say to bad input."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from programs import ENVIRONMENT, ROOT, shell
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+DEBUG = {stage: f"configs/debug/{stage}.yaml" for stage in ("stage1", "stage2")}
+
+
+def lines(run: Path) -> list[dict]:
+    """The metrics of a run, without what a clock says."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "train/images_per_second"} for line in metrics]
+
+
+def weights_equal(a: Path, b: Path) -> bool:
+    a, b = load_file(a), load_file(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_leaves_metrics_pictures_checkpoints_and_a_model(runs):
+    for stage, key in (("stage1", "train/loss"), ("stage2", "train/loss")):
+        run = runs / stage
+        losses = [line[key] for line in lines(run) if key in line]
+        assert losses[-1] < losses[0]
+        assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step_00000020", "step_00000040"]
+        assert len(list((run / "samples").glob("*.png"))) == 2
+        assert list((run / "wandb").glob("offline-run-*/*.wandb"))
+        assert (run / "config.yaml").is_file()
+    figures = lines(runs / "stage2")[-1]
+    assert figures["val/nll"] < figures["val/unigram_entropy"]  # it has learned more than how often each code comes
+    assert figures["val/code_bits_per_dim"] == pytest.approx(figures["val/nll"] / np.log(2) * 16 / 32**2)
+
+
+def test_the_prior_is_a_plain_transformers_checkpoint(runs):
+    prior = LlamaForCausalLM.from_pretrained(runs / "stage2/model/prior")
+    assert prior.config.vocab_size == 64 + 1 + 10
+
+
+def test_sampling_writes_a_picture_and_arrays_and_cycles_through_the_classes(runs, tmp_path):
+    run = shutil.copytree(runs / "stage2", tmp_path / "alone")  # the stage-2 folder is enough
+    shell(f"python stage2/sample.py {run} num_images=25 out={tmp_path}/out")
+    samples = np.load(tmp_path / "out/samples.npz")
+    assert samples["images"].shape == (25, 32, 32, 1)
+    assert samples["images"].dtype == np.uint8
+    assert samples["class_ids"].tolist() == [i % 10 for i in range(25)]
+    assert samples["class_ids"].dtype == np.int64
+    assert Image.open(tmp_path / "out/grid.png").width > 10 * 32
+
+
+def test_the_same_seed_gives_the_same_images_whatever_the_batch_size(runs, program, tmp_path):
+    drawn = []
+    for i, options in enumerate(["batch_size=7", "batch_size=64", "batch_size=64 num_images=12", "seed=1"]):
+        program("stage2/sample.py", runs / "stage2", "num_images=40", *options.split(), f"out={tmp_path}/{i}")
+        drawn.append(np.load(tmp_path / f"{i}/samples.npz")["images"])
+    assert np.array_equal(drawn[0], drawn[1])
+    assert np.array_equal(drawn[0][:12], drawn[2])
+    assert not np.array_equal(drawn[0], drawn[3])
+
+
+def test_class_ids_and_no_class(runs, program, tmp_path):
+    program("stage2/sample.py", runs / "stage2", "num_images=5", "class_ids=[3,-1]", f"out={tmp_path}")
+    assert np.load(tmp_path / "samples.npz")["class_ids"].tolist() == [3, -1, 3, -1, 3]
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_same_seed_gives_the_same_bits_and_repeating_the_command_changes_nothing(runs, program, tmp_path, stage):
+    arguments = [f"{stage}/train.py", DEBUG[stage], f"run_dir={tmp_path}/run", "tracking.wandb=disabled"]
+    arguments += [f"stage1={runs}/stage1"] if stage == "stage2" else []
+    inside = "model/model.safetensors" if stage == "stage1" else "model/prior/model.safetensors"
+    assert program(*arguments)[0] == 0
+    assert lines(tmp_path / "run") == lines(runs / stage)
+    assert weights_equal(tmp_path / "run" / inside, runs / stage / inside)
+
+    before = (tmp_path / "run/metrics.jsonl").read_text(), (tmp_path / "run" / inside).stat().st_mtime_ns
+    code, output, _ = program(*arguments)
+    assert code == 0
+    assert "finished" in output
+    assert before == ((tmp_path / "run/metrics.jsonl").read_text(), (tmp_path / "run" / inside).stat().st_mtime_ns)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_killed_run_goes_on_to_the_same_bits(runs, program, tmp_path, stage):
+    run = tmp_path / "run"
+    arguments = [DEBUG[stage], f"run_dir={run}", "tracking.wandb=disabled"]
+    arguments += [f"stage1={runs}/stage1"] if stage == "stage2" else []
+    process = subprocess.Popen(["python", f"{stage}/train.py", *arguments], cwd=ROOT, env=ENVIRONMENT)
+    while not (run / "checkpoints/step_00000020").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    code, output, _ = program(f"{stage}/train.py", *arguments)
+    assert code == 0
+    assert "going on from step 20" in output
+    assert lines(run) == lines(runs / stage)
+    inside = "model/model.safetensors" if stage == "stage1" else "model/prior/model.safetensors"
+    assert weights_equal(run / inside, runs / stage / inside)
+
+
+def test_accumulation_mixed_precision_flips_and_seconds(runs, program, tmp_path):
+    stage1 = ["data.flip=true", "train.accumulation=2", "train.mixed_precision=bf16", "train.max_steps=null"]
+    code, _, errors = program(
+        "stage1/train.py", DEBUG["stage1"], f"run_dir={tmp_path}/1", *stage1, "train.max_seconds=1"
+    )
+    assert code == 0, errors
+    stage2 = ["train.accumulation=2", "train.mixed_precision=bf16", "train.max_steps=20"]
+    code, _, errors = program(
+        "stage2/train.py", DEBUG["stage2"], f"run_dir={tmp_path}/2", f"stage1={tmp_path}/1", *stage2
+    )
+    assert code == 0, errors
+    assert all(np.isfinite(list(line.values())).all() for run in "12" for line in lines(tmp_path / run))
+
+
+def test_codes_are_made_once_and_made_again_for_another_tokenizer(runs, program, tmp_path):
+    stage1 = shutil.copytree(runs / "stage1", tmp_path / "stage1")
+    arguments = ["stage2/train.py", DEBUG["stage2"], f"stage1={stage1}", "train.max_steps=1", "tracking.wandb=disabled"]
+    stores = {p.name: (p / "tokens.npy").stat().st_mtime_ns for p in (stage1 / "codes").iterdir()}
+    assert len(stores) == 2  # training and held out
+    assert program(*arguments, f"run_dir={tmp_path}/a")[0] == 0
+    assert stores == {p.name: (p / "tokens.npy").stat().st_mtime_ns for p in (stage1 / "codes").iterdir()}
+
+    assert program("stage1/train.py", DEBUG["stage1"], f"run_dir={tmp_path}/other", "seed=1")[0] == 0
+    shutil.copytree(tmp_path / "other/model", stage1 / "model", dirs_exist_ok=True)
+    assert program(*arguments, f"run_dir={tmp_path}/b")[0] == 0
+    assert len(list((stage1 / "codes").iterdir())) == 4
+
+
+def test_help_names_every_setting(program):
+    for script, keys in {
+        "stage1/train.py": ("data.source=digits", "model.quantizer.codebook_size=512", "train.max_seconds=null"),
+        "stage2/train.py": ("stage1=runs/stage1", "model.hidden_size=", "data.image_size="),
+        "stage2/sample.py": ("cfg_scale=", "class_ids=null"),
+    }.items():
+        code, output, _ = program(script, "--help")
+        assert code == 0
+        assert output.startswith("usage: ")
+        assert all(f"  {key}" in output for key in keys)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Folders that are wrong in some way."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        Image.fromarray(np.full((32, 32), 60 * i, np.uint8)).save(tmp_path / f"images/{i}.png")
+    shutil.copytree(tmp_path / "images", tmp_path / "broken")
+    content = (tmp_path / "broken/0.png").read_bytes()
+    (tmp_path / "broken/bad.png").write_bytes(content[: len(content) // 2])
+    return tmp_path
+
+
+BAD = {
+    "mistyped key": ("stage1", "optim.lrr=1", "did you mean optim.lr?"),
+    "mistyped model key": ("stage1", "model.width=[8]", "did you mean model.widths?"),
+    "mistyped quantizer key": (
+        "stage1",
+        "model.quantizer.codebok_size=8",
+        "did you mean model.quantizer.codebook_size?",
+    ),
+    "mistyped prior key": ("stage2", "model.hiden_size=8", "did you mean model.hidden_size?"),
+    "wrong type": ("stage1", "optim.lr=fast", "optim.lr"),
+    "wrong type in the model": ("stage1", "model.quantizer.codebook_size=many", "model.quantizer.codebook_size"),
+    "not a choice": ("stage1", "loss.rec=l3", "['mse', 'l1']"),
+    "no such config": ("stage1", "missing.yaml", "missing.yaml"),
+    "no such data": ("stage1", "data.source={tmp}/missing", "missing"),
+    "no image": ("stage1", "data.source={tmp}/empty", "no image"),
+    "size and stride": ("stage1", "data.image_size=36", "use 32 or 40"),
+    "broken image": ("stage1", "data.source={tmp}/broken data.on_error=raise", "bad.png"),
+    "no tokenizer": ("stage2", "stage1={tmp}/empty", "no tokenizer"),
+    "no stage 1": ("stage2", "stage1={tmp}/missing", "no tokenizer"),
+    "no prior": ("sample", "{tmp}/empty", "no model"),
+    "no such class": ("sample", "{runs}/stage2 class_ids=[3,10]", "10 is no class"),
+    "no run": ("sample", "", "usage"),
+    "other config": ("stage1", "run_dir={runs}/stage1 optim.lr=0.5", "optim.lr=0.5"),
+    "batch and accumulation": ("stage1", "train.accumulation=3", "train.batch_size"),
+    "no budget": ("stage1", "train.max_steps=null", "train.max_seconds"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_and_exit_code_2(case, runs, folders, program):
+    stage, arguments, said = BAD[case]
+    before = {p: p.stat().st_mtime_ns for p in runs.rglob("*") if "codes" not in p.parts}
+    given = arguments.format(tmp=folders, runs=runs).split()
+    if stage == "sample":
+        code, _, errors = program("stage2/sample.py", *given)
+    else:
+        settings = [DEBUG[stage]] if not given[0].endswith(".yaml") else []
+        settings += [f"run_dir={folders}/run"] if "run_dir" not in arguments else []
+        settings += [f"stage1={runs}/stage1"] if stage == "stage2" and "stage1" not in arguments else []
+        code, _, errors = program(f"{stage}/train.py", *settings, *given)
+    assert code == 2
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert said in errors
+    assert before == {p: p.stat().st_mtime_ns for p in runs.rglob("*") if "codes" not in p.parts}
+    assert not (folders / "run").exists()
+
+
+def test_a_broken_image_is_named_and_skipped(folders, program):
+    code, output, _ = program(
+        "stage1/train.py",
+        DEBUG["stage1"],
+        f"run_dir={folders}/run",
+        f"data.source={folders}/broken",
+        "train.max_steps=1",
+    )
+    assert code == 0
+    assert "3 training and 1 held-out images" in output
+
+
+def test_bad_input_has_exit_code_2_as_a_command_too():
+    done = subprocess.run(
+        ["python", "stage1/train.py", "optim.lrr=1"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (2, "error: optim.lrr: no such key; did you mean optim.lr?\n")

@@ -1,0 +1,435 @@
+"""Schedules, data order, weight average and checkpoints: what makes a run repeatable and resumable."""
+
+import itertools
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vqgen import training
+from vqgen.config import OptimConfig, Stage1Config, TrackingConfig, TrainConfig, read_yaml
+from vqgen.errors import InputError
+from vqgen.training import (
+    BatchOrder,
+    Budget,
+    WeightEMA,
+    coin_flips,
+    load_checkpoint,
+    lr_at,
+    micro_batch_size,
+    mixed_seed,
+    open_run,
+    parameter_groups,
+    save_checkpoint,
+    seed_step,
+    written_whole,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """Makes this process believe that it is one of several."""
+
+    def become(rank: int, world_size: int) -> None:
+        monkeypatch.setattr(training, "rank", lambda: rank)
+        monkeypatch.setattr(training, "world_size", lambda: world_size)
+
+    return become
+
+
+# lr_at
+
+
+def test_lr_warms_up_linearly_to_its_peak_and_ends_at_zero():
+    optim = OptimConfig(lr=2.0, warmup=0.1)
+    lrs = [lr_at(share, optim) for share in np.linspace(0, 1, 1001)]
+    peak = int(np.argmax(lrs))
+    assert 0 < lrs[0] < 0.05
+    assert peak / 1000 == pytest.approx(0.1, abs=0.005)
+    assert lrs[peak] == pytest.approx(2.0, rel=0.05)
+    assert np.all(np.diff(lrs[: peak + 1]) > 0)
+    assert np.all(np.diff(lrs[peak:]) < 0)
+    assert lrs[50] / lrs[25] == pytest.approx(2, rel=0.03)
+    assert lr_at(0.5, optim) == pytest.approx(1.0)
+    assert lr_at(0.75, optim) == pytest.approx(1 - np.sqrt(0.5))
+    assert lr_at(1.0, optim) == lr_at(1.5, optim) == 0
+
+
+def test_lr_without_warm_up_starts_at_its_peak():
+    assert lr_at(0.0, OptimConfig(lr=2.0, warmup=0.0)) == 2.0
+
+
+# Budget
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_budget_in_steps():
+    budget = Budget(max_steps=200, max_seconds=None)
+    assert [budget.share(step, CPU) for step in (0, 50, 200, 300)] == [0, 0.25, 1, 1.5]
+
+
+def test_budget_in_seconds_counts_from_start_and_from_what_was_spent_before(clock):
+    budget = Budget(max_steps=None, max_seconds=10)
+    budget.spent = 2.0
+    clock[0] += 50
+    assert budget.share(999, CPU) == 0.2
+    budget.start()
+    clock[0] += 3
+    assert (budget.seconds, budget.share(0, CPU)) == (5, 0.5)
+    clock[0] += 5
+    assert budget.share(0, CPU) == 1
+
+
+def test_budget_with_both_bounds_goes_by_the_one_nearer_its_end(clock):
+    budget = Budget(max_steps=100, max_seconds=10)
+    budget.start()
+    clock[0] += 4
+    assert [budget.share(step, CPU) for step in (10, 90)] == [0.4, 0.9]
+
+
+def test_budget_does_not_count_what_happens_while_paused(clock):
+    budget = Budget(max_steps=None, max_seconds=10)
+    budget.start()
+    clock[0] += 1
+    with budget.paused():
+        clock[0] += 1000
+        assert budget.seconds == 1
+    clock[0] += 2
+    assert budget.seconds == 3
+
+
+@pytest.mark.parametrize(("steps", "seconds"), [(None, None), (0, None), (-1, 5.0), (5, 0.0), (None, -2.0)])
+def test_budget_without_a_positive_bound_is_refused(steps, seconds):
+    with pytest.raises(InputError, match=r"train\.max_(steps|seconds)"):
+        Budget(steps, seconds)
+
+
+# BatchOrder
+
+
+def examples(order: BatchOrder, num_batches: int) -> list[int]:
+    return list(itertools.chain.from_iterable(itertools.islice(order, num_batches)))
+
+
+def test_each_epoch_is_a_permutation_and_no_two_are_the_same():
+    stream = examples(BatchOrder(num_examples=10, micro_batch=4, first=0, seed=0), 10)
+    epochs = [stream[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 4
+
+
+def test_order_can_start_anywhere():
+    stream = examples(BatchOrder(10, 4, first=0, seed=3), 12)
+    for first in range(8):
+        assert examples(BatchOrder(10, 4, first, seed=3), 4) == stream[4 * first : 4 * (first + 4)]
+
+
+def test_order_depends_on_the_seed():
+    assert examples(BatchOrder(50, 10, 0, seed=0), 5) != examples(BatchOrder(50, 10, 0, seed=1), 5)
+
+
+@pytest.mark.parametrize("num_examples", [5, 13, 24])
+def test_two_processes_together_see_what_one_would(as_rank, num_examples):
+    as_rank(0, 1)
+    alone = list(itertools.islice(BatchOrder(num_examples, 8, 2, seed=0), 6))
+    parts = []
+    for rank in range(2):
+        as_rank(rank, 2)
+        parts.append(list(itertools.islice(BatchOrder(num_examples, 4, 2, seed=0), 6)))
+    assert [a + b for a, b in zip(*parts, strict=True)] == alone
+
+
+def test_a_batch_may_be_larger_than_the_data_set():
+    batches = itertools.islice(BatchOrder(num_examples=3, micro_batch=8, first=0, seed=0), 3)
+    stream = [*itertools.chain.from_iterable(batches)]
+    assert len(stream) == 24
+    assert all(sorted(stream[i : i + 3]) == [0, 1, 2] for i in range(0, 24, 3))
+
+
+# coin_flips and seeds
+
+
+def test_coin_flips_are_the_same_however_many_processes_share_them(as_rank):
+    whole = coin_flips(0.5, 12, seed=1, i=7)
+    parts = []
+    for rank in range(3):
+        as_rank(rank, 3)
+        parts.append(coin_flips(0.5, 4, seed=1, i=7))
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_coin_flips_come_up_as_often_as_asked_and_anew_for_each_batch():
+    assert coin_flips(0.1, 10000, 0, 0).float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert not coin_flips(0.0, 100, 0, 0).any()
+    assert coin_flips(1.0, 100, 0, 0).all()
+    draws = [tuple(coin_flips(0.5, 64, seed, i).tolist()) for seed in range(3) for i in range(3)]
+    assert len(set(draws)) == 9
+
+
+def test_coin_flips_leave_the_random_state_alone():
+    before = torch.get_rng_state()
+    coin_flips(0.5, 8, 0, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_step_has_random_numbers_of_its_own_on_each_rank(as_rank):
+    def draw(seed, step):
+        seed_step(seed, step)
+        return torch.rand(4).tolist()
+
+    with torch.random.fork_rng():
+        first = draw(0, 5)
+        assert draw(0, 5) == first
+        as_rank(1, 2)
+        others = [draw(0, 5)]
+        as_rank(0, 2)
+        others += [draw(0, 6), draw(1, 5), draw(5, 0)]
+    assert first not in others
+
+
+def test_mixed_seed_depends_on_each_number_and_their_order():
+    seeds = {mixed_seed(*numbers) for numbers in itertools.product(range(20), repeat=2)}
+    assert len(seeds) == 400
+
+
+# Parameters and batches
+
+
+def test_parameter_groups_part_matrices_from_vectors_and_leave_out_what_is_frozen():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(1, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[3].requires_grad_(False)
+    decayed, plain = parameter_groups(model, 0.3)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert set(decayed["params"]) == {model[0].weight, model[2].weight}
+    assert set(plain["params"]) == {model[0].bias, model[1].weight, model[1].bias, model[2].bias}
+
+
+def test_micro_batch_is_the_batch_over_processes_and_accumulation(as_rank):
+    assert micro_batch_size(64, 1) == 64
+    as_rank(1, 4)
+    assert micro_batch_size(64, 2) == 8
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation", "processes"), [(64, 1, 3), (1, 4, 1), (0, 1, 1), (-8, 2, 2)])
+def test_batch_size_that_does_not_divide_is_refused_with_one_that_does(as_rank, batch_size, accumulation, processes):
+    as_rank(0, processes)
+    with pytest.raises(InputError, match=f"train.batch_size={batch_size} ") as caught:
+        micro_batch_size(batch_size, accumulation)
+    assert micro_batch_size(int(re.search(r"use (\d+)", str(caught.value))[1]), accumulation) > 0
+
+
+def test_no_accumulation_steps_at_all_is_refused():
+    with pytest.raises(InputError, match="accumulation"):
+        micro_batch_size(64, 0)
+
+
+# WeightEMA
+
+
+def averaging_profile(width: float, num_steps: int) -> np.ndarray:
+    """The weight that each of the steps has in the average: what becomes of one-hot weights."""
+    model = nn.ParameterList([torch.zeros(num_steps, dtype=torch.float64)])
+    ema = WeightEMA(model, width)
+    for step in range(1, num_steps + 1):
+        model[0].data = torch.eye(num_steps, dtype=torch.float64)[step - 1]
+        ema.update(model, step)
+    return ema.model[0].numpy()
+
+
+@pytest.mark.parametrize("width", [0.02, 0.05, 0.1, 0.25])
+def test_average_is_a_power_profile_of_the_width_asked_for(width):
+    n = 400
+    profile, times = averaging_profile(width, n), np.arange(1, n + 1) / n
+    assert profile.sum() == pytest.approx(1)
+    mean = (profile * times).sum()
+    assert np.sqrt((profile * (times - mean) ** 2).sum()) == pytest.approx(width, rel=0.03)
+    # The density t^gamma with this standard deviation (EDM2, eq. 123): a step has its mass since the step before.
+    low, high = 0.0, 1e3
+    for _ in range(100):
+        gamma = (low + high) / 2
+        wide = (gamma + 1) ** 0.5 / (gamma + 2) / (gamma + 3) ** 0.5 > width
+        low, high = (gamma, high) if wide else (low, gamma)
+    np.testing.assert_allclose(profile, np.diff((np.arange(n + 1) / n) ** (gamma + 1)), atol=1e-9)
+
+
+def test_width_zero_copies_the_model():
+    model = nn.Linear(2, 2)
+    ema = WeightEMA(model, 0.0)
+    for step in (1, 2, 3):
+        nn.init.normal_(model.weight)
+        ema.update(model, step)
+        assert torch.equal(ema.model.weight, model.weight)
+
+
+def test_first_step_forgets_the_initial_weights():
+    model = nn.Linear(2, 2)
+    ema = WeightEMA(model, 0.1)
+    nn.init.normal_(model.weight)
+    ema.update(model, 1)
+    assert torch.equal(ema.model.weight, model.weight)
+
+
+def test_buffers_are_copied_not_averaged():
+    model = nn.BatchNorm1d(3)
+    ema = WeightEMA(model, 0.1)
+    for step in (1, 2, 3):
+        model(torch.randn(8, 3))
+        ema.update(model, step)
+    assert torch.equal(ema.model.running_mean, model.running_mean)
+    assert ema.model.num_batches_tracked == 3
+
+
+def test_average_is_a_frozen_copy_in_eval_mode():
+    model = nn.Linear(2, 2).train()
+    ema = WeightEMA(model, 0.1)
+    assert not ema.model.training
+    assert not any(p.requires_grad for p in ema.model.parameters())
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("width", [-0.1, 0.28, 1.0])
+def test_width_without_a_profile_is_refused(width):
+    with pytest.raises(InputError, match=f"train.ema={width}"):
+        WeightEMA(nn.Linear(1, 1), width)
+
+
+# The run's folder
+
+
+def run_config(tmp_path: Path, **changes) -> Stage1Config:
+    return Stage1Config(run_dir=str(tmp_path / "run"), **changes)
+
+
+def test_open_run_writes_the_configuration_and_takes_the_same_again(tmp_path):
+    config = run_config(tmp_path, model={"patch_size": 2, "quantizer": {"decay": 0.5}})
+    open_run(config)
+    saved = read_yaml(tmp_path / "run" / "config.yaml")
+    assert (saved["seed"], saved["model"]) == (0, {"patch_size": 2, "quantizer": {"decay": 0.5}})
+    open_run(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "there", "asked"),
+    [
+        ({"seed": 7}, "seed", "0", "7"),
+        ({"train": TrainConfig(batch_size=3)}, "train.batch_size", str(TrainConfig().batch_size), "3"),
+        ({"optim": OptimConfig(betas=[0.5, 0.6])}, "optim.betas", str(OptimConfig().betas), "[0.5, 0.6]"),
+        ({"model": {"quantizer": {"decay": 0.5}}}, "model.quantizer.decay", "None", "0.5"),
+    ],
+)
+def test_open_run_refuses_other_settings_by_key_and_values(tmp_path, changes, key, there, asked):
+    open_run(run_config(tmp_path))
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(InputError) as caught:
+        open_run(run_config(tmp_path, **changes))
+    message = str(caught.value)
+    assert f"{key}={there}, but {key}={asked} " in message
+    assert "run_dir=" in message
+    assert len(message.splitlines()) == 1
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def test_open_run_lets_settings_differ_that_do_not_change_the_result(tmp_path):
+    open_run(run_config(tmp_path))
+    free = run_config(
+        tmp_path,
+        tracking=TrackingConfig("disabled", "other"),
+        train=TrainConfig(log_every=1, checkpoint_every=2, keep_checkpoints=3),
+    )
+    free.data.workers, free.data.cache_gb = 0, 0.5
+    open_run(free)
+
+
+def test_open_run_takes_a_run_that_was_moved(tmp_path):
+    config = run_config(tmp_path)
+    open_run(config)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    config.run_dir = str(tmp_path / "moved")
+    open_run(config)
+
+
+def test_open_run_says_where_it_cannot_write(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        open_run(Stage1Config(run_dir=str(tmp_path / "file" / "run")))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_written_whole_takes_the_place_of_the_old_folder(tmp_path):
+    for content in ("old", "new"):
+        with written_whole(tmp_path / "model") as folder:
+            (folder / content).write_text(content)
+    assert names(tmp_path) == ["model"]
+    assert names(tmp_path / "model") == ["new"]
+
+
+def test_written_whole_leaves_the_old_folder_where_the_writing_fails(tmp_path):
+    with written_whole(tmp_path / "model") as folder:
+        (folder / "a").write_text("old")
+
+    def fail_half_way() -> None:
+        with written_whole(tmp_path / "model") as folder:
+            (folder / "a").write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="full"):
+        fail_half_way()
+    assert (tmp_path / "model" / "a").read_text() == "old"
+    with written_whole(tmp_path / "model") as folder:
+        (folder / "b").write_text("new")
+    assert names(tmp_path) == ["model"]
+    assert names(tmp_path / "model") == ["b"]
+
+
+def test_the_newest_checkpoints_stay_and_the_newest_is_loaded(tmp_path):
+    for step in (5, 10, 100):
+        save_checkpoint(tmp_path, step, {"step": step, "model": {"w": torch.full((2,), float(step))}}, keep=2)
+    assert names(tmp_path / "checkpoints") == ["step_00000010", "step_00000100"]
+    state = load_checkpoint(tmp_path)
+    assert state["step"] == 100
+    assert torch.equal(state["model"]["w"], torch.full((2,), 100.0))
+
+
+def test_a_half_written_checkpoint_is_ignored(tmp_path):
+    save_checkpoint(tmp_path, 5, {"step": 5}, keep=2)
+    half = tmp_path / "checkpoints" / "step_00000010.tmp"
+    half.mkdir()
+    (half / "state.pt").write_bytes(b"half")
+    assert load_checkpoint(tmp_path) == {"step": 5}
+    save_checkpoint(tmp_path, 10, {"step": 10}, keep=1)
+    assert names(tmp_path / "checkpoints") == ["step_00000010"]
+    assert load_checkpoint(tmp_path) == {"step": 10}
+
+
+def test_a_checkpoint_that_fails_leaves_those_before_it(tmp_path):
+    save_checkpoint(tmp_path, 5, {"step": 5}, keep=1)
+    with pytest.raises(Exception, match="pickle"):
+        save_checkpoint(tmp_path, 10, {"step": lambda: 10}, keep=1)
+    assert load_checkpoint(tmp_path) == {"step": 5}
+
+
+def test_the_last_checkpoint_is_kept_even_if_none_is_asked_for(tmp_path):
+    for step in (5, 10):
+        save_checkpoint(tmp_path, step, {"step": step}, keep=0)
+    assert names(tmp_path / "checkpoints") == ["step_00000010"]
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert load_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoints").mkdir()
+    assert load_checkpoint(tmp_path) is None
