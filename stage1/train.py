@@ -20,7 +20,7 @@ from vqgen.data.images import ImageSet, load_images
 from vqgen.distributed import all_reduce_sum, rank, world_size
 from vqgen.metrics import CodeUsage, psnr
 from vqgen.models.vqmodel import VQModel, from_uint8, to_uint8
-from vqgen.quantizers import EMAQuantizer, quantizer_options
+from vqgen.quantizers import QUANTIZERS, quantizer_options
 from vqgen.tracking import Tracker, image_grid
 from vqgen.training import (
     BatchOrder,
@@ -50,14 +50,12 @@ def main(config: Stage1Config) -> None:
     device, accumulation = accelerator.device, accelerator.gradient_accumulation_steps
     micro_batch = micro_batch_size(config.train.batch_size, accumulation)
 
-    # The data say how many channels there are, and the model's defaults are written out, so that config.yaml is whole.
+    # The data say how many channels there are, and all defaults are written out, so that config.yaml is whole.
+    config.model["quantizer"] = quantizer_options(**config.model.get("quantizer", {}))
     config.data.channels = config.model.get("channels", config.data.channels)
     train_set, val_set = load_images(config.data)
-    config.data.channels = train_set.channels
-    quantizer = quantizer_options(**(config.model.get("quantizer") or {}))
-    config.model = check_options(
-        VQModel, {"channels": train_set.channels, **config.model, "quantizer": quantizer}, "model"
-    )
+    config.data.channels = config.model["channels"] = train_set.channels
+    config.model = check_options(VQModel, config.model, "model")
     torch.manual_seed(config.seed)
     model = VQModel(**config.model)
     model.code_layout(config.data.image_size)  # raises where the size does not suit the stride
@@ -65,11 +63,9 @@ def main(config: Stage1Config) -> None:
         open_run(config)
     accelerator.wait_for_everyone()
 
+    betas = (config.optim.beta1, config.optim.beta2)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optim.weight_decay),
-        lr=config.optim.lr,
-        betas=tuple(config.optim.betas),
-        fused=True,
+        parameter_groups(model, config.optim.weight_decay), lr=config.optim.lr, betas=betas, fused=True
     )
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model = model.to(device, memory_format=memory_format)
@@ -214,6 +210,6 @@ if __name__ == "__main__":
     run_program(
         main,
         Stage1Config,
-        {"model": VQModel, "model.quantizer": EMAQuantizer},
+        {"model": VQModel, "model.quantizer": QUANTIZERS},
         "accelerate launch stage1/train.py [CONFIG.yaml] [key=value ...]",
     )

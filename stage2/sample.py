@@ -32,11 +32,6 @@ def main(run_dir: str, config: SampleConfig) -> None:
             f"0 to {num_classes - 1}, or -1 for none" if num_classes else "-1 only, as it was trained without classes"
         )
         require(-1 <= class_id < num_classes, f"class_ids: {class_id} is no class of this prior; it takes {known}")
-    require(config.num_images > 0, f"num_images={config.num_images}: must be positive")
-    require(config.batch_size > 0, f"batch_size={config.batch_size}: must be positive")
-    require(config.temperature >= 0, f"temperature={config.temperature}: must be 0 or more")
-    require(config.top_k >= 0, f"top_k={config.top_k}: must be 0 (all) or more")
-    require(0 < config.top_p <= 1, f"top_p={config.top_p}: must be above 0 and at most 1")
     out = Path(config.out or Path(run_dir) / "samples")
     out.mkdir(parents=True, exist_ok=True)
 

@@ -78,11 +78,9 @@ def main(config: Stage2Config) -> None:
     )
     del train_images, val_images
 
+    betas = (config.optim.beta1, config.optim.beta2)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optim.weight_decay),
-        lr=config.optim.lr,
-        betas=tuple(config.optim.betas),
-        fused=True,
+        parameter_groups(model, config.optim.weight_decay), lr=config.optim.lr, betas=betas, fused=True
     )
     model = model.to(device)
     ema = WeightEMA(model, config.train.ema)

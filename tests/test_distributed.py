@@ -24,7 +24,8 @@ def two(runs, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_two_processes_train_as_one_does(runs, two, stage):
-    a, b = ([json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()] for run in (runs, two))
+    files = (run / stage / "metrics.jsonl" for run in (runs, two))
+    a, b = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
     assert len(a) == len(b)
     for one, both in zip(a, b, strict=True):
         one.pop("train/images_per_second", None)

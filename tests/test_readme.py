@@ -12,7 +12,9 @@ from programs import ROOT, shell
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
-    line.partition("  #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()
+    line.partition("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.splitlines()
 ]
 INSTALLING = ["python3 -m venv .venv", ". .venv/bin/activate", "pip install -c constraints.txt -e '.[dev]'"]
 ON_SHARED_DATA = [c for c in COMMANDS if re.search(r"configs/stage\d", c)]  # test_configs.py runs these

@@ -71,12 +71,19 @@ class OptimConfig:
     """Peak learning rate."""
     weight_decay: float = 0.01
     """Decoupled weight decay, on matrices and convolutions only."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
-    """Adam's decay rates of the two moments."""
+    beta1: float = 0.9
+    """Adam's decay rate of the gradient's mean."""
+    beta2: float = 0.99
+    """Adam's decay rate of the gradient's square."""
     warmup: float = 0.1
     """Share of the budget over which the learning rate rises to its peak."""
     grad_clip: float = 1.0
     """Largest norm of the whole gradient; larger ones are scaled down to it."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optim.lr={self.lr}: must be positive")
+        require(0 <= self.warmup < 1, f"optim.warmup={self.warmup}: is a share of the run, from 0 to below 1")
+        require(self.grad_clip > 0, f"optim.grad_clip={self.grad_clip}: must be positive")
 
 
 @dataclass
@@ -85,7 +92,7 @@ class TrainConfig:
 
     batch_size: int = 64
     """Images per step, over all processes and accumulation steps together."""
-    max_steps: int | None = 3000
+    max_steps: int | None = 4500
     """The run ends after so many steps."""
     max_seconds: float | None = None
     """The run ends after so many seconds of training (evaluation and start-up apart), if max_steps is not reached."""
@@ -95,7 +102,7 @@ class TrainConfig:
     """`no`, `bf16` or `fp16`; null does what `accelerate launch` was told."""
     ema: float = 0.05
     """Width of the weight average that is evaluated and saved, as a share of the run so far; 0 turns it off."""
-    log_every: int = 50
+    log_every: int = 100
     """Steps between lines of metrics."""
     eval_every: int = 500
     """Steps between evaluations on held-out images, with a picture; also done at the end."""
@@ -105,6 +112,10 @@ class TrainConfig:
     """Steps between checkpoints; one is also written at the end."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation", "log_every", "eval_every", "eval_images", "checkpoint_every"):
+            require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)}: must be at least 1")
 
 
 @dataclass
@@ -132,6 +143,9 @@ class Stage1Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
+
 
 @dataclass
 class Stage2Config:
@@ -149,9 +163,13 @@ class Stage2Config:
     """Seed of everything random; on the CPU the same seed gives the same bits."""
     data: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, betas=[0.9, 0.95]))
-    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, beta2=0.95))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=128, max_steps=1000))
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
+        require(0 <= self.class_dropout <= 1, f"class_dropout={self.class_dropout}: is a share, from 0 to 1")
 
 
 @dataclass
@@ -177,9 +195,19 @@ class SampleConfig:
     out: str | None = None
     """Folder for grid.png and samples.npz; null is RUN_DIR/samples."""
 
+    def __post_init__(self) -> None:
+        require(self.num_images > 0, f"num_images={self.num_images}: must be at least 1")
+        require(self.batch_size > 0, f"batch_size={self.batch_size}: must be at least 1")
+        require(self.temperature >= 0, f"temperature={self.temperature}: must be 0 or more")
+        require(self.top_k >= 0, f"top_k={self.top_k}: must be 0 (all) or more")
+        require(0 < self.top_p <= 1, f"top_p={self.top_p}: must be above 0 and at most 1")
+        require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
 
-# The plain-dict sections of a configuration, and the constructors that take them: the constructor is the schema.
-Sections = Mapping[str, Callable[..., Any]]
+
+# The plain-dict sections of a configuration, and the constructors that take them: the constructor is the schema. Where
+# the section's key `name` chooses among several constructors, they are given by name.
+Constructor = Callable[..., Any]
+Sections = Mapping[str, Constructor | Mapping[str, Constructor]]
 
 
 def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C:
@@ -192,10 +220,11 @@ def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C
     if len(files) > 1:
         raise InputError(f"{files[1]!r} is neither key=value nor the one config file, which is {files[0]!r} already")
     layers = [read_yaml(Path(name)) for name in files]
-    try:
-        layers.append(_plain(OmegaConf.from_dotlist([a for a in arguments if "=" in a])))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise InputError(f"command line: {_first_line(error)}; write key=value, lists as [1,2]") from error
+    for argument in arguments:
+        try:
+            layers += [_plain(OmegaConf.from_dotlist([argument]))] if "=" in argument else []
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise InputError(f"{argument}: {_first_line(error)}; write key=value, lists as [1,2]") from error
 
     known = [key for key, *_ in settings(cls, sections)]
     config: DictConfig = OmegaConf.structured(cls)
@@ -203,18 +232,20 @@ def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C
         for key in _leaves(layer):
             if key in sections or any(k.startswith(f"{key}.") for k in known):
                 raise InputError(f"{key}: is a section; set its keys, as in {key}.KEY=VALUE (see --help)")
-            if key not in known and key.split(".")[0] not in sections:
+            if key not in known and not _is_open(sections, key):
                 raise InputError(_no_such_key(key, known))
+        if layer.get("train", {}).get("mixed_precision") is False:
+            layer["train"]["mixed_precision"] = "no"  # a bare `no` is false in YAML
         config = _merge(config, layer)
-    for name in sections:
-        if name in config:
+    for name, constructor in sections.items():
+        if name in config and callable(constructor):
             given = _plain(config[name])
-            complete = check_options(sections[name], given, name)
+            complete = check_options(constructor, given, name)
             config[name] = {key: complete[key] for key in given}
     return typing.cast(C, OmegaConf.to_object(config))
 
 
-def check_options(constructor: Callable[..., Any], options: Mapping[str, Any], where: str) -> dict[str, Any]:
+def check_options(constructor: Constructor, options: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns all keyword arguments of a constructor that is given these options: checked, converted, and defaults.
 
     Raises:
@@ -222,24 +253,25 @@ def check_options(constructor: Callable[..., Any], options: Mapping[str, Any], w
     """
     schema = _as_dataclass(constructor)
     known = [f.name for f in fields(schema)]
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(constructor).parameters.values())
     for key in options:
-        if key not in known and not open_ended:
+        if key not in known and (key in inspect.signature(constructor).parameters or not _takes_more(constructor)):
             raise InputError(_no_such_key(f"{where}.{key}", [f"{where}.{k}" for k in known]))
     typed = _merge(OmegaConf.structured(schema), {k: v for k, v in options.items() if k in known}, f"{where}.")
     return {**options, **_plain(typed)}
 
 
-def settings(schema: Callable[..., Any], sections: Sections, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+def settings(schema: Constructor, sections: Sections, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     """Yields (key, type, default, meaning) of every setting of a configuration, sections included."""
     meanings = _meanings(schema)
     for f in fields(_as_dataclass(schema)):
         key = prefix + f.name
         nested = f.type if is_dataclass(f.type) else sections.get(key)
-        if key in sections and f.name in meanings:
-            yield key, "section", "...", meanings[f.name]
-        if nested is not None:
-            yield from settings(typing.cast(Callable[..., Any], nested), sections, key + ".")
+        if isinstance(nested, Mapping):
+            yield f"{key}.name", "str", next(iter(nested)), f"{meanings[f.name]}: {', '.join(nested)}"
+            for constructor in nested.values():
+                yield from settings(constructor, sections, key + ".")
+        elif nested is not None:
+            yield from settings(typing.cast(Constructor, nested), sections, key + ".")
         else:
             default = f.default if f.default_factory is MISSING else f.default_factory()
             kind = f.type.__name__ if isinstance(f.type, type) and not typing.get_args(f.type) else str(f.type)
@@ -273,6 +305,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def _takes_more(constructor: Constructor) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(constructor).parameters.values())
+
+
+def _is_open(sections: Sections, key: str) -> bool:
+    """Whether the innermost section that a key is in takes keys that its constructor does not name."""
+    owner = max((name for name in sections if key.startswith(f"{name}.")), key=len, default=None)
+    constructor = sections[owner] if owner else None
+    return callable(constructor) and _takes_more(constructor)
+
+
 def _merge(config: DictConfig, layer: Mapping[str, Any], prefix: str = "") -> DictConfig:
     try:
         return typing.cast(DictConfig, OmegaConf.merge(config, layer))
@@ -294,7 +337,7 @@ def _leaves(layer: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def _as_dataclass(constructor: Callable[..., Any]) -> type:
+def _as_dataclass(constructor: Constructor) -> type:
     """The constructor's keyword arguments (those with a default) as a dataclass, which OmegaConf can check against."""
     if is_dataclass(constructor):
         return typing.cast(type, constructor)
@@ -307,7 +350,7 @@ def _as_dataclass(constructor: Callable[..., Any]) -> type:
     return make_dataclass(getattr(constructor, "__name__", "Options"), members)
 
 
-def _meanings(schema: Callable[..., Any]) -> dict[str, str]:
+def _meanings(schema: Constructor) -> dict[str, str]:
     """What each setting means: the string below a dataclass's field, or the line in a constructor's `Args:`."""
     meanings: dict[str, str] = {}
     if is_dataclass(schema):

@@ -39,9 +39,10 @@ class Tracker:
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
-            self.path.write_text(
-                "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
-            )
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            beside = self.path.with_suffix(".tmp")
+            beside.write_text("".join(kept))
+            beside.rename(self.path)
         self.wandb = _Wandb(run_dir, config.tracking, asdict(config) | dict(facts))
         self.bar = tqdm(total=100, bar_format="{l_bar}{bar}| {desc}", leave=False, disable=None)
 

@@ -97,8 +97,8 @@ def micro_batch_size(batch_size: int, accumulation: int) -> int:
         InputError: the batch does not divide evenly over the processes and accumulation steps.
     """
     parts = world_size() * accumulation
-    if batch_size < 1 or accumulation < 1 or batch_size % parts:
-        near = max(1, round(batch_size / max(1, parts))) * max(1, parts)
+    if batch_size % parts:
+        near = max(1, round(batch_size / parts)) * parts
         raise InputError(
             f"train.batch_size={batch_size} does not divide over {world_size()} processes x "
             f"{accumulation} accumulation steps; use {near}"
@@ -136,7 +136,7 @@ class BatchOrder:
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One well-mixed seed from several numbers, such as a run's seed and a step."""
+    """One well-mixed seed from several numbers, none of them negative, such as a run's seed and a step."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -218,8 +218,12 @@ def written_whole(folder: Path) -> Iterator[Path]:
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)  # not removed before the new one stands in its place
     beside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], keep: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vqgen.codes import CodeLayout
 from vqgen.errors import InputError
@@ -182,8 +182,6 @@ def test_folder_that_is_not_there_is_no_tokenizer(tmp_path):
         "{}",
         '{"architectures": ["Other"], "hidden_size": 3}',
         json.dumps({**OPTIONS, "widths": [8, 8]}),
-        json.dumps({**OPTIONS, "decoder_blocks": 0}),
-        json.dumps({**OPTIONS, "decoder_blocks": 2}),
         json.dumps({**OPTIONS, "channels": "x"}),
         json.dumps({**OPTIONS, "quantizer": {"name": "other"}}),
         json.dumps({**OPTIONS, "quantizer": {"option": 3}}),
@@ -208,6 +206,18 @@ def test_weights_of_another_model_are_an_input_error(tmp_path):
     small(quantizer={"name": "ema", "codebook_size": 8, "code_dim": 4}).save_pretrained(tmp_path / "b")
     shutil.copy(tmp_path / "b" / "model.safetensors", tmp_path / "a")
     assert "does not load as a tokenizer" in error_of(tmp_path / "a")
+
+
+@pytest.mark.parametrize("change", ["one missing", "one too many"])
+def test_weights_must_be_all_of_the_model_s_and_no_others(tmp_path, change):
+    small().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    if change == "one missing":
+        del weights["to_code.bias"]
+    else:
+        weights["further.bias"] = torch.zeros(4)
+    save_file(weights, tmp_path / "model.safetensors")
+    assert "does not load as a tokenizer" in error_of(tmp_path)
 
 
 def test_a_prior_is_no_tokenizer(tmp_path):

@@ -13,7 +13,8 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.norm2 = nn.GroupNorm(num_groups(width), width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)  # the block starts as the identity, so depth costs nothing at the start
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)  # the block starts as the identity, so depth costs nothing at the start
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))

@@ -2,16 +2,22 @@
 
 import dataclasses
 import difflib
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vqgen.codes import CodeLayout
 from vqgen.errors import InputError
+
+# What transformers raises for settings that do not fit each other.
+MISFITS = (ArithmeticError, RuntimeError, TypeError, ValueError, StrictDataclassError)
 
 
 class Prior(nn.Module):
@@ -48,10 +54,6 @@ class Prior(nn.Module):
         **options: Any,
     ):
         super().__init__()
-        if hidden_size % num_attention_heads:
-            raise InputError(
-                f"model.hidden_size={hidden_size} does not divide into model.num_attention_heads={num_attention_heads}"
-            )
         sizes = {
             "hidden_size": hidden_size,
             "num_hidden_layers": num_hidden_layers,
@@ -67,7 +69,12 @@ class Prior(nn.Module):
             pad_token_id=None,
         )
         config.vqgen = {**dataclasses.asdict(layout), "class_names": class_names}
-        self._set_up(AutoModelForCausalLM.from_config(config))
+        try:
+            lm = AutoModelForCausalLM.from_config(config)
+            lm(input_ids=torch.zeros(1, 2, dtype=torch.int64))  # what does not fit each other shows here at the latest
+        except MISFITS as error:
+            raise InputError(_misfit(config.model_type, sizes | options, error)) from error
+        self._set_up(lm)
 
     def _set_up(self, lm: Any) -> None:
         self.lm = lm
@@ -112,7 +119,10 @@ class Prior(nn.Module):
             raise InputError(f"{folder}: no prior there; give the folder of a stage-2 run")
         prior = cls.__new__(cls)
         nn.Module.__init__(prior)
-        lm = AutoModelForCausalLM.from_pretrained(folder)
+        try:
+            lm = AutoModelForCausalLM.from_pretrained(folder)
+        except (OSError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+            raise InputError(f"{folder} does not load as a prior: {_one_line(error)}") from error
         if not hasattr(lm.config, "vqgen"):
             raise InputError(f"{folder}: a language model, but not one that vqgen trained; give a stage-2 run")
         prior._set_up(lm)
@@ -121,22 +131,33 @@ class Prior(nn.Module):
 
 def _language_model_config(model_type: str, options: dict[str, Any], **fixed: Any) -> PreTrainedConfig:
     """The transformers configuration of a model type, checked, with sizes that fit each other where none are given."""
-    if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=1)
-        raise InputError(
-            f"model.model_type={model_type}: not in transformers" + (f"; did you mean {near[0]}?" if near else "")
-        )
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = difflib.get_close_matches(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1) or ["llama"]
+        raise InputError(f"model.model_type={model_type}: no causal LM of transformers; did you mean {near[0]}?")
     config_class = CONFIG_MAPPING[model_type]
     known = {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map)
     for key in options:
+        if key in fixed:
+            raise InputError(f"model.{key}: follows from the tokenizer and the data; leave it out")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean model.{near[0]}?" if near else f"; see transformers' {config_class.__name__}"
             raise InputError(f"model.{key}: no such key for {model_type}{hint}")
     # The defaults in transformers are those of one large published model; these follow from the sizes asked for.
     width, heads = options["hidden_size"], options["num_attention_heads"]
-    derived = {"intermediate_size": 4 * width, "num_key_value_heads": heads, "head_dim": width // heads}
+    gated = 8 * math.ceil(width / 3)  # Llama's 8/3: three matrices at the cost of the classic two of 4
+    derived = {"intermediate_size": gated, "num_key_value_heads": heads, "head_dim": width // max(1, heads)}
+    options = {k: v for k, v in derived.items() if k in known} | options
     try:
-        return AutoConfig.for_model(model_type, **{k: v for k, v in derived.items() if k in known} | options | fixed)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise InputError(f"model: not a {model_type} configuration: {' '.join(str(error).split())}") from error
+        return AutoConfig.for_model(model_type, **options, **fixed)
+    except MISFITS as error:
+        raise InputError(_misfit(model_type, options, error)) from error
+
+
+def _misfit(model_type: str, options: dict[str, Any], error: Exception) -> str:
+    asked = " ".join(f"model.{key}={value}" for key, value in options.items())
+    return f"transformers makes no {model_type} of {asked}: {_one_line(error)}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

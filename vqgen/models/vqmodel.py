@@ -11,6 +11,7 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from vqgen.codes import CodeLayout
+from vqgen.config import require
 from vqgen.errors import InputError
 from vqgen.models.layers import ResBlock, num_groups
 from vqgen.quantizers import QuantizerOutput, build_quantizer
@@ -28,19 +29,22 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         widths: channels at each resolution, finest first.
         encoder_blocks: residual blocks at each resolution of the encoder.
         decoder_blocks: residual blocks at each resolution of the decoder.
-        quantizer: `name` (ema), and what that quantizer takes:
+        quantizer: which one, and beside its name what it takes
     """
 
     def __init__(
         self,
         channels: int = 3,
         patch_size: int = 4,
-        widths: Sequence[int] = (24, 64),
+        widths: Sequence[int] = (24, 96),
         encoder_blocks: int = 1,
         decoder_blocks: int = 1,
         quantizer: dict[str, Any] | None = None,
     ):
         super().__init__()
+        require(channels in (1, 3), f"model.channels={channels}: must be 1 or 3")
+        require(patch_size > 0, f"model.patch_size={patch_size}: must be at least 1")
+        require(bool(widths) and min(widths) > 0, f"model.widths={list(widths)}: must be one or more channel counts")
         self.channels = channels
         self.stride = patch_size * 2 ** (len(widths) - 1)
         self.quantizer = build_quantizer(**(quantizer or {}))

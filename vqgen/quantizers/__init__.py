@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vqgen.config import check_options
+from vqgen.config import check_options, require
 from vqgen.errors import InputError
 from vqgen.quantizers.common import Quantizer, QuantizerOutput
 from vqgen.quantizers.ema import EMAQuantizer
@@ -20,7 +20,10 @@ def quantizer_options(name: str = "ema", **options: Any) -> dict[str, Any]:
     """
     if name not in QUANTIZERS:
         raise InputError(f"model.quantizer.name={name}: no such quantizer; there is {', '.join(QUANTIZERS)}")
-    return {"name": name, **check_options(QUANTIZERS[name], options, "model.quantizer")}
+    complete = check_options(QUANTIZERS[name], options, "model.quantizer")
+    for key in ("codebook_size", "code_dim"):
+        require(complete.get(key, 1) > 0, f"model.quantizer.{key}={complete.get(key)}: must be at least 1")
+    return {"name": name, **complete}
 
 
 def build_quantizer(**options: Any) -> Quantizer:

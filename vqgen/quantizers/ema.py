@@ -80,7 +80,7 @@ class EMAQuantizer(Quantizer):
         # Masks instead of indices: no data-dependent shape, so no host sync. A revived code starts with the mean count,
         # so that it has many steps to find its vectors before it can be judged again.
         mean_count = self.counts.mean()
-        dead = self.counts < self.revive_below * mean_count
+        dead = (self.counts < self.revive_below * mean_count) | (self.num_updates == 0)
         self.counts.copy_(torch.where(dead, mean_count, self.counts))
         self.sums.copy_(torch.where(dead[:, None], candidates * mean_count, self.sums))
         smoothed = (self.counts + 1e-5) / (1 + 1e-5 * self.codebook_size / self.counts.sum())  # Laplace
