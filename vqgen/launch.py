@@ -31,6 +31,7 @@ def make_up_for_launcher() -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
     if count > 1:
+        os.environ["ACCELERATE_USE_CPU"] = "True"  # or else Accelerate takes each process for the only one
         address = ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
         arguments = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), *address, *sys.argv]
         os.execv(sys.executable, [sys.executable, *arguments])
