@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from einops import rearrange
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from vqgen.cli import run_program
 from vqgen.config import Stage1Config, check_options
@@ -23,10 +22,10 @@ from vqgen.models.vqmodel import VQModel, from_uint8, to_uint8
 from vqgen.quantizers import QUANTIZERS, quantizer_options
 from vqgen.tracking import Tracker, image_grid
 from vqgen.training import (
-    BatchOrder,
     Budget,
     WeightEMA,
     coin_flips,
+    endless_batches,
     load_checkpoint,
     lr_at,
     micro_batch_size,
@@ -84,15 +83,9 @@ def main(config: Stage1Config) -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
 
-    batches = iter(
-        DataLoader(
-            train_set,
-            batch_sampler=BatchOrder(len(train_set), micro_batch, step * accumulation, config.seed),
-            collate_fn=lambda batch: batch,
-            num_workers=0 if train_set.in_memory else config.data.workers,
-            pin_memory=device.type == "cuda",
-        )
-    )
+    workers = 0 if train_set.in_memory else config.data.workers
+    taken = step * accumulation
+    batches = endless_batches(train_set, micro_batch, first=taken, seed=config.seed, workers=workers, device=device)
     num_parameters = sum(p.numel() for p in bare_model.parameters())
     tracker = Tracker(
         run_dir, config, step=step, is_main=accelerator.is_main_process, facts={"num_parameters": num_parameters}
@@ -104,7 +97,7 @@ def main(config: Stage1Config) -> None:
     )
     usage = CodeUsage(bare_model.quantizer.codebook_size, device)
     totals = torch.zeros(5, device=device)  # on the device: reading them at every step would stall it
-    first_step, window_start = step, budget.seconds
+    first_step, window_step, window_start = step, step, budget.seconds
     budget.start()
 
     while True:
@@ -139,10 +132,8 @@ def main(config: Stage1Config) -> None:
         for i in range(accumulation):
             x = from_uint8(next(batches)[0].to(device, non_blocking=True, memory_format=memory_format))  # (B, C, H, W)
             if config.data.flip:
-                flipped = coin_flips(0.5, micro_batch, config.seed, step * accumulation + i).to(
-                    device, non_blocking=True
-                )
-                x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
+                mirrored = coin_flips(0.5, micro_batch, config.seed, step * accumulation + i)
+                x = torch.where(mirrored.to(device, non_blocking=True)[:, None, None, None], x.flip(-1), x)
             with accelerator.no_sync(model) if i < accumulation - 1 else nullcontext():
                 x_rec, q = model(x)
                 rec_loss = REC_LOSSES[config.loss.rec](x_rec, x)
@@ -161,18 +152,17 @@ def main(config: Stage1Config) -> None:
         totals[4] += grad_norm
 
         if step % config.train.log_every == 0:
-            means = all_reduce_sum(totals) / (world_size() * config.train.log_every)
+            means = all_reduce_sum(totals) / (world_size() * (step - window_step))
             metrics = dict(zip(("loss", "rec_loss", "quantizer_loss", "mse", "grad_norm"), means.tolist(), strict=True))
             metrics |= {"psnr": psnr(means[3]).item(), **usage.compute(), "lr": lr}
-            metrics["images_per_second"] = (
-                config.train.log_every * config.train.batch_size / (budget.seconds - window_start)
-            )
+            seconds = budget.seconds - window_start
+            metrics["images_per_second"] = (step - window_step) * config.train.batch_size / seconds
             tracker.log(step, {f"train/{name}": value for name, value in metrics.items()})
             share = budget.share(step, device)
             shown = {name: metrics[name] for name in ("loss", "psnr", "usage", "images_per_second")}
             tracker.progress(step, share, budget.seconds * (1 / share - 1), **shown)
             totals.zero_()
-            window_start = budget.seconds
+            window_step, window_start = step, budget.seconds
     tracker.close()
     accelerator.end_training()
 

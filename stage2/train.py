@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from einops import rearrange
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from vqgen.cli import run_program
 from vqgen.codes import CodeLayout
-from vqgen.config import DataConfig, SampleConfig, Stage2Config, check_options, read_yaml
+from vqgen.config import DataConfig, SampleConfig, Stage2Config, check_options, read_yaml, require
 from vqgen.data.codes import TokenStore, encode_images
 from vqgen.data.images import load_images
 from vqgen.distributed import all_reduce_sum, rank, world_size
@@ -28,10 +27,10 @@ from vqgen.models.vqmodel import VQModel, load_tokenizer
 from vqgen.sampling import classes_in_turn, sample_images
 from vqgen.tracking import Tracker, image_grid
 from vqgen.training import (
-    BatchOrder,
     Budget,
     WeightEMA,
     coin_flips,
+    endless_batches,
     load_checkpoint,
     lr_at,
     micro_batch_size,
@@ -68,11 +67,12 @@ def main(config: Stage2Config) -> None:
 
     # Each image becomes tokens once, whatever the number of epochs and of runs.
     tokenizer.to(device)
-    weights_hash = hashlib.sha256((tokenizer_folder / "model.safetensors").read_bytes()).hexdigest()
+    files = [tokenizer_folder / name for name in ("config.json", "model.safetensors")]
+    tokenizer_hash = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     codes_dir = Path(config.codes_dir or Path(config.stage1) / "codes")
     train_codes, val_codes = (
         encode_images(
-            images, tokenizer, data, codes_dir, weights_hash=weights_hash, mirror=mirror, accelerator=accelerator
+            images, tokenizer, data, codes_dir, tokenizer_hash=tokenizer_hash, mirror=mirror, accelerator=accelerator
         )
         for images, mirror in ((train_images, data.flip), (val_images, False))
     )
@@ -87,6 +87,10 @@ def main(config: Stage2Config) -> None:
     step = 0
     run_dir = Path(config.run_dir)
     if state := load_checkpoint(run_dir):
+        require(
+            state["tokenizer"] == tokenizer_hash,
+            f"{run_dir} was trained with another tokenizer than is in {config.stage1} now; name another run_dir=",
+        )
         step, budget.spent = state["step"], state["seconds"]
         model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
@@ -98,14 +102,8 @@ def main(config: Stage2Config) -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
 
-    batches = iter(
-        DataLoader(
-            train_codes,
-            batch_sampler=BatchOrder(len(train_codes), micro_batch, step * accumulation, config.seed),
-            collate_fn=lambda batch: batch,
-            pin_memory=device.type == "cuda",
-        )
-    )
+    taken = step * accumulation
+    batches = endless_batches(train_codes, micro_batch, first=taken, seed=config.seed, workers=0, device=device)
     num_parameters = sum(p.numel() for p in bare_model.parameters())
     tracker = Tracker(
         run_dir, config, step=step, is_main=accelerator.is_main_process, facts={"num_parameters": num_parameters}
@@ -119,7 +117,7 @@ def main(config: Stage2Config) -> None:
     unigram = unigram_entropy(train_codes, layout)
     dims_per_token = tokenizer.channels * data.image_size**2 / layout.num_tokens
     totals = torch.zeros(2, device=device)  # on the device: reading them at every step would stall it
-    first_step, window_start = step, budget.seconds
+    first_step, window_step, window_start = step, step, budget.seconds
     budget.start()
 
     while True:
@@ -146,6 +144,7 @@ def main(config: Stage2Config) -> None:
                     state = {
                         "step": step,
                         "seconds": budget.seconds,
+                        "tokenizer": tokenizer_hash,
                         "model": bare_model.state_dict(),
                         "ema": ema.model.state_dict(),
                         "optimizer": optimizer.state_dict(),
@@ -175,14 +174,14 @@ def main(config: Stage2Config) -> None:
         totals[1] += grad_norm
 
         if step % config.train.log_every == 0:
-            loss, grad_norm = (all_reduce_sum(totals) / (world_size() * config.train.log_every)).tolist()
-            speed = config.train.log_every * config.train.batch_size / (budget.seconds - window_start)
+            loss, grad_norm = (all_reduce_sum(totals) / (world_size() * (step - window_step))).tolist()
+            speed = (step - window_step) * config.train.batch_size / (budget.seconds - window_start)
             metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "images_per_second": speed}
             tracker.log(step, {f"train/{name}": value for name, value in metrics.items()})
             share = budget.share(step, device)
             tracker.progress(step, share, budget.seconds * (1 / share - 1), loss=loss, images_per_second=speed)
             totals.zero_()
-            window_start = budget.seconds
+            window_step, window_start = step, budget.seconds
     tracker.close()
     accelerator.end_training()
 

@@ -1,7 +1,5 @@
 """Every file in configs/ runs, on the data it is for."""
 
-import shutil
-
 import numpy as np
 import pytest
 from programs import ROOT, shell
@@ -14,14 +12,11 @@ def test_each_tokenizer_has_its_prior():
     assert sorted(path.stem for path in (ROOT / "configs/stage2").glob("*.yaml")) == CONFIGS
 
 
-# All cores here, as these encode whole data sets.
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_runs_from_images_to_samples(name, tmp_path):
-    shell(f"env -u OMP_NUM_THREADS python stage1/train.py configs/stage1/{name}.yaml run_dir={tmp_path}/1 {TINY}")
-    shell(
-        f"env -u OMP_NUM_THREADS python stage2/train.py configs/stage2/{name}.yaml run_dir={tmp_path}/2 stage1={tmp_path}/1 {TINY}"
-    )
-    shell(f"env -u OMP_NUM_THREADS python stage2/sample.py {tmp_path}/2 num_images=4")
+    python = "env -u OMP_NUM_THREADS python"  # all cores, as whole data sets are encoded
+    shell(f"{python} stage1/train.py configs/stage1/{name}.yaml run_dir={tmp_path}/1 {TINY}")
+    shell(f"{python} stage2/train.py configs/stage2/{name}.yaml run_dir={tmp_path}/2 stage1={tmp_path}/1 {TINY}")
+    shell(f"{python} stage2/sample.py {tmp_path}/2 num_images=4")
     images = np.load(tmp_path / "2/samples/samples.npz")["images"]
     assert images.shape == {"emoji64": (4, 64, 64, 3), "cifar10": (4, 32, 32, 3), "fashion_mnist": (4, 32, 32, 1)}[name]
-    shutil.rmtree(tmp_path)

@@ -135,6 +135,9 @@ def test_codes_are_made_once_and_made_again_for_another_tokenizer(runs, program,
     shutil.copytree(tmp_path / "other/model", stage1 / "model", dirs_exist_ok=True)
     assert program(*arguments, f"run_dir={tmp_path}/b")[0] == 0
     assert len(list((stage1 / "codes").iterdir())) == 4
+    code, _, errors = program(*arguments, f"run_dir={tmp_path}/a")  # that run knows the tokenizer that was there before
+    assert code == 2
+    assert "another tokenizer" in errors
 
 
 def test_help_names_every_setting(program):

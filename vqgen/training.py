@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from vqgen.config import OptimConfig, read_yaml, save_config
+from vqgen.data.codes import TokenStore
+from vqgen.data.images import ImageSet
 from vqgen.distributed import from_main, rank, world_size
 from vqgen.errors import InputError
 
@@ -133,6 +136,24 @@ class BatchOrder:
                     order = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
                 batch.append(int(order[position % self.num_examples]))
             yield batch
+
+
+def endless_batches(
+    dataset: ImageSet | TokenStore, micro_batch: int, *, first: int, seed: int, workers: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's micro-batches from global micro-batch number `first` on, in `BatchOrder`."""
+    loader: DataLoader[Any] = DataLoader(
+        dataset,  # type: ignore[arg-type]  # it has what DataLoader uses, and is no subclass
+        batch_sampler=BatchOrder(len(dataset), micro_batch, first, seed),
+        collate_fn=_as_is,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+    return iter(loader)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch  # both data sets return whole batches
 
 
 def mixed_seed(*numbers: int) -> int:

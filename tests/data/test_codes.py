@@ -53,14 +53,14 @@ def settings(folder: Path, **changes) -> DataConfig:
 def encode(tmp_path, accelerator):
     """Encodes the training images that some settings describe into a store below tmp_path / codes."""
 
-    def encode(data: DataConfig, model: VQModel | None = None, weights_hash: str = "w", mirror: bool = False):
+    def encode(data: DataConfig, model: VQModel | None = None, tokenizer_hash: str = "w", mirror: bool = False):
         images = load_images(data)[0]
         store = encode_images(
             images,
             model or tokenizer(),
             data,
             tmp_path / "codes",
-            weights_hash=weights_hash,
+            tokenizer_hash=tokenizer_hash,
             mirror=mirror,
             accelerator=accelerator,
         )
@@ -171,7 +171,7 @@ def test_a_store_is_made_anew_when_anything_it_is_made_of_changes(encode, folder
     data = settings(folder)
     encode(data)
     if change == "tokenizer":
-        encode(data, weights_hash="other")
+        encode(data, tokenizer_hash="other")
     elif change == "mirror":
         encode(data, mirror=True)
     elif change == "content":

@@ -50,7 +50,7 @@ def encode_images(
     data: DataConfig,
     cache: Path,
     *,
-    weights_hash: str,
+    tokenizer_hash: str,
     mirror: bool,
     accelerator: Accelerator,
 ) -> TokenStore:
@@ -61,12 +61,12 @@ def encode_images(
         model: the tokenizer, on its device, in eval mode.
         data: how the images were cropped, which is part of the store's key.
         cache: the folder that holds the stores.
-        weights_hash: identifies the tokenizer.
+        tokenizer_hash: identifies the tokenizer.
         mirror: store each image and its mirror image.
         accelerator: of the processes that share the work.
     """
     crop = {k: getattr(data, k) for k in ("image_size", "channels", "resize", "background")}
-    made_from = {"tokenizer": weights_hash, "data": images.fingerprint, "mirror": mirror, **crop}
+    made_from = {"tokenizer": tokenizer_hash, "data": images.fingerprint, "mirror": mirror, **crop}
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     folder, beside = cache / key, cache / f"{key}.{from_main(os.getpid(), accelerator.device):.0f}.tmp"
     exists = folder.exists()
