@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from vqgen.cli import run_program
 from vqgen.config import SampleConfig, require
+from vqgen.errors import InputError
 from vqgen.models.prior import Prior
 from vqgen.models.vqmodel import load_tokenizer
 from vqgen.sampling import classes_in_turn, sample_images
@@ -33,7 +34,10 @@ def main(run_dir: str, config: SampleConfig) -> None:
         )
         require(-1 <= class_id < num_classes, f"class_ids: {class_id} is no class of this prior; it takes {known}")
     out = Path(config.out or Path(run_dir) / "samples")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out={out} cannot be written ({error.strerror}); name another folder") from error
 
     state = PartialState()
     device = state.device

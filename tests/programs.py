@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared/data"  # real data that the project's own machines have; the product never looks there
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not there")
 BIN = Path(sys.executable).parent
 # One thread, as tests run side by side with whatever else; no credentials, so that wandb is offline whoever runs them.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "NETRC": os.devnull}

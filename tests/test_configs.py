@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from programs import ROOT, shell
+from programs import ROOT, needs_shared, shell
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs/stage1").glob("*.yaml"))
 TINY = "train.max_steps=2 train.eval_images=32 train.log_every=1 tracking.wandb=disabled"
@@ -12,6 +12,7 @@ def test_each_tokenizer_has_its_prior():
     assert sorted(path.stem for path in (ROOT / "configs/stage2").glob("*.yaml")) == CONFIGS
 
 
+@needs_shared
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_runs_from_images_to_samples(name, tmp_path):
     python = "env -u OMP_NUM_THREADS python"  # all cores, as whole data sets are encoded

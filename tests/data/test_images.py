@@ -14,15 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import SHARED, needs_shared
 from torch.utils.data import DataLoader
 
 from vqgen.config import DataConfig
 from vqgen.data import images as images_module
 from vqgen.data.images import ImageSet, load_images
 from vqgen.errors import InputError
-
-SHARED = Path(__file__).parents[2].parent / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not there")
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
