@@ -14,7 +14,7 @@ from einops import rearrange
 from PIL import Image
 
 from vqgen.cli import run_program
-from vqgen.config import Stage1Config, check_options
+from vqgen.config import Stage1Config, check_options, require
 from vqgen.data.images import ImageSet, load_images
 from vqgen.distributed import all_reduce_sum, rank, world_size
 from vqgen.metrics import CodeUsage, psnr
@@ -51,9 +51,11 @@ def main(config: Stage1Config) -> None:
 
     # The data say how many channels there are, and all defaults are written out, so that config.yaml is whole.
     config.model["quantizer"] = quantizer_options(**config.model.get("quantizer", {}))
-    config.data.channels = config.model.get("channels", config.data.channels)
+    config.data.channels = config.data.channels or config.model.get("channels")
     train_set, val_set = load_images(config.data)
-    config.data.channels = config.model["channels"] = train_set.channels
+    config.data.channels = train_set.channels
+    same = config.model.setdefault("channels", train_set.channels) == train_set.channels
+    require(same, f"model.channels={config.model['channels']} and data.channels={train_set.channels} must be the same")
     config.model = check_options(VQModel, config.model, "model")
     torch.manual_seed(config.seed)
     model = VQModel(**config.model)
@@ -72,15 +74,20 @@ def main(config: Stage1Config) -> None:
     step = 0
     run_dir = Path(config.run_dir)
     if state := load_checkpoint(run_dir):
+        same = state["data"] == train_set.fingerprint
+        require(same, f"{run_dir} was trained with other data than are there now; name another run_dir=")
         step, budget.spent = state["step"], state["seconds"]
         model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         if budget.share(step, device) >= 1:
             accelerator.print(f"{run_dir} is finished, at step {step}; name another run_dir= for another run")
+            accelerator.end_training()
             return
     bare_model = model
     model, optimizer = accelerator.prepare(model, optimizer)
+    if state and accelerator.scaler:
+        accelerator.scaler.load_state_dict(state["scaler"])
     model.train()
 
     workers = 0 if train_set.in_memory else config.data.workers
@@ -117,6 +124,8 @@ def main(config: Stage1Config) -> None:
                     state = {
                         "step": step,
                         "seconds": budget.seconds,
+                        "data": train_set.fingerprint,
+                        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
                         "model": bare_model.state_dict(),
                         "ema": ema.model.state_dict(),
                         "optimizer": optimizer.state_dict(),

@@ -6,7 +6,7 @@ python stage2/sample.py RUN_DIR [num_images=64 class_ids=[3,7] cfg_scale=2.0 ...
 from pathlib import Path
 
 import numpy as np
-from accelerate import PartialState
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from einops import rearrange
 from tqdm import tqdm
@@ -39,7 +39,7 @@ def main(run_dir: str, config: SampleConfig) -> None:
     except OSError as error:
         raise InputError(f"out={out} cannot be written ({error.strerror}); name another folder") from error
 
-    state = PartialState()
+    state = Accelerator()
     device = state.device
     prior, tokenizer = prior.to(device), tokenizer.to(device)
     class_ids = classes_in_turn(config.num_images, choices)
@@ -65,7 +65,8 @@ def main(run_dir: str, config: SampleConfig) -> None:
     np.savez_compressed(out / "samples.npz", images=array, class_ids=class_ids.numpy())
     columns = len(choices) if 1 < len(choices) <= 16 else 8
     image_grid(array[: 16 * columns], min(columns, len(array))).save(out / "grid.png")
-    print(f"{config.num_images} images: {out / 'samples.npz'}; the first of them as a picture: {out / 'grid.png'}")
+    print(f"{config.num_images} images by {state.num_processes} x {device.type}: {out / 'samples.npz'}")
+    print(f"the first of them as a picture: {out / 'grid.png'}")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,7 @@
 accelerate launch stage2/train.py [CONFIG.yaml] [key=value ...]
 """
 
-import hashlib
 import math
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -51,10 +49,16 @@ def main(config: Stage2Config) -> None:
     micro_batch = micro_batch_size(config.train.batch_size, accumulation)
 
     # The data are the tokenizer's own unless told otherwise, key by key.
-    tokenizer, tokenizer_folder = load_tokenizer(Path(config.stage1))
+    tokenizer, tokenizer_hash = load_tokenizer(Path(config.stage1))
     stage1_config = Path(config.stage1) / "config.yaml"
-    stage1_data = read_yaml(stage1_config)["data"] if stage1_config.is_file() else {}
-    config.data = check_options(DataConfig, {**stage1_data, "channels": tokenizer.channels, **config.data}, "data")
+    stage1_data = read_yaml(stage1_config).get("data", {}) if stage1_config.is_file() else {}
+    config.data = {"channels": tokenizer.channels, **stage1_data, **config.data}
+    require("source" in config.data, f"{config.stage1} does not say which images it is for; give data.source=")
+    require(
+        config.data["channels"] == tokenizer.channels,
+        f"data.channels={config.data['channels']}: the tokenizer in {config.stage1} has {tokenizer.channels}",
+    )
+    config.data = check_options(DataConfig, config.data, "data")
     data = DataConfig(**config.data)
     train_images, val_images = load_images(data)
     layout = tokenizer.code_layout(data.image_size)
@@ -67,8 +71,6 @@ def main(config: Stage2Config) -> None:
 
     # Each image becomes tokens once, whatever the number of epochs and of runs.
     tokenizer.to(device)
-    files = [tokenizer_folder / name for name in ("config.json", "model.safetensors")]
-    tokenizer_hash = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     codes_dir = Path(config.codes_dir or Path(config.stage1) / "codes")
     train_codes, val_codes = (
         encode_images(
@@ -76,6 +78,7 @@ def main(config: Stage2Config) -> None:
         )
         for images, mirror in ((train_images, data.flip), (val_images, False))
     )
+    fingerprint = train_images.fingerprint
     del train_images, val_images
 
     betas = (config.optim.beta1, config.optim.beta2)
@@ -87,19 +90,20 @@ def main(config: Stage2Config) -> None:
     step = 0
     run_dir = Path(config.run_dir)
     if state := load_checkpoint(run_dir):
-        require(
-            state["tokenizer"] == tokenizer_hash,
-            f"{run_dir} was trained with another tokenizer than is in {config.stage1} now; name another run_dir=",
-        )
+        for name, now in (("tokenizer", tokenizer_hash), ("data", fingerprint)):
+            require(state[name] == now, f"{run_dir} was trained with another {name} than now; name another run_dir=")
         step, budget.spent = state["step"], state["seconds"]
         model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         if budget.share(step, device) >= 1:
             accelerator.print(f"{run_dir} is finished, at step {step}; name another run_dir= for another run")
+            accelerator.end_training()
             return
     bare_model = model
     model, optimizer = accelerator.prepare(model, optimizer)
+    if state and accelerator.scaler:
+        accelerator.scaler.load_state_dict(state["scaler"])
     model.train()
 
     taken = step * accumulation
@@ -140,11 +144,13 @@ def main(config: Stage2Config) -> None:
                 if accelerator.is_main_process:
                     with written_whole(run_dir / "model") as folder:
                         ema.model.save_pretrained(folder / "prior")
-                        shutil.copytree(tokenizer_folder, folder / "tokenizer")
+                        tokenizer.save_pretrained(folder / "tokenizer")
                     state = {
                         "step": step,
                         "seconds": budget.seconds,
                         "tokenizer": tokenizer_hash,
+                        "data": fingerprint,
+                        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
                         "model": bare_model.state_dict(),
                         "ema": ema.model.state_dict(),
                         "optimizer": optimizer.state_dict(),

@@ -79,8 +79,18 @@ def test_the_last_of_two_equal_keys_holds():
     assert load1("seed=1", "seed=2").seed == 2
 
 
+def test_a_pattern_that_the_shell_expanded_is_refused():
+    assert "quote" in error_of(load1, "data.source=0.tar", "data.source=1.tar")
+
+
+def test_text_stays_as_it_is():
+    config = load1("run_dir=1e3", "data.background=#336699", "data.source=007", "data.val_source=null")
+    assert (config.run_dir, config.data.background) == ("1e3", "#336699")
+    assert (config.data.source, config.data.val_source) == ("007", None)
+
+
 def test_values_take_the_type_of_their_setting():
-    config = load1("train.max_seconds=60", "data.flip=true", "optim.beta1=1", "run_dir=3", "train.max_steps=null")
+    config = load1("train.max_seconds=60", "data.flip=true", "optim.beta1=0", "run_dir=3", "train.max_steps=null")
     assert (config.train.max_seconds, config.data.flip, config.train.max_steps) == (60.0, True, None)
     assert type(config.train.max_seconds) is float
     assert type(config.optim.beta1) is float

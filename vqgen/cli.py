@@ -44,7 +44,8 @@ def run_program(
         main(*positional, config)
     except InputError as error:
         if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(5)  # the launcher ends all processes when one exits; the one that speaks is the main one
-        else:
-            print(f"error: {error}", file=sys.stderr)
+            time.sleep(5)  # what all processes find, the main one says first, and the launcher then ends the others
+        # A DataLoader's worker wraps the message in its traceback; the last line is the message.
+        line = str(error).strip().splitlines()[-1].removeprefix("vqgen.errors.InputError: ")
+        print(f"error: {line}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -13,7 +13,7 @@ import itertools
 import textwrap
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -50,9 +50,12 @@ class DataConfig:
     on_error: Literal["skip", "raise"] = "skip"
     """An image that does not load: `skip` it, name the first and count the rest, or `raise`."""
     cache_gb: float = 1.0
-    """Decode the data set once into memory if it takes no more than this; else decode as training goes."""
+    """Decode the data set once into each process's memory if it takes no more than this; else as training goes."""
     workers: int = 2
     """Processes a rank decodes images with, where the data set is not in memory."""
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 0, f"data.workers={self.workers}: must be 0 or more")
 
 
 @dataclass
@@ -81,6 +84,9 @@ class OptimConfig:
     """Largest norm of the whole gradient; larger ones are scaled down to it."""
 
     def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name}={getattr(self, name)}: must be from 0 to below 1")
+        require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay}: must be 0 or more")
         require(self.lr > 0, f"optim.lr={self.lr}: must be positive")
         require(0 <= self.warmup < 1, f"optim.warmup={self.warmup}: is a share of the run, from 0 to below 1")
         require(self.grad_clip > 0, f"optim.grad_clip={self.grad_clip}: must be positive")
@@ -220,20 +226,28 @@ def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C
     if len(files) > 1:
         raise InputError(f"{files[1]!r} is neither key=value nor the one config file, which is {files[0]!r} already")
     layers = [read_yaml(Path(name)) for name in files]
-    for argument in arguments:
+    known = {key: kind for key, kind, *_ in settings(cls, sections)}
+    for argument in [a for a in arguments if "=" in a]:
+        key, _, text = argument.partition("=")
+        expanded = key in ("data.source", "data.val_source") and sum(a.startswith(f"{key}=") for a in arguments) > 1
+        require(not expanded, f"{key} is given more than once; quote what the shell expands: '{key}=...{{0..9}}.tar'")
         try:
-            layers += [_plain(OmegaConf.from_dotlist([argument]))] if "=" in argument else []
+            layer = _plain(OmegaConf.from_dotlist([argument]))
+            if known.get(key, "").startswith("str") and text != "null":
+                layer = text  # as it is, whatever YAML would make of it
+                for part in reversed(key.split(".")):
+                    layer = {part: layer}
+            layers.append(layer)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise InputError(f"{argument}: {_first_line(error)}; write key=value, lists as [1,2]") from error
 
-    known = [key for key, *_ in settings(cls, sections)]
     config: DictConfig = OmegaConf.structured(cls)
     for layer in layers:
         for key in _leaves(layer):
             if key in sections or any(k.startswith(f"{key}.") for k in known):
                 raise InputError(f"{key}: is a section; set its keys, as in {key}.KEY=VALUE (see --help)")
             if key not in known and not _is_open(sections, key):
-                raise InputError(_no_such_key(key, known))
+                raise InputError(_no_such_key(key, list(known)))
         if layer.get("train", {}).get("mixed_precision") is False:
             layer["train"]["mixed_precision"] = "no"  # a bare `no` is false in YAML
         config = _merge(config, layer)
@@ -260,20 +274,26 @@ def check_options(constructor: Constructor, options: Mapping[str, Any], where: s
     return {**options, **_plain(typed)}
 
 
-def settings(schema: Constructor, sections: Sections, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Yields (key, type, default, meaning) of every setting of a configuration, sections included."""
+def settings(
+    schema: Constructor, sections: Sections, prefix: str = "", instance: Any = None
+) -> Iterator[tuple[str, str, str, str]]:
+    """Yields (key, type, default, meaning) of every setting of a configuration, sections included.
+
+    The defaults are those of the instance, as a configuration may have its own for a part of it.
+    """
     meanings = _meanings(schema)
+    defaults = instance or _as_dataclass(schema)()
     for f in fields(_as_dataclass(schema)):
-        key = prefix + f.name
+        key, default = prefix + f.name, getattr(defaults, f.name)
         nested = f.type if is_dataclass(f.type) else sections.get(key)
         if isinstance(nested, Mapping):
             yield f"{key}.name", "str", next(iter(nested)), f"{meanings[f.name]}: {', '.join(nested)}"
             for constructor in nested.values():
                 yield from settings(constructor, sections, key + ".")
         elif nested is not None:
-            yield from settings(typing.cast(Constructor, nested), sections, key + ".")
+            own = default if is_dataclass(default) else None
+            yield from settings(typing.cast(Constructor, nested), sections, key + ".", own)
         else:
-            default = f.default if f.default_factory is MISSING else f.default_factory()
             kind = f.type.__name__ if isinstance(f.type, type) and not typing.get_args(f.type) else str(f.type)
             text = "null" if default is None else str(default)
             yield key, kind.replace("None", "null").replace("typing.", ""), text, meanings.get(f.name, "")

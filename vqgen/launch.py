@@ -42,7 +42,8 @@ def _processes_asked_for(command: list[str]) -> int:
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
-    start = command.index("launch") + 1 if "launch" in command else 2
+    names = ("launch", "launch.py", "accelerate-launch")  # `accelerate launch` or python -m accelerate.commands.launch
+    start = 1 + next(i for i, part in enumerate(command) if part.endswith(names))
     asked, _ = launch_command_parser().parse_known_args(command[start:])
     if (asked.num_machines or 1) > 1:
         raise InputError("accelerate starts no processes on several machines without GPUs; use torchrun there")

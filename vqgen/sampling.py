@@ -55,14 +55,15 @@ def sample_tokens(
     while tokens.shape[1] < num_tokens:
         position = tokens.shape[1]
         output = prior.lm(input_ids=inputs, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        cache = getattr(output, "past_key_values", None)
         logits = prior.legal(output.logits[:, -1:], start=position)[:, 0].to(precision)  # (B or 2 B, vocab_size)
         if guided:
             conditional, unconditional = logits.log_softmax(dim=1).chunk(2)
             logits = torch.lerp(unconditional, conditional, cfg_scale).nan_to_num(nan=-torch.inf)
         token = draw(logits, noise[:, position], temperature, top_k, top_p)
         tokens = torch.cat([tokens, token[:, None]], dim=1)
-        inputs = token.repeat(2)[:, None] if guided else token[:, None]
+        token = token.repeat(2)[:, None] if guided else token[:, None]
+        inputs = token if cache is not None else torch.cat([inputs, token], dim=1)
     return tokens
 
 

@@ -63,7 +63,8 @@ class Tracker:
         """Writes one line of metrics.jsonl, and sends the same to wandb."""
         if not self.is_main:
             return
-        numbers = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in metrics.items()}
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
         self.wandb.log(numbers, step)

@@ -28,7 +28,9 @@ logger = logging.getLogger("vqgen")
 
 # Settings that change nothing about the result, so that a run may go on with other values of them.
 FREE_SETTINGS = ["run_dir", "tracking", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints"]
-FREE_SETTINGS += ["data.workers", "data.cache_gb"]
+FREE_SETTINGS += ["data.workers"]
+
+CLOCK_EVERY = 10  # steps between looks at the clock where several processes must agree on it, as that makes them wait
 
 
 class Budget:
@@ -44,7 +46,7 @@ class Budget:
 
     def __init__(self, max_steps: int | None, max_seconds: float | None):
         for name, bound in (("max_steps", max_steps), ("max_seconds", max_seconds)):
-            if bound is not None and bound <= 0:
+            if bound is not None and not 0 < bound < math.inf:
                 raise InputError(f"train.{name}={bound}: must be positive")
         if max_steps is None and max_seconds is None:
             raise InputError(
@@ -54,6 +56,7 @@ class Budget:
         self.max_seconds = max_seconds
         self.spent = 0.0
         self.started: float | None = None
+        self.by_clock = 0.0
 
     @property
     def seconds(self) -> float:
@@ -63,8 +66,9 @@ class Budget:
     def share(self, step: int, device: torch.device) -> float:
         """The share of the budget that is spent after `step` steps: 0 at the start, 1 or more at the end."""
         by_steps = step / self.max_steps if self.max_steps else 0.0
-        by_clock = from_main(self.seconds, device) / self.max_seconds if self.max_seconds else 0.0
-        return max(by_steps, by_clock)
+        if self.max_seconds and (world_size() == 1 or step % CLOCK_EVERY == 0):
+            self.by_clock = from_main(self.seconds, device) / self.max_seconds
+        return max(by_steps, self.by_clock)
 
     def start(self) -> None:
         """Starts the clock."""
@@ -158,7 +162,7 @@ def _as_is(batch: Any) -> Any:
 
 def mixed_seed(*numbers: int) -> int:
     """One well-mixed seed from several numbers, none of them negative, such as a run's seed and a step."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
 
 
 def coin_flips(probability: float, micro_batch: int, seed: int, i: int) -> Tensor:
@@ -213,6 +217,9 @@ def open_run(config: Any) -> None:
     run_dir = Path(config.run_dir)
     path = run_dir / "config.yaml"
     if not path.exists():
+        for name in ("checkpoints", "model"):
+            if (run_dir / name).exists():
+                raise InputError(f"run_dir={run_dir} has a {name} but no config.yaml, so it is no run; name another")
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             save_config(config, path)

@@ -1,5 +1,6 @@
 """The tokenizer: images to codes and back, and to disk and back."""
 
+import hashlib
 import inspect
 import json
 import shutil
@@ -146,8 +147,9 @@ def test_config_json_is_the_constructor_s_arguments(tmp_path):
 def test_tokenizer_loads_from_a_run_and_from_its_own_folder(tmp_path, inside):
     model = small()
     model.save_pretrained(tmp_path / inside)
-    tokenizer, folder = load_tokenizer(tmp_path)
-    assert folder == tmp_path / inside
+    tokenizer, digest = load_tokenizer(tmp_path)
+    content = [(tmp_path / inside / name).read_bytes() for name in ("config.json", "model.safetensors")]
+    assert digest == hashlib.sha256(b"".join(content)).hexdigest()
     assert not tokenizer.training
     assert not any(p.requires_grad for p in tokenizer.parameters())
     assert torch.equal(tokenizer.encode(images())[0], model.encode(images())[0])

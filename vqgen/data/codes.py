@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,10 @@ from tqdm import tqdm
 from vqgen.config import DataConfig
 from vqgen.data.images import ImageSet
 from vqgen.distributed import from_main, rank, world_size
+from vqgen.errors import InputError
 from vqgen.models.vqmodel import VQModel, from_uint8
+
+logger = logging.getLogger("vqgen")
 
 LEFT_OUT = -2  # the class id in the store of an image that did not load
 ENCODED_AT_ONCE = 64
@@ -69,14 +73,16 @@ def encode_images(
     made_from = {"tokenizer": tokenizer_hash, "data": images.fingerprint, "mirror": mirror, **crop}
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     folder, beside = cache / key, cache / f"{key}.{from_main(os.getpid(), accelerator.device):.0f}.tmp"
-    exists = folder.exists()
-    accelerator.wait_for_everyone()  # all have looked before any of them writes
+    exists = bool(from_main(folder.exists(), accelerator.device))
     if not exists:
         layout = model.code_layout(images.image_size)
         count = len(images) * (2 if mirror else 1)
         if accelerator.is_main_process:
             shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
+            try:
+                beside.mkdir(parents=True)
+            except OSError as error:
+                raise InputError(f"{cache} cannot be written ({error.strerror}); name another: codes_dir=") from error
             dtype = np.uint16 if layout.vocab_size <= 1 << 16 else np.uint32
             np.lib.format.open_memmap(beside / "tokens.npy", mode="w+", dtype=dtype, shape=(count, layout.num_tokens))
             np.lib.format.open_memmap(beside / "class_ids.npy", mode="w+", dtype=np.int64, shape=(count,))
@@ -85,7 +91,15 @@ def encode_images(
         _encode_share(images, model, beside, mirror)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            beside.rename(folder)
+            left_out = int((np.load(beside / "class_ids.npy") == LEFT_OUT).sum())
+            if left_out:
+                logger.warning(f"left out {left_out} of {count} images that do not load")
+            try:
+                beside.rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+                shutil.rmtree(beside)  # another run has made the same store meanwhile
         accelerator.wait_for_everyone()
     return TokenStore(folder)
 

@@ -22,5 +22,5 @@ class ResBlock(nn.Module):
 
 
 def num_groups(width: int) -> int:
-    """Groups of 16 channels, as far as the width allows."""
-    return max(1, width // 16)
+    """The most groups of at least 16 channels that the width divides into."""
+    return next(n for n in range(max(1, width // 16), 0, -1) if width % n == 0)

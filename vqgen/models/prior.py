@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vqgen.codes import CodeLayout
+from vqgen.config import require
 from vqgen.errors import InputError
 
 # What transformers raises for settings that do not fit each other.
@@ -71,7 +72,13 @@ class Prior(nn.Module):
         config.vqgen = {**dataclasses.asdict(layout), "class_names": class_names}
         try:
             lm = AutoModelForCausalLM.from_config(config)
-            lm(input_ids=torch.zeros(1, 2, dtype=torch.int64))  # what does not fit each other shows here at the latest
+            # What does not fit each other shows at the latest in a pass. What looks ahead could not be sampled from.
+            with torch.no_grad():
+                first = [lm.eval()(input_ids=torch.tensor([[0, second]])).logits[:, 0] for second in (0, 1)]
+            require(torch.equal(*first), f"model.model_type={config.model_type}: is not causal; use llama, for example")
+            lm.train()
+        except InputError:
+            raise
         except MISFITS as error:
             raise InputError(_misfit(config.model_type, sizes | options, error)) from error
         self._set_up(lm)
@@ -136,7 +143,7 @@ def _language_model_config(model_type: str, options: dict[str, Any], **fixed: An
         raise InputError(f"model.model_type={model_type}: no causal LM of transformers; did you mean {near[0]}?")
     config_class = CONFIG_MAPPING[model_type]
     known = {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map)
-    for key in options:
+    for key in options.keys() - {"hidden_size", "num_hidden_layers", "num_attention_heads"}:  # Prior's own
         if key in fixed:
             raise InputError(f"model.{key}: follows from the tokenizer and the data; leave it out")
         if key not in known:
@@ -147,7 +154,7 @@ def _language_model_config(model_type: str, options: dict[str, Any], **fixed: An
     width, heads = options["hidden_size"], options["num_attention_heads"]
     gated = 8 * math.ceil(width / 3)  # Llama's 8/3: three matrices at the cost of the classic two of 4
     derived = {"intermediate_size": gated, "num_key_value_heads": heads, "head_dim": width // max(1, heads)}
-    options = {k: v for k, v in derived.items() if k in known} | options
+    options = {k: v for k, v in (derived | options).items() if k in known}
     try:
         return AutoConfig.for_model(model_type, **options, **fixed)
     except MISFITS as error:

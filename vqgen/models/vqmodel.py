@@ -1,5 +1,6 @@
 """The tokenizer: a light convolutional VQ-VAE."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
-from safetensors.torch import load_model
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from vqgen.codes import CodeLayout
@@ -107,8 +108,8 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-def load_tokenizer(folder: Path) -> tuple[VQModel, Path]:
-    """The tokenizer of a stage-1 run, or in a folder of its own, in eval mode; and the folder that it lies in.
+def load_tokenizer(folder: Path) -> tuple[VQModel, str]:
+    """The tokenizer of a stage-1 run, or in a folder of its own, in eval mode; and the hash of its files.
 
     Raises:
         InputError: there is no tokenizer, or it does not load.
@@ -119,9 +120,10 @@ def load_tokenizer(folder: Path) -> tuple[VQModel, Path]:
             raise InputError(
                 f"{folder} is no tokenizer: it has no {name}; give a stage-1 run, such as stage1=runs/stage1"
             )
+    content = [(inside / name).read_bytes() for name in ("config.json", "model.safetensors")]
     try:
-        model = VQModel(**json.loads((inside / "config.json").read_text()))
-        load_model(model, inside / "model.safetensors")
+        model = VQModel(**json.loads(content[0]))
+        model.load_state_dict(load(content[1]))
     except (TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{inside} does not load as a tokenizer: {' '.join(str(error).split())[:200]}") from error
-    return model.eval().requires_grad_(False), inside
+    return model.eval().requires_grad_(False), hashlib.sha256(b"".join(content)).hexdigest()
