@@ -343,7 +343,7 @@ def test_open_run_lets_settings_differ_that_do_not_change_the_result(tmp_path):
         tracking=TrackingConfig("disabled", "other"),
         train=TrainConfig(log_every=1, checkpoint_every=2, keep_checkpoints=3),
     )
-    free.data.workers, free.data.cache_gb = 0, 0.5
+    free.data.workers = 0
     open_run(free)
 
 
