@@ -10,8 +10,8 @@ INSTALLED = $(VENV)/installed
 
 # On two quiet cores the steps end the training first; max_seconds is for busy ones.
 demo: $(INSTALLED)
-	$(LAUNCH) stage1/train.py run_dir=$(RUN)/stage1 train.max_seconds=165 $(STAGE1)
-	$(LAUNCH) stage2/train.py run_dir=$(RUN)/stage2 stage1=$(RUN)/stage1 train.max_seconds=130 $(STAGE2)
+	$(LAUNCH) stage1/train.py run_dir=$(RUN)/stage1 train.max_seconds=155 $(STAGE1)
+	$(LAUNCH) stage2/train.py run_dir=$(RUN)/stage2 stage1=$(RUN)/stage1 train.max_seconds=120 $(STAGE2)
 	$(VENV)/bin/python stage2/sample.py $(RUN)/stage2 num_images=100 out=$(RUN) $(SAMPLE)
 
 test: $(INSTALLED)
