@@ -220,7 +220,9 @@ def samples(model: Prior, tokenizer: VQModel, seed: int, device: torch.device) -
     """A picture of samples at the default settings, the classes in turn."""
     columns = len(model.class_names) if 0 < len(model.class_names) <= 16 else 8
     class_ids = classes_in_turn(8 * columns, range(len(model.class_names))).to(device)
-    images = sample_images(model, tokenizer, class_ids, seed=seed, cfg_scale=SampleConfig().cfg_scale)
+    settings = SampleConfig()
+    options = {"cfg_scale": settings.cfg_scale, "top_p": settings.top_p}
+    images = sample_images(model, tokenizer, class_ids, seed=seed, **options)
     return image_grid(rearrange(images.cpu(), "n c h w -> n h w c").numpy(), columns)
 
 

@@ -186,14 +186,14 @@ class SampleConfig:
     """How many images to draw."""
     class_ids: list[int] | None = None
     """Classes to draw, in turn; null takes all of them in turn, -1 is no class at all."""
-    cfg_scale: float = 2.0
+    cfg_scale: float = 1.5
     """Classifier-free guidance: 1 is none, more is more typical of the class and less varied."""
     temperature: float = 1.0
     """Divides the logits: below 1 is safer and less varied; 0 takes the likeliest token."""
     top_k: int = 0
     """Draw from the k likeliest tokens only; 0 is all."""
-    top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
+    top_p: float = 0.95
+    """Draw from the likeliest tokens that together have this probability; 1 is all."""
     seed: int = 0
     """The same seed gives the same images, whatever num_images and batch_size."""
     batch_size: int = 256
