@@ -38,7 +38,7 @@ class Budget:
 
     Args:
         max_steps: the run ends after so many steps; None is no such bound.
-        max_seconds: the run ends after so many seconds between `resume` and `pause`; None is no such bound.
+        max_seconds: the run ends after so many seconds of training, `paused` apart; None is no such bound.
 
     Raises:
         InputError: neither bound is given, or one is not positive.
@@ -56,7 +56,7 @@ class Budget:
         self.max_seconds = max_seconds
         self.spent = 0.0
         self.started: float | None = None
-        self.by_clock = 0.0
+        self.by_clock: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -66,9 +66,9 @@ class Budget:
     def share(self, step: int, device: torch.device) -> float:
         """The share of the budget that is spent after `step` steps: 0 at the start, 1 or more at the end."""
         by_steps = step / self.max_steps if self.max_steps else 0.0
-        if self.max_seconds and (world_size() == 1 or step % CLOCK_EVERY == 0):
+        if self.max_seconds and (self.by_clock is None or world_size() == 1 or step % CLOCK_EVERY == 0):
             self.by_clock = from_main(self.seconds, device) / self.max_seconds
-        return max(by_steps, self.by_clock)
+        return max(by_steps, self.by_clock or 0.0)
 
     def start(self) -> None:
         """Starts the clock."""
