@@ -19,7 +19,7 @@ from vqgen.data.images import ImageSet, load_images
 from vqgen.distributed import all_reduce_sum, rank, world_size
 from vqgen.metrics import CodeUsage, psnr
 from vqgen.models.vqmodel import VQModel, from_uint8, to_uint8
-from vqgen.quantizers import QUANTIZERS, quantizer_options
+from vqgen.quantizers import BASES, QUANTIZERS, quantizer_options
 from vqgen.tracking import Tracker, image_grid
 from vqgen.training import (
     Budget,
@@ -102,7 +102,7 @@ def main(config: Stage1Config) -> None:
         f"{num_parameters / 1e6:.2f} M parameters, {world_size()} x {device.type}"
         + (f"; going on from step {step}" if step else "")
     )
-    usage = CodeUsage(bare_model.quantizer.codebook_size, device)
+    usage = CodeUsage(bare_model.quantizer.num_codebooks, bare_model.quantizer.codebook_size, device)
     totals = torch.zeros(5, device=device)  # on the device: reading them at every step would stall it
     first_step, window_step, window_start = step, step, budget.seconds
     budget.start()
@@ -182,7 +182,7 @@ def evaluate(
 ) -> dict[str, float]:
     """PSNR (of the pooled squared error) and use of the codebook on held-out images, shared out over the processes."""
     chosen = np.linspace(0, len(images) - 1, min(len(images), num_images), dtype=int)[rank() :: world_size()]
-    usage = CodeUsage(model.quantizer.codebook_size, device)
+    usage = CodeUsage(model.quantizer.num_codebooks, model.quantizer.codebook_size, device)
     sums = torch.zeros(2, device=device)  # of squared errors, of images
     for start in range(0, len(chosen), batch_size):
         x = from_uint8(images.__getitems__(chosen[start : start + batch_size])[0].to(device))
@@ -209,6 +209,6 @@ if __name__ == "__main__":
     run_program(
         main,
         Stage1Config,
-        {"model": VQModel, "model.quantizer": QUANTIZERS},
+        {"model": VQModel, "model.quantizer": QUANTIZERS, "model.quantizer.base": BASES},
         "accelerate launch stage1/train.py [CONFIG.yaml] [key=value ...]",
     )

@@ -89,12 +89,12 @@ def lr_at(share: float, optim: OptimConfig) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and convolutions; none for biases and norms, which have no scale to spare."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    """Weight decay for matrices and convolutions; none for biases and norms, which have no scale to spare, nor for
+    what a quantizer trains, as it would draw all codes to the origin."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in named if p.ndim >= 2 and not name.startswith("quantizer.")]
+    kept = [p for name, p in named if p.ndim < 2 or name.startswith("quantizer.")]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
 
 def micro_batch_size(batch_size: int, accumulation: int) -> int:

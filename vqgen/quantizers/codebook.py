@@ -1,0 +1,165 @@
+"""What `ema` and `vq` have in common: all but how their codebook learns."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqgen.config import require
+from vqgen.quantizers.common import (
+    ESTIMATORS,
+    Quantizer,
+    QuantizerOutput,
+    assigned,
+    nearest_code,
+    soft_assignment,
+    spread_vectors,
+    vq_loss,
+)
+
+
+class CodebookQuantizer(Quantizer):
+    """A codebook of which each vector takes the nearest row (VQ-VAE, van den Oord et al. 2017, eq. 2).
+
+    The first batch in training initialises the codebook. A code that is hardly ever used is put back on a vector of
+    the current batch, before the lookup, so it gets to work in the same step.
+
+    Args:
+        codebook_size: number of codes K.
+        code_dim: dimension D of a code.
+        lookup: the nearest code is the `euclidean` one, or the `cosine` one: of vectors scaled to unit length.
+        gradient: what passes the decoder's gradient on to the encoder, `straight-through` or `rotation`.
+        commitment_weight: beta, on the encoder's term (VQ-VAE, eq. 3).
+        decay: of the running averages, per step.
+        kmeans_iterations: of k-means on the first batch, which initialises the codebook.
+        revive_below: a code is revived when its running count falls below this share of the mean count; 0 is never.
+        temperature: in training codes are drawn from softmax(-distance^2 / temperature); 0 takes the nearest.
+        entropy_weight: of a loss that wants each vector near one code and all codes equally frequent.
+        entropy_temperature: of the softmax over -distance^2 whose entropies that loss takes.
+    """
+
+    codebook_weight: float  # of the codebook's term in the loss
+    codebook: Tensor  # (K, D)
+    counts: Tensor  # (K,) running counts: N_k of appendix A.1
+    num_updates: Tensor
+
+    def __init__(
+        self,
+        codebook_size: int = 512,
+        code_dim: int = 8,
+        lookup: Literal["euclidean", "cosine"] = "euclidean",
+        gradient: Literal["straight-through", "rotation"] = "straight-through",
+        commitment_weight: float = 0.5,
+        decay: float = 0.99,
+        kmeans_iterations: int = 10,
+        revive_below: float = 0.1,
+        temperature: float = 0.0,
+        entropy_weight: float = 0.0,
+        entropy_temperature: float = 1.0,
+    ):
+        super().__init__()
+        require(0 <= decay < 1, f"decay={decay}: must be at least 0 and below 1")
+        require(0 <= revive_below < 1, f"revive_below={revive_below}: must be at least 0 and below 1, the mean")
+        require(temperature >= 0, f"temperature={temperature}: must be 0 (the nearest code) or more")
+        require(
+            not (temperature and gradient == "rotation"),
+            f"temperature={temperature} with gradient=rotation: a drawn code may lie on any side of the vector, "
+            f"and the rotation onto it would turn the gradient around; use gradient=straight-through or temperature=0",
+        )
+        require(
+            not (code_dim == 1 and (lookup == "cosine" or gradient == "rotation")),
+            f"code_dim=1 with lookup={lookup}, gradient={gradient}: a line has but two directions; use "
+            f"lookup=euclidean and gradient=straight-through, or a larger code_dim",
+        )
+        self.codebook_size = codebook_size
+        self.code_dim = code_dim
+        self.cosine = lookup == "cosine"
+        self.estimator = ESTIMATORS[gradient]
+        self.commitment_weight = commitment_weight
+        self.decay = decay
+        self.kmeans_iterations = kmeans_iterations
+        self.revive_below = revive_below
+        self.temperature = temperature
+        self.entropy_weight = entropy_weight
+        self.entropy_temperature = entropy_temperature
+        self.register_buffer("counts", torch.zeros(codebook_size))
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        self._register(torch.zeros(codebook_size, code_dim))
+        self.initialised = False  # num_updates > 0, where asking for it does not wait for the device
+
+    def quantize(self, z: Tensor) -> QuantizerOutput:
+        """Vectors z (B, N, D) to z_q (B, N, D), codes (B, N, 1) and the loss."""
+        z = self._onto_sphere(z)
+        vectors = z.detach().flatten(0, 1)  # (B N, D)
+        if self.training:
+            if not self.initialised:
+                self._initialise(vectors)
+                self.initialised = True
+            elif self.revive_below:
+                self._revive(vectors)
+            self.num_updates.add_(1)
+        codebook = self._onto_sphere(self.codebook)
+        indices = nearest_code(vectors, codebook.detach(), self.temperature if self.training else 0.0)
+        z_q = F.embedding(indices, codebook).view_as(z)
+        loss = vq_loss(z, z_q, self.commitment_weight, self.codebook_weight)
+        if self.entropy_weight and self.training:
+            seen = codebook.clone()  # as it is now: ema moves it before the backward pass comes
+            loss = loss + self.entropy_weight * soft_assignment(z.flatten(0, 1), seen, self.entropy_temperature)[1]
+        if self.training:
+            self._learn(vectors, indices)
+        return QuantizerOutput(self.estimator(z, z_q), indices.view(*z.shape[:2], 1), loss)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (..., 1) to vectors (..., D)."""
+        return F.embedding(codes[..., 0], self._onto_sphere(self.codebook))
+
+    def _weight(self) -> Tensor:
+        """Of this step in the running averages. A young average takes in more, since the encoder moves fastest at first
+        (+0.2 dB after 800 steps on digits)."""
+        return (1 / (1 + 0.1 * self.num_updates)).clamp_min(1 - self.decay)
+
+    def _register(self, codebook: Tensor) -> None:
+        """Takes the codebook (K, D) as a buffer or as a parameter."""
+        raise NotImplementedError
+
+    def _learn(self, z: Tensor, indices: Tensor) -> None:
+        """Takes in the vectors (N, D) and their codes (N,)."""
+        raise NotImplementedError
+
+    def _place(self, codes: Tensor, vectors: Tensor, count: Tensor) -> None:
+        """Puts codes (R,) on vectors (R, D), with running counts (R,)."""
+        self.codebook.index_copy_(0, codes, vectors)
+        self.counts.index_copy_(0, codes, count)
+
+    def _onto_sphere(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) if self.cosine else x
+
+    @torch.no_grad()
+    def _initialise(self, z: Tensor) -> None:
+        """Puts the codes on the centres that k-means finds in the vectors (N, D) of the first batch."""
+        centres = spread_vectors(z, self.codebook_size, self.num_updates)
+        for _ in range(self.kmeans_iterations):
+            count, total = assigned(z, nearest_code(z, centres), self.codebook_size)
+            means = self._onto_sphere(total / count.clamp_min(1)[:, None])
+            centres = torch.where(count[:, None] > 0, means, centres)
+        self._place(torch.arange(self.codebook_size, device=z.device), centres, torch.ones_like(self.counts))
+
+    @torch.no_grad()
+    def _revive(self, z: Tensor) -> None:
+        """Puts codes that are hardly ever used on vectors of the batch (N, D).
+
+        The least used 16th of all codes is judged, dead or not, and the living of it are put where they are: no
+        data-dependent shape, so no host sync, and little to exchange between processes.
+        """
+        rarest = self.counts.argsort(stable=True)[: max(1, self.codebook_size // 16)]  # (R,)
+        mean_count = self.counts.mean()
+        count, place = self.counts[rarest], self.codebook[rarest]
+        dead = count < self.revive_below * mean_count
+        place = torch.where(dead[:, None], spread_vectors(z, len(rarest), self.num_updates), place)
+        # A revived code has the mean count, so that it has many steps to find its vectors before it is judged again.
+        self._place(rarest, place, torch.where(dead, mean_count, count))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.initialised = bool(self.num_updates > 0)

@@ -1,0 +1,95 @@
+"""Lookup-free quantization: a code is the signs of its vector."""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor
+
+from vqgen.config import require
+from vqgen.quantizers.common import Quantizer, QuantizerOutput, entropy, mean_over_processes, straight_through
+
+
+class LFQ(Quantizer):
+    """The sign of each of log2(K) dimensions is one bit of the code (MAGVIT-v2, Yu et al. 2023, section 3.1).
+
+    Args:
+        codebook_size: number of codes K, a power of two.
+        spherical: vectors are scaled to unit length first, and so are codes (BSQ, Zhao et al. 2024).
+        commitment_weight: beta, on the encoder's term (VQ-VAE, eq. 3).
+        entropy_weight: of the loss that wants each vector near one code and all codes equally frequent.
+        diversity: weight, in that loss, of all codes being equally frequent (gamma).
+        entropy_temperature: of the softmax over -distance^2 whose entropies that loss takes, distances being in units
+            of a code's entries.
+    """
+
+    refused: ClassVar = {
+        "code_dim": "it is log2 of model.quantizer.codebook_size; set that",
+        "levels": "each dimension has two; set model.quantizer.codebook_size, or take fsq",
+        "revive_below": "it has no codebook, so there is nothing to revive; raise model.quantizer.entropy_weight",
+        "kmeans_iterations": "it has no codebook to initialise",
+    }
+    residual_scale = 0.5
+    basis: Tensor  # (D,) worth of each bit
+
+    def __init__(
+        self,
+        codebook_size: int = 512,
+        spherical: bool = False,
+        commitment_weight: float = 0.25,
+        entropy_weight: float = 0.1,
+        diversity: float = 1.0,
+        entropy_temperature: float = 1.0,
+    ):
+        super().__init__()
+        code_dim = codebook_size.bit_length() - 1
+        require(
+            codebook_size == 2**code_dim > 1,
+            f"codebook_size={codebook_size}: lfq needs a power of two; "
+            f"use {2 ** max(1, code_dim)} or {2 ** (code_dim + 1)}",
+        )
+        self.codebook_size = codebook_size
+        self.code_dim = code_dim
+        self.spherical = spherical
+        self.commitment_weight = commitment_weight
+        self.entropy_weight = entropy_weight
+        self.diversity = diversity
+        self.entropy_temperature = entropy_temperature
+        self.scale = code_dim**-0.5 if spherical else 1.0
+        self.register_buffer("basis", 2 ** torch.arange(code_dim - 1, -1, -1), persistent=False)
+
+    def quantize(self, z: Tensor) -> QuantizerOutput:
+        """Vectors z (B, N, D) to z_q (B, N, D), codes (B, N, 1) and the loss."""
+        z = F.normalize(z, dim=-1) if self.spherical else z
+        codes = ((z > 0) * self.basis).sum(dim=-1, keepdim=True)
+        z_q = self.decode(codes)
+        loss = self.commitment_weight * F.mse_loss(z, z_q)
+        if self.training and self.entropy_weight:
+            loss = loss + self.entropy_weight * self._entropy_loss(z.flatten(0, 1))
+        return QuantizerOutput(straight_through(z, z_q), codes, loss)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (..., 1) to vectors (..., D)."""
+        return torch.where((codes & self.basis) > 0, self.scale, -self.scale)
+
+    def _entropy_loss(self, z: Tensor) -> Tensor:
+        """Mean entropy of softmax(-|z - code|^2 / temperature) over the codes, less that of its mean (eq. 5).
+
+        Bits are independent, p(code | z) being a product over them. So a vector's entropy is the sum of its bits', and
+        the mean of p over the vectors is a matrix product of the probabilities of the first half of the bits and of
+        those of the second: exact for any codebook, and no (N, K) array.
+        """
+        logits = 4 * z / self.scale / self.entropy_temperature  # of a bit being 1: (N, D)
+        bits = torch.stack([torch.sigmoid(-logits), torch.sigmoid(logits)], dim=-1)  # (N, D, 2)
+        first, second = (_products(part) for part in bits.split([self.code_dim // 2, (self.code_dim + 1) // 2], dim=1))
+        mean = mean_over_processes(first.T @ second / len(z)).flatten()  # (K,)
+        return entropy(bits).sum(dim=1).mean() - self.diversity * entropy(mean)
+
+
+def _products(bits: Tensor) -> Tensor:
+    """Probabilities of bits (N, D, 2) to those of their combinations (N, 2^D), the first bit counting most."""
+    combinations = bits.new_ones(len(bits), 1)
+    for bit in bits.unbind(dim=1):
+        combinations = rearrange(einsum(combinations, bit, "n c, n b -> n c b"), "n c b -> n (c b)")
+    return combinations

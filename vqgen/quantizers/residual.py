@@ -1,0 +1,94 @@
+"""Residual quantization: each quantizer takes what the ones before it have left over."""
+
+import functools
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vqgen.config import require
+from vqgen.quantizers.build import BASES, build, complete_options
+from vqgen.quantizers.common import ESTIMATORS, Quantizer, QuantizerOutput
+
+
+class ResidualQuantizer(Quantizer):
+    """Several quantizers whose vectors add up (RQ-VAE, Lee et al. 2022, eq. 3 and 4).
+
+    Each level's commitment term reaches the encoder; the decoder's gradient does so once, past all of them together.
+
+    Args:
+        base: the quantizer of each level
+        num_quantizers: number of levels Q.
+        gradient: what passes the decoder's gradient on to the encoder, `straight-through` or `rotation`.
+        dropout: share of the training images that keep a random number of their levels, at least one, so that the
+            first codes alone decode to something.
+    """
+
+    refused: ClassVar = {
+        "codebook_size": "each level has its own; set model.quantizer.base.codebook_size",
+        "code_dim": "it is that of the levels; set model.quantizer.base.code_dim",
+        "commitment_weight": "each level has its own; set model.quantizer.base.commitment_weight",
+    }
+
+    def __init__(
+        self,
+        base: dict[str, Any] | None = None,
+        num_quantizers: int = 4,
+        gradient: Literal["straight-through", "rotation"] = "straight-through",
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        base = complete_options(BASES, "base", **(base or {}))
+        require(num_quantizers > 0, f"num_quantizers={num_quantizers}: must be at least 1")
+        require(0 <= dropout <= 1, f"dropout={dropout}: must be between 0 and 1")
+        require(not (dropout and num_quantizers == 1), f"dropout={dropout}: one level has nothing to drop; set it to 0")
+        require(
+            base.get("gradient") != "rotation",
+            "base.gradient=rotation: the decoder's gradient passes all levels at once; set gradient=rotation instead",
+        )
+        require(
+            base.get("lookup") != "cosine" and not base.get("spherical"),
+            "base with unit vectors (lookup=cosine, spherical=true): what is left over has a length, which they drop; "
+            "use lookup=euclidean, spherical=false",
+        )
+        levels = [build(BASES, "base", **base) for _ in range(num_quantizers)]
+        self.levels = nn.ModuleList(levels)
+        self.num_codebooks = num_quantizers
+        self.codebook_size, self.code_dim = levels[0].codebook_size, levels[0].code_dim
+        self.scales = [levels[0].residual_scale ** i for i in range(num_quantizers)]
+        self.estimator = ESTIMATORS[gradient]
+        self.dropout = dropout
+
+    @classmethod
+    def complete(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return {**options, "base": complete_options(BASES, "base", **(options["base"] or {}))}
+
+    def quantize(self, z: Tensor) -> QuantizerOutput:
+        """Vectors z (B, N, D) to z_q (B, N, D), codes (B, N, Q) and the loss."""
+        residual, z_q, codes, loss = z, torch.zeros_like(z), [], z.new_zeros(())
+        kept = self._num_kept(z)  # (B, 1, 1)
+        for i, (level, scale) in enumerate(self._scaled_levels()):
+            q = level.quantize(residual / scale)
+            part = q.z_q.detach() * scale
+            residual = residual - part  # part is a constant: so each level's commitment term reaches z
+            z_q = z_q + torch.where(i < kept, part, 0.0)
+            loss = loss + q.loss
+            codes.append(q.codes)
+        return QuantizerOutput(self.estimator(z, z_q), torch.cat(codes, dim=-1), loss)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (..., Q), or the first few of them, to vectors (..., D)."""
+        parts = zip(self._scaled_levels(), codes.split(1, dim=-1), strict=False)
+        vectors = [level.decode(code) * scale for (level, scale), code in parts]
+        return functools.reduce(torch.add, vectors)  # in quantize's order, so to the same bits
+
+    def _scaled_levels(self) -> list[tuple[Quantizer, float]]:
+        return list(zip(self.levels, self.scales, strict=True))  # type: ignore[arg-type]
+
+    def _num_kept(self, z: Tensor) -> Tensor:
+        """How many levels each image keeps: (B, 1, 1)."""
+        every = torch.full((len(z), 1, 1), self.num_codebooks, device=z.device)
+        if not (self.training and self.dropout):
+            return every
+        some = torch.randint(1, self.num_codebooks + 1, every.shape, device=z.device)
+        return torch.where(torch.rand(every.shape, device=z.device) < self.dropout, some, every)
