@@ -21,7 +21,7 @@ from vqgen.config import (
 from vqgen.errors import InputError
 from vqgen.models.prior import Prior
 from vqgen.models.vqmodel import VQModel
-from vqgen.quantizers import EMAQuantizer
+from vqgen.quantizers import BASES, QUANTIZERS, EMAQuantizer
 
 STAGE1 = {"model": VQModel, "model.quantizer": EMAQuantizer}
 STAGE2 = {"model": Prior, "data": DataConfig}
@@ -307,3 +307,32 @@ def test_what_help_calls_the_default_is_one_and_can_be_typed():
     assert quantizer == check_options(EMAQuantizer, {}, "model.quantizer")
     config.model = {}
     assert config == Stage1Config()
+
+
+SEVERAL = {"a": lambda x=1, y=2.0: None, "b": lambda x=1, y=3.0, z=True: None}
+
+
+def test_a_section_of_several_constructors_lists_what_they_share_once():
+    sections = {"model": VQModel, "model.quantizer": SEVERAL}
+    found = [setting for setting in settings(Stage1Config, sections) if setting[0].startswith("model.quantizer.")]
+    assert [(key.removeprefix("model.quantizer."), default, meaning.strip()) for key, _, default, meaning in found] == [
+        ("name", "a", "which one, and beside its name what it takes: a, b"),
+        ("x", "1", "(a, b)"),
+        ("y", "2.0", "(a)"),
+        ("y", "3.0", "(b)"),
+        ("z", "True", "(b)"),
+    ]
+
+
+def test_settings_of_a_quantizer_within_a_quantizer():
+    sections = {"model": VQModel, "model.quantizer": QUANTIZERS, "model.quantizer.base": BASES}
+    arguments = ["model.quantizer.name=residual", "model.quantizer.base.name=fsq", "model.quantizer.base.levels=[4,4]"]
+    config = load_config(Stage1Config, arguments, sections)
+    assert config.model == {"quantizer": {"name": "residual", "base": {"name": "fsq", "levels": [4, 4]}}}
+    with pytest.raises(InputError, match=r"did you mean model\.quantizer\.(base\.)?levels"):
+        load_config(Stage1Config, ["model.quantizer.base.level=[4,4]"], sections)
+    text = usage("program", Stage1Config, sections)
+    assert text.count("lookup=euclidean") == 1  # within the other it takes the same
+    assert "model.quantizer.base.name=ema" in text
+    for key, _, _, meaning in settings(Stage1Config, sections):
+        assert meaning.split(") ", 1)[-1], key

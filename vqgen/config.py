@@ -288,8 +288,12 @@ def settings(
         nested = f.type if is_dataclass(f.type) else sections.get(key)
         if isinstance(nested, Mapping):
             yield f"{key}.name", "str", next(iter(nested)), f"{meanings[f.name]}: {', '.join(nested)}"
-            for constructor in nested.values():
-                yield from settings(constructor, sections, key + ".")
+            takers: dict[tuple[str, str, str, str], list[str]] = {}  # which constructors share a setting
+            for name, constructor in nested.items():
+                for setting in settings(constructor, sections, key + "."):
+                    takers.setdefault(setting, []).append(name)
+            for (inner, kind, text, meaning), names in takers.items():
+                yield inner, kind, text, meaning if meaning.startswith("(") else f"({', '.join(names)}) {meaning}"
         elif nested is not None:
             own = default if is_dataclass(default) else None
             yield from settings(typing.cast(Constructor, nested), sections, key + ".", own)
@@ -302,7 +306,11 @@ def settings(
 def usage(synopsis: str, cls: type, sections: Sections) -> str:
     """The text of --help: how to call the program, and every key with its default and meaning."""
     lines = [f"usage: {synopsis}", "", (inspect.getdoc(cls) or "").strip(), ""]
+    shown: dict[tuple[str, ...], str] = {}
     for key, kind, default, meaning in settings(cls, sections):
+        section, _, name = key.rpartition(".")
+        if section.startswith(shown.setdefault((name, kind, default, meaning), section) + "."):
+            continue  # a section inside another that takes the same
         lines.append(f"  {key}={default}  ({kind})")
         lines += textwrap.wrap(meaning, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
@@ -381,12 +389,14 @@ def _meanings(schema: Constructor) -> dict[str, str]:
                 name = typing.cast(ast.Name, statement.target).id
                 meanings[name] = " ".join(str(ast.literal_eval(following.value)).split())
         return meanings
-    arguments = (inspect.getdoc(schema) or "").partition("Args:\n")[2].partition("\n\n")[0]
-    name = ""
-    for line in textwrap.dedent(arguments).splitlines():
-        if not line.startswith(" "):
-            name, _, line = line.partition(":")
-        meanings[name] = f"{meanings.get(name, '')} {line.strip()}".strip()
+    for described in reversed(inspect.getmro(schema)) if inspect.isclass(schema) else [schema]:
+        arguments = inspect.cleandoc(described.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
+        name = ""
+        for line in textwrap.dedent(arguments).splitlines():
+            if not line.startswith(" "):
+                name, _, line = line.partition(":")
+                meanings[name] = ""
+            meanings[name] = f"{meanings[name]} {line.strip()}".strip()
     return meanings
 
 
