@@ -15,6 +15,8 @@ from programs import ENVIRONMENT, ROOT, shell
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from vqgen.quantizers import QUANTIZERS
+
 DEBUG = {stage: f"configs/debug/{stage}.yaml" for stage in ("stage1", "stage2")}
 
 
@@ -123,6 +125,41 @@ def test_accumulation_mixed_precision_flips_and_seconds(runs, program, tmp_path)
     assert all(np.isfinite(list(line.values())).all() for run in "12" for line in lines(tmp_path / run))
 
 
+FEW_STEPS = ["train.max_steps=3", "train.batch_size=16", "train.eval_images=64", "tracking.wandb=disabled"]
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_every_quantizer_trains_and_goes_on_where_it_was_stopped(program, tmp_path, name):
+    arguments = ["stage1/train.py", "model.widths=[8,16]", f"model.quantizer.name={name}", *FEW_STEPS]
+    for run, every in (("whole", 100), ("stopped", 1)):
+        code, _, errors = program(*arguments, f"run_dir={tmp_path}/{run}", f"train.checkpoint_every={every}")
+        assert code == 0, errors
+    assert len(list((tmp_path / "stopped/checkpoints").iterdir())) == 2
+    shutil.rmtree(tmp_path / "stopped/checkpoints/step_00000003")
+    code, output, _ = program(*arguments, f"run_dir={tmp_path}/stopped", "train.checkpoint_every=1")
+    assert code == 0
+    assert "going on from step 2" in output
+    assert weights_equal(*(tmp_path / run / "model/model.safetensors" for run in ("whole", "stopped")))
+
+
+def test_several_codes_a_position_from_images_to_images(program, tmp_path):
+    residual = ["name=residual", "num_quantizers=3", "dropout=0.5", "base.name=vq", "base.codebook_size=32"]
+    quantizer = [f"model.quantizer.{setting}" for setting in residual]
+    code, _, errors = program("stage1/train.py", DEBUG["stage1"], *quantizer, *FEW_STEPS, f"run_dir={tmp_path}/1")
+    assert code == 2
+    assert "set model.quantizer.base.codebook_size" in errors  # the configuration has a size of its own
+    code, _, errors = program("stage1/train.py", "model.widths=[8,16]", *quantizer, *FEW_STEPS, f"run_dir={tmp_path}/1")
+    assert code == 0, errors
+    arguments = [DEBUG["stage2"], f"stage1={tmp_path}/1", *FEW_STEPS]
+    code, _, errors = program("stage2/train.py", *arguments, f"run_dir={tmp_path}/2")
+    assert code == 0, errors
+    prior = LlamaForCausalLM.from_pretrained(tmp_path / "2/model/prior")
+    assert prior.config.vocab_size == 3 * 32 + 1 + 10
+    code, _, errors = program("stage2/sample.py", tmp_path / "2", "num_images=4", f"out={tmp_path}/out")
+    assert code == 0, errors
+    assert np.load(tmp_path / "out/samples.npz")["images"].shape == (4, 32, 32, 1)
+
+
 def test_codes_are_made_once_and_made_again_for_another_tokenizer(runs, program, tmp_path):
     stage1 = shutil.copytree(runs / "stage1", tmp_path / "stage1")
     arguments = ["stage2/train.py", DEBUG["stage2"], f"stage1={stage1}", "train.max_steps=1", "tracking.wandb=disabled"]
@@ -172,6 +209,16 @@ BAD = {
         "stage1",
         "model.quantizer.codebok_size=8",
         "did you mean model.quantizer.codebook_size?",
+    ),
+    "a quantizer that does not exist": (
+        "stage1",
+        "model.quantizer.name=vqq",
+        "model.quantizer.name=vqq: no such quantizer; there is ema, vq, ",
+    ),
+    "quantizer settings that mean nothing together": (
+        "stage1",
+        "model.quantizer.gradient=rotation model.quantizer.temperature=1",
+        "a drawn code may lie on any side of the vector",
     ),
     "mistyped prior key": ("stage2", "model.hiden_size=8", "did you mean model.hidden_size?"),
     "wrong type": ("stage1", "optim.lr=fast", "optim.lr"),
