@@ -428,3 +428,16 @@ def test_no_checkpoint_is_none(tmp_path):
     assert load_checkpoint(tmp_path) is None
     (tmp_path / "checkpoints").mkdir()
     assert load_checkpoint(tmp_path) is None
+
+
+def test_codebooks_are_copied_and_not_averaged():
+    model = torch.nn.Module()
+    model.codebook, model.weight = (torch.nn.Parameter(torch.zeros(3, 2)) for _ in range(2))
+    ema = WeightEMA(model, 0.1)
+    for step in range(1, 4):
+        with torch.no_grad():
+            model.codebook += 1
+            model.weight += 1
+        ema.update(model, step)
+    assert torch.equal(ema.model.codebook, model.codebook)
+    assert (ema.model.weight < model.weight).all()

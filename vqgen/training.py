@@ -184,8 +184,8 @@ def seed_step(seed: int, step: int) -> None:
 class WeightEMA:
     """A running average of a model's weights, whose memory grows with the run (EDM2, Karras et al. 2024, section 3.1).
 
-    After t steps the weights of step s count as s^gamma, so one setting fits a run of any length; buffers (a codebook
-    that is an average already) are copied.
+    After t steps the weights of step s count as s^gamma, so one setting fits a run of any length. Codebooks and buffers
+    are copied: they are averages already, or have codes that jump when they are revived.
 
     Args:
         model: what to average.
@@ -204,6 +204,9 @@ class WeightEMA:
         weight = 1 - (1 - 1 / step) ** (self.gamma + 1) if self.gamma is not None else 1.0
         averages, weights = ([p.detach() for p in m.parameters()] for m in (self.model, model))
         torch._foreach_lerp_(averages, weights, weight)
+        for (name, copied), parameter in zip(self.model.named_parameters(), model.parameters(), strict=True):
+            if name.endswith("codebook"):
+                copied.copy_(parameter)
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)
 

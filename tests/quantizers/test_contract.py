@@ -116,6 +116,24 @@ def test_indices_beyond_what_bf16_can_count(options):
 
 
 @every_variant
+def test_what_is_not_finite_has_codes_too_and_does_no_lasting_harm(variant):
+    quantizer = trained(variant)
+    z = random(4, quantizer.code_dim, 30)
+    z[0, :, 3], z[1, 0, 5], z[2, :, 7] = torch.nan, torch.inf, -torch.inf
+    for broken in (quantizer(z), trained(variant, steps=0)(z)):  # in the midst of training, and in its first batch
+        assert broken.codes.min() >= 0
+        assert broken.codes.max() < quantizer.codebook_size
+    q = quantizer(random(4, quantizer.code_dim, 30))
+    assert torch.isfinite(q.z_q).all()
+    assert torch.isfinite(q.loss)
+
+
+def test_the_wrong_number_of_channels_is_noticed():
+    with pytest.raises(AssertionError, match="5 channels for code_dim=4"):
+        built("ema")(random(2, 5, 3))
+
+
+@every_variant
 def test_the_gradient_reaches_z_and_everything_that_is_trained(variant):
     quantizer = trained(variant)
     z = random(8, quantizer.code_dim, 16).requires_grad_()

@@ -8,9 +8,11 @@ from vqgen.quantizers import Quantizer, build_quantizer
 
 
 def residual(base: str = "ema", levels: int = 3, beta: float = 0.25, **options) -> Quantizer:
-    """A residual quantizer of K = 64, D = 4, initialised."""
+    """A residual quantizer of K = 16, D = 4, initialised."""
     torch.manual_seed(0)
-    base_options = {"name": base, "codebook_size": 64, "code_dim": 4, "commitment_weight": beta}
+    base_options = {"name": base, "codebook_size": 16, "commitment_weight": beta}
+    if base != "lfq":  # whose dimension is log2 of its size
+        base_options["code_dim"] = 4
     quantizer = build_quantizer(name="residual", num_quantizers=levels, base=base_options, **options).train()
     quantizer(random(16, 4, 32, seed=50))
     return quantizer
@@ -28,7 +30,7 @@ def test_each_level_takes_what_the_ones_before_have_left():
     torch.testing.assert_close(z - left, q.z_q)
 
 
-@pytest.mark.parametrize("base", ["ema", "fsq", "lfq"])
+@pytest.mark.parametrize("base", ["ema", "lfq"])
 def test_more_levels_come_closer(base):
     quantizer = trained(f"residual of {base}").eval()
     z = random(8, quantizer.code_dim, 64).clamp(-1, 1)
@@ -36,6 +38,39 @@ def test_more_levels_come_closer(base):
     errors = [(quantizer.decode_codes(codes[:, :n]) - z).square().mean().item() for n in (1, 2, 3)]
     assert errors[0] > 1.5 * errors[1]
     assert errors[1] > 1.5 * errors[2]
+
+
+@pytest.mark.parametrize("levels", [[8, 8, 8], [7, 5], [4, 3, 8]], ids=str)
+def test_each_fsq_level_divides_the_error_by_its_number_of_steps(levels):
+    quantizer = build_quantizer(name="residual", num_quantizers=4, base={"name": "fsq", "levels": levels}).eval()
+    z = 1.5 * random(16, len(levels), 256)
+    codes, bounded = quantizer(z).codes, quantizer.bound(z.mT).mT
+    for i in range(4):
+        error = (quantizer.decode_codes(codes[:, : i + 1]) - bounded).abs().amax(dim=(0, 2))
+        # half a step of the first grid, 1 / (L // 2), which each further level's grid has been shrunk into
+        half_steps = [0.5 / (n // 2) / (n - 1 + n % 2) ** i for n in levels]
+        assert (error <= 1.01 * torch.tensor(half_steps) + 1e-6).all()
+    assert all(len(codes[:, i].unique()) > 0.6 * quantizer.codebook_size for i in range(4))
+
+
+def test_residual_fsq_has_the_gradient_of_its_bound_once():
+    quantizer = build_quantizer(name="residual", base={"name": "fsq", "levels": [8, 5]})
+    z, w = random(2, 2, 9).requires_grad_(), random(2, 2, 9, seed=2)
+    (quantizer(z).z_q * w).sum().backward()
+    z_2 = z.detach().clone().requires_grad_()
+    (quantizer.bound(z_2.mT).mT * w).sum().backward()
+    torch.testing.assert_close(z.grad, z_2.grad)
+
+
+def test_no_lfq_level_outweighs_the_others():
+    base = {"name": "lfq", "codebook_size": 64, "entropy_weight": 0.0, "commitment_weight": 1.0}
+    norms = []
+    for levels in (1, 2, 4, 8):
+        quantizer = build_quantizer(name="residual", num_quantizers=levels, base=base).train()
+        z = random(4, 6, 50).requires_grad_()
+        quantizer(z).loss.backward()
+        norms.append(z.grad.norm().item())
+    assert norms[3] < 2 * norms[1]
 
 
 @pytest.mark.parametrize("levels", [1, 2, 5])
@@ -46,15 +81,15 @@ def test_the_decoders_gradient_is_passed_on_once(base, levels):
     assert torch.equal(z.grad, w)
 
 
-@pytest.mark.parametrize("base", ["ema", "vq", "simvq"])
+@pytest.mark.parametrize("base", ["ema", "vq", "simvq", "lfq"])
 def test_each_level_keeps_its_commitment_gradient(base):
     quantizer = residual(base, beta=0.25).eval()
     z = random(2, 4, 9).requires_grad_()
     q = quantizer(z)
     q.loss.backward()
-    expected, left = torch.zeros_like(z), z.detach()
-    for level, code in zip(quantizer.levels, q.codes.split(1, dim=1), strict=True):
-        left = left - level.decode_codes(code).detach()  # z less the sum so far
+    expected = torch.zeros_like(z)
+    for n in (1, 2, 3):
+        left = (z - quantizer.decode_codes(q.codes[:, :n])).detach()  # z less the sum so far
         step = 2 * 0.25 * left / z.numel()
         assert step.abs().max() > 1e-4
         expected += step

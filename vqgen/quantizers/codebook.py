@@ -12,7 +12,9 @@ from vqgen.quantizers.common import (
     Quantizer,
     QuantizerOutput,
     assigned,
+    entropy_loss,
     nearest_code,
+    require_rotation_means_something,
     soft_assignment,
     spread_vectors,
     vq_loss,
@@ -31,7 +33,7 @@ class CodebookQuantizer(Quantizer):
         lookup: the nearest code is the `euclidean` one, or the `cosine` one: of vectors scaled to unit length.
         gradient: what passes the decoder's gradient on to the encoder, `straight-through` or `rotation`.
         commitment_weight: beta, on the encoder's term (VQ-VAE, eq. 3).
-        decay: of the running averages, per step.
+        decay: of the running averages, per forward pass.
         kmeans_iterations: of k-means on the first batch, which initialises the codebook.
         revive_below: a code is revived when its running count falls below this share of the mean count; 0 is never.
         temperature: in training codes are drawn from softmax(-distance^2 / temperature); 0 takes the nearest.
@@ -59,18 +61,13 @@ class CodebookQuantizer(Quantizer):
         entropy_temperature: float = 1.0,
     ):
         super().__init__()
-        require(0 <= decay < 1, f"decay={decay}: must be at least 0 and below 1")
+        require(0 < decay < 1, f"decay={decay}: must be above 0 and below 1")
         require(0 <= revive_below < 1, f"revive_below={revive_below}: must be at least 0 and below 1, the mean")
         require(temperature >= 0, f"temperature={temperature}: must be 0 (the nearest code) or more")
+        require_rotation_means_something(gradient, code_dim, temperature)
         require(
-            not (temperature and gradient == "rotation"),
-            f"temperature={temperature} with gradient=rotation: a drawn code may lie on any side of the vector, "
-            f"and the rotation onto it would turn the gradient around; use gradient=straight-through or temperature=0",
-        )
-        require(
-            not (code_dim == 1 and (lookup == "cosine" or gradient == "rotation")),
-            f"code_dim=1 with lookup={lookup}, gradient={gradient}: a line has but two directions; use "
-            f"lookup=euclidean and gradient=straight-through, or a larger code_dim",
+            not (code_dim == 1 and lookup == "cosine"),
+            "code_dim=1 with lookup=cosine: a line has but two directions; use lookup=euclidean or a larger code_dim",
         )
         self.codebook_size = codebook_size
         self.code_dim = code_dim
@@ -105,7 +102,8 @@ class CodebookQuantizer(Quantizer):
         loss = vq_loss(z, z_q, self.commitment_weight, self.codebook_weight)
         if self.entropy_weight and self.training:
             seen = codebook.clone()  # as it is now: ema moves it before the backward pass comes
-            loss = loss + self.entropy_weight * soft_assignment(z.flatten(0, 1), seen, self.entropy_temperature)[1]
+            _, each, mean = soft_assignment(z.flatten(0, 1), seen, self.entropy_temperature)
+            loss = loss + self.entropy_weight * entropy_loss(each, mean)
         if self.training:
             self._learn(vectors, indices)
         return QuantizerOutput(self.estimator(z, z_q), indices.view(*z.shape[:2], 1), loss)
@@ -127,10 +125,10 @@ class CodebookQuantizer(Quantizer):
         """Takes in the vectors (N, D) and their codes (N,)."""
         raise NotImplementedError
 
-    def _place(self, codes: Tensor, vectors: Tensor, count: Tensor) -> None:
-        """Puts codes (R,) on vectors (R, D), with running counts (R,)."""
-        self.codebook.index_copy_(0, codes, vectors)
-        self.counts.index_copy_(0, codes, count)
+    def _place(self, codes: Tensor, dead: Tensor, vectors: Tensor, count: Tensor) -> None:
+        """Puts those of the codes (R,) that are dead (R,) on vectors (R, D), with a running count ()."""
+        self.codebook.index_copy_(0, codes, torch.where(dead[:, None], vectors, self.codebook[codes]))
+        self.counts.index_copy_(0, codes, torch.where(dead, count, self.counts[codes]))
 
     def _onto_sphere(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) if self.cosine else x
@@ -142,23 +140,23 @@ class CodebookQuantizer(Quantizer):
         for _ in range(self.kmeans_iterations):
             count, total = assigned(z, nearest_code(z, centres), self.codebook_size)
             means = self._onto_sphere(total / count.clamp_min(1)[:, None])
-            centres = torch.where(count[:, None] > 0, means, centres)
-        self._place(torch.arange(self.codebook_size, device=z.device), centres, torch.ones_like(self.counts))
+            used = (count > 0) & torch.isfinite(means.sum(dim=1))
+            centres = torch.where(used[:, None], means, centres)
+        every = torch.arange(self.codebook_size, device=z.device)
+        self._place(every, torch.ones_like(every, dtype=torch.bool), centres, torch.ones_like(self.counts[0]))
 
     @torch.no_grad()
     def _revive(self, z: Tensor) -> None:
         """Puts codes that are hardly ever used on vectors of the batch (N, D).
 
-        The least used 16th of all codes is judged, dead or not, and the living of it are put where they are: no
-        data-dependent shape, so no host sync, and little to exchange between processes.
+        The least used 16th of all codes is judged, dead or not: no data-dependent shape, so no host sync, and little to
+        exchange between processes.
         """
         rarest = self.counts.argsort(stable=True)[: max(1, self.codebook_size // 16)]  # (R,)
         mean_count = self.counts.mean()
-        count, place = self.counts[rarest], self.codebook[rarest]
-        dead = count < self.revive_below * mean_count
-        place = torch.where(dead[:, None], spread_vectors(z, len(rarest), self.num_updates), place)
+        dead = self.counts[rarest] < self.revive_below * mean_count
         # A revived code has the mean count, so that it has many steps to find its vectors before it is judged again.
-        self._place(rarest, place, torch.where(dead, mean_count, count))
+        self._place(rarest, dead, spread_vectors(z, len(rarest), self.num_updates), mean_count)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
         super()._load_from_state_dict(state_dict, prefix, *args)

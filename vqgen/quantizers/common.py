@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vqgen.config import require
 from vqgen.distributed import all_reduce_sum, rank, world_size
 
 BLOCK_ELEMENTS = 1 << 22  # of (N, K) probabilities that are held at a time
@@ -31,22 +32,22 @@ class QuantizerOutput(NamedTuple):
 class Quantizer(nn.Module):
     """The interface of every quantizer: vectors to codes and back.
 
-    A quantizer implements `quantize` and `decode`, on vectors in fp32 with the dimension last; what is here brings
-    maps of any number of spatial axes to that shape.
+    A quantizer implements `quantize` and `decode`, on vectors in fp32 with the dimension last, and `bound` if its codes
+    lie in a bounded space; what is here brings maps of any number of spatial axes to that shape.
 
     Attributes:
         codebook_size: number of codes K.
         num_codebooks: codes per position Q; 1 except for residual quantizers.
         code_dim: dimension D of the vectors.
-        residual_scale: how much smaller the vectors are that a next quantizer of the same kind finds in what this one
-            leaves over; 1 where the codebook finds out by itself.
+        residual_scale: how much smaller what is left over is than what was quantized, in each dimension or in all; 1
+            where a codebook finds out by itself.
         refused: options that would mean nothing here, and why.
     """
 
     codebook_size: int
     num_codebooks: int = 1
     code_dim: int
-    residual_scale: float = 1.0
+    residual_scale: float | Tensor = 1.0
     refused: ClassVar[dict[str, str]] = {}
 
     @classmethod
@@ -56,10 +57,11 @@ class Quantizer(nn.Module):
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantizes z of shape (B, D, *S); in training mode a codebook may move too."""
+        assert z.shape[1] == self.code_dim, f"{z.shape[1]} channels for code_dim={self.code_dim}"
         # Distances, statistics and rounding are in fp32 whatever autocast says: bf16 takes near codes for one another.
         with torch.autocast(z.device.type, enabled=False):
             vectors = rearrange(z.float(), "b d ... -> b (...) d").contiguous()
-            z_q, codes, loss = self.quantize(vectors)
+            z_q, codes, loss = self.quantize(self.bound(vectors))
             z_q = z_q.movedim(-1, 1).reshape(z.shape)  # (B, D, *S)
             return QuantizerOutput(z_q, codes.movedim(-1, 1).reshape(len(z), -1, *z.shape[2:]), loss)
 
@@ -68,8 +70,12 @@ class Quantizer(nn.Module):
         with torch.autocast(codes.device.type, enabled=False):
             return self.decode(codes.movedim(1, -1)).movedim(-1, 1)
 
+    def bound(self, z: Tensor) -> Tensor:
+        """Vectors (..., D) as they are quantized: a quantizer of residuals takes them in the space of the codes."""
+        return z
+
     def quantize(self, z: Tensor) -> QuantizerOutput:
-        """Vectors z (B, N, D) to z_q (B, N, D), codes (B, N, Q) and the loss."""
+        """Bounded vectors z (B, N, D) to z_q (B, N, D), codes (B, N, Q) and the loss."""
         raise NotImplementedError
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -135,6 +141,19 @@ def rotation_trick(z: Tensor, z_q: Tensor) -> Tensor:
     return straight_through(scale * rotated, z_q)
 
 
+def require_rotation_means_something(gradient: str, code_dim: int, temperature: float = 0.0) -> None:
+    """Raises InputError for combinations in which the rotation trick does not."""
+    require(
+        not (temperature and gradient == "rotation"),
+        f"temperature={temperature} with gradient=rotation: a drawn code may lie on any side of the vector, and the "
+        f"rotation onto it would turn the gradient around; use gradient=straight-through or temperature=0",
+    )
+    require(
+        not (code_dim == 1 and gradient == "rotation"),
+        "code_dim=1 with gradient=rotation: a line has but two directions; use gradient=straight-through",
+    )
+
+
 ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "straight-through": straight_through,
     "rotation": rotation_trick,
@@ -186,13 +205,14 @@ def spread_vectors(z: Tensor, count: int, draw: Tensor) -> Tensor:
     """(count, D) vectors spread evenly over the global batch, of which z (N, D) is this process's part.
 
     The golden-ratio sequence goes on from draw to draw, so all processes agree without a random state, and the choice
-    does not depend on their number.
+    does not depend on their number. What is not finite counts as zero, or a code would be lost there.
     """
     k = torch.arange(count, device=z.device) + draw * count
     share = (k % 2**31) * 1327217885 % 2**31  # of 2^31, and the factor its golden section: no overflow in int64
     index = (share * (world_size() * len(z)) >> 31) - rank() * len(z)
     mine = (index >= 0) & (index < len(z))
-    return all_reduce_sum(torch.where(mine[:, None], z[index.clamp(0, len(z) - 1)], 0.0))
+    vectors = torch.nan_to_num(z[index.clamp(0, len(z) - 1)], 0.0, 0.0, 0.0)
+    return all_reduce_sum(torch.where(mine[:, None], vectors, 0.0))
 
 
 def assigned(z: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
@@ -207,21 +227,15 @@ def entropy(p: Tensor) -> Tensor:
     return -torch.xlogy(p, p.clamp_min(1e-30)).sum(dim=-1)
 
 
-def mean_over_processes(p: Tensor) -> Tensor:
-    """Mean over the processes, with the gradient of the local value: DDP takes the mean of gradients by itself."""
-    return p + (all_reduce_sum(p.detach().clone()) / world_size() - p.detach())
-
-
 def soft_assignment(
     z: Tensor, codebook: Tensor, temperature: float, target: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """What p = softmax(-|z - e|^2 / temperature) over the codes (K, D) says of vectors (N, D).
 
     The (N, K) probabilities exist a block at a time, in the backward pass too.
 
     Returns:
-        The mean under p of `target` (K, E) for each vector: (N, E); and the mean entropy of p less the entropy of the
-        mean p, a loss that wants each vector near one code and all codes equally frequent (MAGVIT-v2, eq. 5).
+        The mean under p of `target` (K, E) for each vector, (N, E); the mean entropy of p; the mean p, (K,).
     """
 
     def block(part: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,5 +248,14 @@ def soft_assignment(
     parts = z.split(max(1, BLOCK_ELEMENTS // len(codebook)))
     results = [checkpoint(block, part, codebook, use_reentrant=False, preserve_rng_state=False) for part in parts]
     means, entropies, sums = zip(*results, strict=True)
-    mean = mean_over_processes(torch.stack(sums).sum(dim=0) / len(z))
-    return torch.cat(means), torch.stack(entropies).sum() / len(z) - entropy(mean)
+    return torch.cat(means), torch.stack(entropies).sum() / len(z), torch.stack(sums).sum(dim=0) / len(z)
+
+
+def entropy_loss(each: Tensor, mean: Tensor, diversity: float = 1.0) -> Tensor:
+    """The mean entropy () of each vector's distribution, less that of their mean (K,) over all processes.
+
+    It wants each vector near one code and all codes equally frequent (MAGVIT-v2, eq. 5).
+    """
+    # With the gradient of the local mean: DDP takes the mean of gradients by itself.
+    mean = mean + (all_reduce_sum(mean.detach().clone()) / world_size() - mean.detach())
+    return each - diversity * entropy(mean)

@@ -20,11 +20,13 @@ class EMAQuantizer(CodebookQuantizer):
     @torch.no_grad()
     def _learn(self, z: Tensor, indices: Tensor) -> None:
         count, total = assigned(z, indices, self.codebook_size)
+        finite = torch.isfinite(total.sum(dim=1))  # one bad vector would stay in the average for good
+        count, total = torch.where(finite, count, self.counts), torch.where(finite[:, None], total, self.sums)
         self.counts.lerp_(count, self._weight())
         self.sums.lerp_(total, self._weight())
         smoothed = (self.counts + 1e-5) / (1 + 1e-5 * self.codebook_size / self.counts.sum())  # Laplace
         self.codebook.copy_(self._onto_sphere(self.sums / smoothed[:, None]))
 
-    def _place(self, codes: Tensor, vectors: Tensor, count: Tensor) -> None:
-        super()._place(codes, vectors, count)
-        self.sums.index_copy_(0, codes, vectors * count[:, None])
+    def _place(self, codes: Tensor, dead: Tensor, vectors: Tensor, count: Tensor) -> None:
+        super()._place(codes, dead, vectors, count)
+        self.sums.index_copy_(0, codes, torch.where(dead[:, None], vectors * count, self.sums[codes]))

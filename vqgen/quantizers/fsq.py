@@ -32,23 +32,32 @@ class FSQ(Quantizer):
 
     def __init__(self, levels: Sequence[int] = (8, 8, 8)):
         super().__init__()
-        require(bool(levels) and min(levels) > 1, f"levels={list(levels)}: must be one or more, each above 1")
+        require(
+            bool(levels) and min(levels) > 2,
+            f"levels={list(levels)}: must be one or more, each above 2; lfq is for two levels a dimension",
+        )
         self.codebook_size = prod(levels)
         self.code_dim = len(levels)
-        self.residual_scale = 1 / (min(levels) - 1)
         self.register_buffer("num_levels", torch.tensor(levels), persistent=False)
         basis = torch.tensor([prod(levels[:i]) for i in range(len(levels))])
         self.register_buffer("basis", basis, persistent=False)
+        # What rounding leaves over is half a step at most, to which the next quantizer's whole grid is shrunk.
+        self.residual_scale = 1 / (self.num_levels - 1 + self.num_levels % 2)  # (D,)
+
+    def bound(self, z: Tensor) -> Tensor:
+        """Vectors (..., D) through a tanh to the range of the values, and a little more, or none would be outermost."""
+        # An even number of levels takes [-L / 2, L / 2 - 1] / (L / 2), an odd one all of [-1, 1]; zero goes to zero.
+        half = (self.num_levels - 1) * 1.001 / 2
+        offset = 0.5 * (self.num_levels % 2 == 0)
+        return (torch.tanh(z + torch.atanh(offset / half)) * half - offset) / (self.num_levels // 2)
 
     def quantize(self, z: Tensor) -> QuantizerOutput:
-        """Vectors z (B, N, D) to z_q (B, N, D), codes (B, N, 1) and a loss of zero."""
-        # tanh to (-half, half), of which an even number of levels takes [-L / 2, L / 2 - 1], an odd one all
-        half = (self.num_levels - 1) * 1.001 / 2  # a little more, or the outermost values are never reached
-        offset = 0.5 * (self.num_levels % 2 == 0)
-        bounded = torch.tanh(z + torch.atanh(offset / half)) * half - offset
-        rounded = straight_through(bounded, bounded.round())
-        codes = ((rounded.detach().long() + self.num_levels // 2) * self.basis).sum(dim=-1, keepdim=True)
-        return QuantizerOutput(rounded / (self.num_levels // 2), codes, z.new_zeros(()))
+        """Bounded vectors z (B, N, D) to z_q (B, N, D), codes (B, N, 1) and a loss of zero."""
+        half = self.num_levels // 2
+        steps = torch.nan_to_num(z.detach() * half).round()
+        level = steps.clamp(-half, self.num_levels - 1 - half).long() + half
+        codes = (level * self.basis).sum(dim=-1, keepdim=True)
+        return QuantizerOutput(straight_through(z, self.decode(codes)), codes, z.new_zeros(()))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (..., 1) to vectors (..., D)."""

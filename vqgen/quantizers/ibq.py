@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqgen.config import require
-from vqgen.quantizers.common import Quantizer, QuantizerOutput, nearest_code, soft_assignment, vq_loss
+from vqgen.quantizers.common import Quantizer, QuantizerOutput, entropy_loss, nearest_code, soft_assignment, vq_loss
 
 
 class IBQ(Quantizer):
@@ -50,11 +50,15 @@ class IBQ(Quantizer):
         """Vectors z (B, N, D) to z_q (B, N, D), codes (B, N, 1) and the loss."""
         indices = nearest_code(z.detach().flatten(0, 1), self.codebook.detach()).view(z.shape[:2])
         z_q = F.embedding(indices, self.codebook)
-        soft, entropy_loss = soft_assignment(z.flatten(0, 1), self.codebook, self.temperature, self.codebook.detach())
-        soft = soft.view_as(z)
-        z_q = z_q + (soft - soft.detach())  # (one-hot + p - sg(p)) times the codebook
+        if not torch.is_grad_enabled():  # nothing to prepare
+            return QuantizerOutput(z_q, indices[..., None], vq_loss(z, z_q, self.commitment_weight))
+        target = self.codebook.detach()
+        soft, each, mean = soft_assignment(z.flatten(0, 1), self.codebook, self.temperature, target)
+        z_q = z_q + (soft - soft.detach()).view_as(z)  # (one-hot + p - sg(p)) times the codebook
         loss = vq_loss(z, z_q, self.commitment_weight)
-        return QuantizerOutput(z_q, indices[..., None], loss + self.entropy_weight * entropy_loss)
+        if self.training and self.entropy_weight:
+            loss = loss + self.entropy_weight * entropy_loss(each, mean)
+        return QuantizerOutput(z_q, indices[..., None], loss)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (..., 1) to vectors (..., D)."""

@@ -8,7 +8,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from vqgen.config import require
-from vqgen.quantizers.common import Quantizer, QuantizerOutput, entropy, mean_over_processes, straight_through
+from vqgen.quantizers.common import Quantizer, QuantizerOutput, entropy, entropy_loss, straight_through
 
 
 class LFQ(Quantizer):
@@ -37,8 +37,8 @@ class LFQ(Quantizer):
         self,
         codebook_size: int = 512,
         spherical: bool = False,
-        commitment_weight: float = 0.25,
-        entropy_weight: float = 0.1,
+        commitment_weight: float = 0.02,
+        entropy_weight: float = 0.03,
         diversity: float = 1.0,
         entropy_temperature: float = 1.0,
     ):
@@ -83,8 +83,8 @@ class LFQ(Quantizer):
         logits = 4 * z / self.scale / self.entropy_temperature  # of a bit being 1: (N, D)
         bits = torch.stack([torch.sigmoid(-logits), torch.sigmoid(logits)], dim=-1)  # (N, D, 2)
         first, second = (_products(part) for part in bits.split([self.code_dim // 2, (self.code_dim + 1) // 2], dim=1))
-        mean = mean_over_processes(first.T @ second / len(z)).flatten()  # (K,)
-        return entropy(bits).sum(dim=1).mean() - self.diversity * entropy(mean)
+        mean = (first.T @ second / len(z)).flatten()  # (K,)
+        return entropy_loss(entropy(bits).sum(dim=1).mean(), mean, self.diversity)
 
 
 def _products(bits: Tensor) -> Tensor:

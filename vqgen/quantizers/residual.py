@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from vqgen.config import require
 from vqgen.quantizers.build import BASES, build, complete_options
-from vqgen.quantizers.common import ESTIMATORS, Quantizer, QuantizerOutput
+from vqgen.quantizers.common import ESTIMATORS, Quantizer, QuantizerOutput, require_rotation_means_something
 
 
 class ResidualQuantizer(Quantizer):
     """Several quantizers whose vectors add up (RQ-VAE, Lee et al. 2022, eq. 3 and 4).
 
-    Each level's commitment term reaches the encoder; the decoder's gradient does so once, past all of them together.
+    Each level's commitment term reaches the encoder; the decoder's gradient does so once, past all of them together. So
+    of levels of ibq their own loss alone goes through the index.
 
     Args:
         base: the quantizer of each level
@@ -24,6 +25,7 @@ class ResidualQuantizer(Quantizer):
             first codes alone decode to something.
     """
 
+    scales: Tensor  # (Q, D)
     refused: ClassVar = {
         "codebook_size": "each level has its own; set model.quantizer.base.codebook_size",
         "code_dim": "it is that of the levels; set model.quantizer.base.code_dim",
@@ -42,6 +44,7 @@ class ResidualQuantizer(Quantizer):
         require(num_quantizers > 0, f"num_quantizers={num_quantizers}: must be at least 1")
         require(0 <= dropout <= 1, f"dropout={dropout}: must be between 0 and 1")
         require(not (dropout and num_quantizers == 1), f"dropout={dropout}: one level has nothing to drop; set it to 0")
+        require_rotation_means_something(gradient, base.get("code_dim", 2), base.get("temperature", 0.0))
         require(
             base.get("gradient") != "rotation",
             "base.gradient=rotation: the decoder's gradient passes all levels at once; set gradient=rotation instead",
@@ -55,7 +58,8 @@ class ResidualQuantizer(Quantizer):
         self.levels = nn.ModuleList(levels)
         self.num_codebooks = num_quantizers
         self.codebook_size, self.code_dim = levels[0].codebook_size, levels[0].code_dim
-        self.scales = [levels[0].residual_scale ** i for i in range(num_quantizers)]
+        scale = torch.as_tensor(levels[0].residual_scale).expand(self.code_dim)
+        self.register_buffer("scales", torch.stack([scale**i for i in range(num_quantizers)]), persistent=False)
         self.estimator = ESTIMATORS[gradient]
         self.dropout = dropout
 
@@ -63,27 +67,31 @@ class ResidualQuantizer(Quantizer):
     def complete(cls, options: dict[str, Any]) -> dict[str, Any]:
         return {**options, "base": complete_options(BASES, "base", **(options["base"] or {}))}
 
+    def bound(self, z: Tensor) -> Tensor:
+        """Vectors (..., D) as the levels' codes are bounded: once, and not at each level."""
+        return self._levels()[0].bound(z)
+
     def quantize(self, z: Tensor) -> QuantizerOutput:
-        """Vectors z (B, N, D) to z_q (B, N, D), codes (B, N, Q) and the loss."""
+        """Bounded vectors z (B, N, D) to z_q (B, N, D), codes (B, N, Q) and the loss."""
         residual, z_q, codes, loss = z, torch.zeros_like(z), [], z.new_zeros(())
         kept = self._num_kept(z)  # (B, 1, 1)
-        for i, (level, scale) in enumerate(self._scaled_levels()):
+        for i, (level, scale) in enumerate(zip(self._levels(), self.scales, strict=True)):
             q = level.quantize(residual / scale)
             part = q.z_q.detach() * scale
             residual = residual - part  # part is a constant: so each level's commitment term reaches z
             z_q = z_q + torch.where(i < kept, part, 0.0)
-            loss = loss + q.loss
+            loss = loss + q.loss * scale.square().mean()  # in z's units, so that no fine level outweighs the others
             codes.append(q.codes)
         return QuantizerOutput(self.estimator(z, z_q), torch.cat(codes, dim=-1), loss)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (..., Q), or the first few of them, to vectors (..., D)."""
-        parts = zip(self._scaled_levels(), codes.split(1, dim=-1), strict=False)
-        vectors = [level.decode(code) * scale for (level, scale), code in parts]
+        parts = zip(self._levels(), self.scales, codes.split(1, dim=-1), strict=False)
+        vectors = [level.decode(code) * scale for level, scale, code in parts]
         return functools.reduce(torch.add, vectors)  # in quantize's order, so to the same bits
 
-    def _scaled_levels(self) -> list[tuple[Quantizer, float]]:
-        return list(zip(self.levels, self.scales, strict=True))  # type: ignore[arg-type]
+    def _levels(self) -> list[Quantizer]:
+        return list(self.levels)  # type: ignore[arg-type]
 
     def _num_kept(self, z: Tensor) -> Tensor:
         """How many levels each image keeps: (B, 1, 1)."""

@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqgen.quantizers.common import ESTIMATORS, Quantizer, QuantizerOutput, nearest_code, vq_loss
+from vqgen.quantizers.common import (
+    ESTIMATORS,
+    Quantizer,
+    QuantizerOutput,
+    nearest_code,
+    require_rotation_means_something,
+    vq_loss,
+)
 
 
 class SimVQ(Quantizer):
@@ -36,6 +43,7 @@ class SimVQ(Quantizer):
         commitment_weight: float = 0.25,
     ):
         super().__init__()
+        require_rotation_means_something(gradient, code_dim)
         self.codebook_size = codebook_size
         self.code_dim = code_dim
         self.estimator = ESTIMATORS[gradient]
