@@ -59,6 +59,7 @@ def main(run_dir: str, config: SampleConfig) -> None:
         )
         drawn.append((start, rearrange(images, "n c h w -> n h w c").cpu().numpy()))
     drawn = gather_object(drawn)
+    state.end_training()  # or a process that exits while the other still talks to it may abort
     if not state.is_main_process:
         return
     array = np.concatenate([images for _, images in sorted(drawn, key=lambda part: part[0])])
