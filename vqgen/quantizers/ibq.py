@@ -13,8 +13,8 @@ from vqgen.quantizers.common import Quantizer, QuantizerOutput, entropy_loss, ne
 class IBQ(Quantizer):
     """The nearest code, with the gradient of the mean code under softmax(-|z - e|^2) (Shi et al. 2024, section 3.2).
 
-    The authors take softmax(z . e), whose argmax is never a code inside the others' hull: here it used 9 % of 512 codes
-    at best. The loss is VQ-VAE's eq. 3, of a z_q with that gradient; the authors' has a further encoder's term.
+    The authors take softmax(z . e), whose argmax is never a code inside the others' hull: of 512 codes it used a third
+    here at best. The loss is VQ-VAE's eq. 3, of a z_q with that gradient; the authors' has a further encoder's term.
 
     Args:
         codebook_size: number of codes K.
