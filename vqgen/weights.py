@@ -1,0 +1,49 @@
+"""Other people's weights: found in an installed package, checked, and read without running any code in them."""
+
+import hashlib
+import pickle
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vqgen.errors import InputError
+
+
+def installed_file(package: str, file: str, remedy: str) -> Path:
+    """A file of an installed package, which is not imported for it.
+
+    Raises:
+        InputError: the package is not installed; the message ends with the remedy.
+    """
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"the weights are in the package {package.replace('_', '-')}, which is missing; {remedy}")
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+def read_weights(path: Path, expected: str | None) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a .pth file by their names, on the CPU, and the file's SHA-256.
+
+    Args:
+        path: the file.
+        expected: what its SHA-256 must start with; None takes any file.
+
+    Raises:
+        InputError: there is no such file, it has another checksum, or it holds anything but tensors.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file of weights; fetch it, or give the path of another")
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    if expected is not None and not checksum.startswith(expected):
+        raise InputError(
+            f"{path} is damaged or another file: its SHA-256 is {checksum}, not {expected}; fetch it again"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} does not load as weights: {str(error).splitlines()[0][:200]}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} holds no weights by name; give a saved state_dict")
+    return state, checksum
