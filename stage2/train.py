@@ -7,7 +7,6 @@ import math
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -15,11 +14,11 @@ from einops import rearrange
 from PIL import Image
 
 from vqgen.cli import run_program
-from vqgen.codes import CodeLayout
 from vqgen.config import DataConfig, SampleConfig, Stage2Config, check_options, read_yaml, require
-from vqgen.data.codes import TokenStore, encode_images
+from vqgen.data.codes import encode_images
 from vqgen.data.images import load_images
-from vqgen.distributed import all_reduce_sum, rank, world_size
+from vqgen.distributed import all_reduce_sum, world_size
+from vqgen.likelihood import prior_nll, unigram_entropy
 from vqgen.models.prior import Prior
 from vqgen.models.vqmodel import VQModel, load_tokenizer
 from vqgen.sampling import classes_in_turn, sample_images
@@ -129,7 +128,7 @@ def main(config: Stage2Config) -> None:
         last = share >= 1
         if step > first_step and (last or step % config.train.eval_every == 0):
             with budget.paused():
-                nll = evaluate(ema.model, val_codes, config.train.eval_images, micro_batch, device)
+                nll = prior_nll(ema.model, val_codes, config.train.eval_images, micro_batch, device)
                 figures = {
                     "nll": nll,  # nats per token
                     "unigram_entropy": unigram,  # nats per token: what a prior that learned nothing but counts reaches
@@ -190,30 +189,6 @@ def main(config: Stage2Config) -> None:
             window_step, window_start = step, budget.seconds
     tracker.close()
     accelerator.end_training()
-
-
-@torch.no_grad()
-def evaluate(model: Prior, codes: TokenStore, num_images: int, batch_size: int, device: torch.device) -> float:
-    """Negative log-likelihood of held-out codes given their class, in nats per token, shared out over the processes."""
-    chosen = np.linspace(0, len(codes) - 1, min(len(codes), num_images), dtype=int)[rank() :: world_size()]
-    sums = torch.zeros(2, device=device)  # of nats, of tokens
-    for start in range(0, len(chosen), batch_size):
-        tokens, class_ids = (part.to(device) for part in codes.__getitems__(chosen[start : start + batch_size]))
-        logits = rearrange(model(tokens, class_ids), "b n v -> (b n) v")
-        nats = F.cross_entropy(logits, rearrange(tokens, "b n -> (b n)"), reduction="sum")
-        sums += torch.stack([nats, torch.tensor(tokens.numel(), device=device)])
-    nats, count = all_reduce_sum(sums).tolist()
-    return nats / count
-
-
-def unigram_entropy(codes: TokenStore, layout: CodeLayout) -> float:
-    """Entropy of the training codes without any context, in nats per token (mean over the codebooks)."""
-    tokens = codes.__getitems__(np.linspace(0, len(codes) - 1, min(len(codes), 20000), dtype=int))[0]
-    counts = torch.bincount(tokens.flatten(), minlength=layout.vocab_size)
-    totals = torch.zeros_like(counts)
-    for first, end in set(map(tuple, layout.token_ranges().tolist())):
-        totals[first:end] = counts[first:end].sum()
-    return -(torch.xlogy(counts, counts / totals).sum() / counts.sum()).item()
 
 
 def samples(model: Prior, tokenizer: VQModel, seed: int, device: torch.device) -> Image.Image:

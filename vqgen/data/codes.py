@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,7 +43,7 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
         """Tokens (B, N) and class ids (B,), int64."""
         tokens = torch.from_numpy(self.tokens[self.rows[indices]].astype(np.int64))
         return tokens, torch.from_numpy(self.class_ids[indices])
