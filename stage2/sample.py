@@ -71,4 +71,4 @@ def main(run_dir: str, config: SampleConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, SampleConfig, {}, "python stage2/sample.py RUN_DIR [key=value ...]", num_positional=1)
+    run_program(main, SampleConfig, {}, "python stage2/sample.py RUN_DIR [key=value ...]", run_dir="required")

@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from vqgen.config import Sections, load_config, usage
 from vqgen.errors import InputError
@@ -14,16 +14,20 @@ from vqgen.launch import make_up_for_launcher
 
 
 def run_program(
-    main: Callable[..., None], cls: type, sections: Sections, synopsis: str, num_positional: int = 0
+    main: Callable[..., None],
+    cls: type,
+    sections: Sections,
+    synopsis: str,
+    run_dir: Literal["none", "optional", "required"] = "none",
 ) -> None:
-    """Calls main(*positional, config) with what the command line says.
+    """Calls main(config), or main(run_dir, config), with what the command line says.
 
     Args:
-        main: the program; it takes the positional arguments and a configuration.
+        main: the program.
         cls: the configuration's class.
         sections: its plain-dict sections, and the constructors they go to.
         synopsis: how to call the program, for --help.
-        num_positional: how many arguments come before the configuration.
+        run_dir: whether the program takes a run's folder before its settings; one that is not given is None.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # Two of DDP's: an option that Accelerate calls by its old name, and the layout of 1x1 convolutions' gradients.
@@ -36,10 +40,14 @@ def run_program(
         print(usage(synopsis, cls, sections))
         return
     try:
-        positional, rest = arguments[:num_positional], arguments[num_positional:]
-        if len(positional) < num_positional or any("=" in argument for argument in positional):
-            raise InputError(f"usage: {synopsis}")
-        config: Any = load_config(cls, rest, sections)
+        arguments = _settings_from_flags(arguments)
+        positional: list[str | None] = []
+        if run_dir != "none":
+            given = bool(arguments) and "=" not in arguments[0]
+            if not given and run_dir == "required":
+                raise InputError(f"usage: {synopsis}")
+            positional = [arguments.pop(0) if given else None]
+        config: Any = load_config(cls, arguments, sections)
         make_up_for_launcher()
         main(*positional, config)
     except InputError as error:
@@ -49,3 +57,14 @@ def run_program(
         line = str(error).strip().splitlines()[-1].removeprefix("vqgen.errors.InputError: ")
         print(f"error: {line}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _settings_from_flags(arguments: list[str]) -> list[str]:
+    """The command line with `--key value` and `--key=value` written as key=value."""
+    settings, words = [], iter(arguments)
+    for word in words:
+        if word.startswith("--"):
+            value = "" if "=" in word else "=" + next(words, "")
+            word = word.removeprefix("--") + value
+        settings.append(word)
+    return settings

@@ -210,6 +210,74 @@ class SampleConfig:
         require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
 
 
+@dataclass
+class EvaluateConfig:
+    """What both evaluations take."""
+
+    features: str = "efficientnet-lite0"
+    """Feature network: `efficientnet-lite0` (ImageNet; comes with vqgen), `inception` (the standard one, downloaded)
+    or `lenet` (trained here on the reference's own classes, for digits and the like)."""
+    feature_weights: str | None = None
+    """File of the feature network's weights; null takes the installed, downloads or trains them."""
+    num_reference: int | None = 10000
+    """Images of the reference to compare with, evenly spaced; null is all."""
+    cache_dir: str | None = None
+    """Where features of reference sets are kept; null is vqgen/ in the user's cache folder."""
+    compare: str | None = None
+    """Another run, or an evaluation.json: print both evaluations side by side, and evaluate nothing."""
+    data: dict[str, Any] = field(default_factory=dict)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.num_reference is None or self.num_reference > 1,
+            f"num_reference={self.num_reference}: must be 2 or more",
+        )
+
+
+@dataclass
+class Stage1EvaluateConfig(EvaluateConfig):
+    """Measure a tokenizer on held-out images."""
+
+    num_images: int | None = None
+    """Held-out images to look at, evenly spaced; null is all."""
+    perceptual: str = "alex"
+    """Of the perceptual distance: `alex` or `vgg` (shift-tolerant LPIPS), `lpips-vgg` (the original) or `none`."""
+    perceptual_weights: list[str] = field(default_factory=list)
+    """Files with its weights; none takes the installed ones. `lpips-vgg` needs [VGG16.pth,HEADS.pth]."""
+    batch_size: int = 128
+    """Images at a time, on each process."""
+    seed: int = 0
+    """Seed of what is drawn for the evaluation."""
+    out: str | None = None
+    """Folder for evaluation.json and the pictures; null is RUN_DIR/evaluation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.num_images is None or self.num_images > 1, f"num_images={self.num_images}: must be 2 or more")
+        require(self.batch_size > 0, f"batch_size={self.batch_size}: must be at least 1")
+        require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
+
+
+@dataclass
+class Stage2EvaluateConfig(EvaluateConfig, SampleConfig):
+    """Measure a prior and its samples, or any images against others."""
+
+    num_images: int = 2000
+    """How many images to draw; with `images`, how many of those to look at, at most."""
+    images: str | None = None
+    """Images that are there already, to measure in place of a run's samples: a folder, an .npz, or as data.source."""
+    reference: str | None = None
+    """What to measure `images` against, in any of the same forms."""
+    out: str | None = None
+    """Folder for evaluation.json and the pictures; null is RUN_DIR/evaluation, or evaluation/ with `images`."""
+
+    def __post_init__(self) -> None:
+        EvaluateConfig.__post_init__(self)
+        SampleConfig.__post_init__(self)
+        require(self.num_images > 1, f"num_images={self.num_images}: must be 2 or more")
+
+
 # The plain-dict sections of a configuration, and the constructors that take them: the constructor is the schema. Where
 # the section's key `name` chooses among several constructors, they are given by name.
 Constructor = Callable[..., Any]
@@ -382,12 +450,13 @@ def _meanings(schema: Constructor) -> dict[str, str]:
     """What each setting means: the string below a dataclass's field, or the line in a constructor's `Args:`."""
     meanings: dict[str, str] = {}
     if is_dataclass(schema):
-        body = ast.parse(textwrap.dedent(inspect.getsource(typing.cast(type, schema)))).body[0]
-        statements = typing.cast(ast.ClassDef, body).body
-        for statement, following in itertools.pairwise(statements):
-            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-                name = typing.cast(ast.Name, statement.target).id
-                meanings[name] = " ".join(str(ast.literal_eval(following.value)).split())
+        for ancestor in filter(is_dataclass, reversed(inspect.getmro(typing.cast(type, schema)))):
+            body = ast.parse(textwrap.dedent(inspect.getsource(ancestor))).body[0]
+            statements = typing.cast(ast.ClassDef, body).body
+            for statement, following in itertools.pairwise(statements):
+                if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+                    name = typing.cast(ast.Name, statement.target).id
+                    meanings[name] = " ".join(str(ast.literal_eval(following.value)).split())
         return meanings
     for described in reversed(inspect.getmro(schema)) if inspect.isclass(schema) else [schema]:
         arguments = inspect.cleandoc(described.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]

@@ -90,6 +90,17 @@ class Tracker:
             self.wandb.close()
 
 
+def log_evaluation(
+    run_dir: Path, tracking: TrackingConfig, figures: Mapping[str, float], pictures: Mapping[str, Image.Image]
+) -> None:
+    """Sends an evaluation's figures and pictures to a run's wandb, into its summary, as they belong to no step."""
+    run = _Wandb(run_dir, tracking, {})
+    run.summary({f"evaluation/{name}": value for name, value in figures.items()})
+    for name, image in pictures.items():
+        run.picture(f"evaluation/{name}", image, None)
+    run.close()
+
+
 class _Wandb:
     """A wandb run that never stops training: the first failure is told in one line, and ends the logging to it."""
 
@@ -126,7 +137,11 @@ class _Wandb:
         if self.run is not None:
             self._attempt(lambda: self.run.log(numbers, step=step))
 
-    def picture(self, name: str, image: Image.Image, step: int) -> None:
+    def summary(self, numbers: dict[str, Any]) -> None:
+        if self.run is not None:
+            self._attempt(lambda: self.run.summary.update(numbers))
+
+    def picture(self, name: str, image: Image.Image, step: int | None) -> None:
         if self.run is not None:
             import wandb
 

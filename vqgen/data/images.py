@@ -7,6 +7,7 @@ makes those uint8 (C, H, W) arrays, and keeps them in memory if there is room.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import glob
 import gzip
 import hashlib
@@ -80,6 +81,32 @@ def load_images(data: DataConfig) -> tuple[ImageSet, ImageSet]:
         raise InputError(f"data.source={data.source} is one image, with none left to hold out; give data.val_source")
     channels = data.channels or _probe_channels(train, train_rows, data.background)
     return ImageSet(train, train_rows, data, channels), ImageSet(held_out, held_out_rows, data, channels)
+
+
+def load_set(key: str, data: DataConfig, image_size: int | None = None) -> ImageSet:
+    """All images of `data.source`, or its training part if it has parts.
+
+    Args:
+        key: what the messages call the source.
+        data: its settings.
+        image_size: the side of the squares; None takes the images' own, which must then all be one.
+
+    Raises:
+        InputError: a source or a setting cannot be used, or no image loads.
+    """
+    _check_settings(data)
+    source, _ = _open_source(key, data.source)
+    rows = np.arange(len(source.names))
+    if image_size is None:
+        sizes = {source.open(row).size for row in _probed(rows) if _loads(source, row)}
+        if len(sizes) != 1 or len(set(*sizes)) != 1:
+            found = " and ".join(f"{width}x{height}" for width, height in sorted(sizes)[:2]) or "broken"
+            raise InputError(
+                f"{key}={data.source}: holds {found} images, not squares of one size; give data.image_size="
+            )
+        image_size = sizes.pop()[0]
+    data = dataclasses.replace(data, image_size=image_size)
+    return ImageSet(source, rows, data, data.channels or _probe_channels(source, rows, data.background))
 
 
 class ImageSet:
@@ -250,9 +277,22 @@ def _split(names: list[str], val_fraction: float) -> tuple[np.ndarray, np.ndarra
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
+def _probed(rows: np.ndarray) -> np.ndarray:
+    """A few of the rows, evenly spaced."""
+    return rows[np.unique(np.linspace(0, len(rows) - 1, PROBED_IMAGES, dtype=int))]
+
+
+def _loads(source: _Source, row: int) -> bool:
+    try:
+        source.open(row)
+    except DECODE_ERRORS:
+        return False
+    return True
+
+
 def _probe_channels(source: _Source, rows: np.ndarray, background: str) -> int:
     """1 if a sample of the images is grey, also where it is stored as RGB; else 3."""
-    probed = rows[np.unique(np.linspace(0, len(rows) - 1, PROBED_IMAGES, dtype=int))]
+    probed = _probed(rows)
     broken = []
     for row in probed:
         try:

@@ -1,0 +1,139 @@
+"""Measure a tokenizer on held-out images, with how each figure was made beside it.
+
+python stage1/evaluate.py RUN_DIR [key=value ...]
+python stage1/evaluate.py RUN_DIR --compare OTHER_RUN_DIR
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from vqgen.cli import run_program
+from vqgen.config import DataConfig, Stage1EvaluateConfig, require
+from vqgen.data.images import load_images, load_set
+from vqgen.distributed import all_reduce_sum
+from vqgen.evaluation import (
+    Report,
+    cache_folder,
+    check_varied,
+    compare,
+    crop_of,
+    distances,
+    exact_convolutions,
+    output_folder,
+    run_data,
+)
+from vqgen.features import FeatureCollector, cached_features, load_feature_network, my_batches
+from vqgen.likelihood import evenly
+from vqgen.metrics import CodeUsage, image_psnr, image_ssim, psnr
+from vqgen.models.vqmodel import from_uint8, load_tokenizer, to_uint8
+from vqgen.perceptual import PerceptualDistance
+from vqgen.tracking import image_grid, log_evaluation
+
+SYNOPSIS = "python stage1/evaluate.py RUN_DIR [key=value ...], or RUN_DIR --compare OTHER_RUN_DIR"
+
+
+def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
+    require(run_dir is not None, f"usage: {SYNOPSIS}")
+    run = Path(run_dir)
+    if config.compare is not None:
+        print(compare(run, Path(config.compare)))
+        return
+    model, checkpoint = load_tokenizer(run)
+    data, own = run_data(run, config.data, model.channels)
+    model.code_layout(data.image_size)  # raises where the size does not suit the stride
+    out = output_folder(Path(config.out or run / "evaluation"))
+
+    accelerator = Accelerator()
+    device = accelerator.device
+    exact_convolutions()
+    # Held-out images of the run's own data; of other data all, as the tokenizer has seen none of them.
+    train, images = load_images(data) if own else (None, load_set("data.source", data, data.image_size))
+    rows = evenly(len(images), config.num_images or len(images))
+    cache = cache_folder(config)
+    network = load_feature_network(
+        config.features, config.feature_weights, train or images, seed=config.seed, cache=cache, accelerator=accelerator
+    )
+    perceptual = None
+    if config.perceptual != "none":
+        perceptual = PerceptualDistance(config.perceptual, config.perceptual_weights).to(device)
+    model.to(device)
+
+    def features_of(part, chosen, description):
+        options = {"batch_size": config.batch_size, "cache": cache, "accelerator": accelerator}
+        return cached_features(part, chosen, network, crop_of(part, data), description=description, **options)
+
+    reference = features_of(images, rows, "the reference")
+    check_varied(reference, f"data.source={data.source}", images.channels)
+    real = features_of(train, evenly(len(train), len(rows)), "other real images") if train is not None else None
+
+    names = ["psnr_per_image", "ssim"] + (["perceptual"] if perceptual else [])
+    per_image = torch.zeros(len(rows), len(names), dtype=torch.float64, device=device)
+    squared_errors = torch.zeros(len(rows), dtype=torch.float64, device=device)
+    usage = CodeUsage(model.quantizer.num_codebooks, model.quantizer.codebook_size, device)
+    collector = FeatureCollector(len(rows), (images.channels, images.image_size, images.image_size), network)
+    for batch in my_batches(len(rows), config.batch_size, "reconstructing"):
+        x, class_ids = images.__getitems__(rows[batch])
+        x = x.to(device)  # uint8 (B, C, H, W)
+        with torch.inference_mode():
+            codes = model.encode(from_uint8(x))
+            x_rec = to_uint8(model.decode(codes))  # rounded and clipped, as it would be saved
+            usage.update(codes[0])
+            columns = [image_psnr(x_rec, x), image_ssim(x_rec, x)]
+            if perceptual:
+                columns.append(perceptual(from_uint8(x_rec), from_uint8(x)))
+            per_image[batch] = torch.stack(columns, dim=1).double()
+            squared_errors[batch] = (from_uint8(x_rec) - from_uint8(x)).square().mean(dim=(1, 2, 3)).double()
+        collector.update(x_rec, class_ids, batch)
+    reconstructed = collector.compute()
+    all_reduce_sum(per_image)  # each process has filled in its own rows
+    all_reduce_sum(squared_errors)
+    codes_used = usage.compute()
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
+
+    report = Report("tokenizer", {"run": str(run), "checkpoint": checkpoint, "seed": config.seed})
+    protocol = {"reference": images.fingerprint, "images": len(rows), **crop_of(images, data)}
+    report.add("psnr", psnr(squared_errors.mean()).item(), protocol)
+    for name, mean in zip(names, per_image.mean(dim=0).tolist(), strict=True):
+        how = {"network": perceptual.name, "checksum": perceptual.checksum} if name == "perceptual" else {}
+        report.add(name, mean, {**protocol, **how})
+    distances(report, reconstructed, reference, network, protocol, real, prefix="r")
+    report.add("usage", codes_used["usage"].item(), protocol)
+    report.add("perplexity", codes_used["perplexity"].item(), protocol)
+    report.add("code_entropy", codes_used["entropy"].item() / np.log(2), protocol)
+    per_image = per_image.cpu()
+    for class_id, class_name in enumerate(images.class_names):
+        mine = torch.from_numpy(images.class_ids[rows] == class_id)
+        if mine.any():
+            means = per_image[mine].mean(dim=0).tolist()
+            report.classes[class_name] = {"images": int(mine.sum()), **dict(zip(names, means, strict=True))}
+    picture = extremes(images, rows, per_image[:, -1] if perceptual else -per_image[:, -1], model, device)
+    picture.save(out / "extremes.png")
+    path = report.save(out)
+    print(report.table())
+    print(f"{path}; the worst and the best reconstructions: {out / 'extremes.png'}")
+    if (run / "config.yaml").is_file():
+        log_evaluation(run, config.tracking, report.numbers(), {"extremes": picture})
+
+
+@torch.no_grad()
+def extremes(images, rows: np.ndarray, badness: Tensor, model, device: torch.device) -> Image.Image:
+    """The images that come out worst, below them what comes out; and the same for the best."""
+    order = badness.argsort(descending=True).numpy()
+    each = min(10, len(order))
+    lines = []
+    for chosen in (order[:each], order[-each:]):
+        x = images.__getitems__(rows[chosen])[0]
+        lines += [x, to_uint8(model.decode(model.encode(from_uint8(x.to(device))))).cpu()]
+    return image_grid(rearrange(torch.cat(lines), "n c h w -> n h w c").numpy(), columns=each)
+
+
+if __name__ == "__main__":
+    run_program(main, Stage1EvaluateConfig, {"data": DataConfig}, SYNOPSIS, run_dir="optional")
