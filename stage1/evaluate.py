@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vqgen.cli import run_program
 from vqgen.config import DataConfig, Stage1EvaluateConfig, require
-from vqgen.data.images import load_images, load_set
+from vqgen.data.images import load_images, load_set, some_rows
 from vqgen.distributed import all_reduce_sum
 from vqgen.evaluation import (
     Report,
@@ -29,7 +29,6 @@ from vqgen.evaluation import (
     run_data,
 )
 from vqgen.features import FeatureCollector, cached_features, load_feature_network, my_batches
-from vqgen.likelihood import evenly
 from vqgen.metrics import CodeUsage, image_psnr, image_ssim, psnr
 from vqgen.models.vqmodel import from_uint8, load_tokenizer, to_uint8
 from vqgen.perceptual import PerceptualDistance
@@ -54,7 +53,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
     exact_convolutions()
     # Held-out images of the run's own data; of other data all, as the tokenizer has seen none of them.
     train, images = load_images(data) if own else (None, load_set("data.source", data, data.image_size))
-    rows = evenly(len(images), config.num_images or len(images))
+    rows = some_rows(len(images), config.num_images)
     cache = cache_folder(config)
     network = load_feature_network(
         config.features, config.feature_weights, train or images, seed=config.seed, cache=cache, accelerator=accelerator
@@ -70,7 +69,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
 
     reference = features_of(images, rows, "the reference")
     check_varied(reference, f"data.source={data.source}", images.channels)
-    real = features_of(train, evenly(len(train), len(rows)), "other real images") if train is not None else None
+    real = features_of(train, some_rows(len(train), len(rows)), "other real images") if train is not None else None
 
     names = ["psnr_per_image", "ssim"] + (["perceptual"] if perceptual else [])
     per_image = torch.zeros(len(rows), len(names), dtype=torch.float64, device=device)

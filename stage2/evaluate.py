@@ -19,7 +19,7 @@ from torch import Tensor
 from vqgen.cli import run_program
 from vqgen.config import DataConfig, Stage2EvaluateConfig, check_options, read_yaml, require
 from vqgen.data.codes import encode_images
-from vqgen.data.images import ImageSet, load_images, load_set
+from vqgen.data.images import ImageSet, load_images, load_set, some_rows
 from vqgen.distributed import all_reduce_sum
 from vqgen.evaluation import (
     Report,
@@ -34,11 +34,11 @@ from vqgen.evaluation import (
     sample_figures,
 )
 from vqgen.features import Features, cached_features, collect_features, load_feature_network, my_batches
-from vqgen.likelihood import CodeCounts, LogisticScales, evenly, prior_nll
+from vqgen.likelihood import CodeCounts, LogisticScales, prior_nll
 from vqgen.metrics import nearest, share_closer
 from vqgen.models.prior import Prior
 from vqgen.models.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
-from vqgen.sampling import classes_in_turn, sample_images
+from vqgen.sampling import class_choices, classes_in_turn, sample_images
 from vqgen.tracking import image_grid, log_evaluation
 
 SYNOPSIS = (
@@ -83,6 +83,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
         config.features, config.feature_weights, train, seed=config.seed, cache=cache, accelerator=accelerator
     )
     prior, tokenizer = prior.to(device), tokenizer.to(device)
+    samples = Samples(prior, tokenizer, config, device)
 
     # Likelihood: of the codes under the prior and under mere counts, and of the images under prior and decoder.
     codes_dir = Path(settings.get("codes_dir") or Path(settings["stage1"]) / "codes")
@@ -106,10 +107,9 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
         options = {"batch_size": config.batch_size, "cache": cache, "accelerator": accelerator}
         return cached_features(images, rows, network, crop_of(images, data), description=description, **options)
 
-    samples = Samples(prior, tokenizer, config, device)
     drawn = collect_features(samples, np.arange(config.num_images), network, config.batch_size, "sampling")
-    reference_rows = evenly(len(train), config.num_reference or len(train))
-    held_out_rows = evenly(len(held_out), config.num_images)
+    reference_rows = some_rows(len(train), config.num_reference)
+    held_out_rows = some_rows(len(held_out), config.num_images)
     reference = features_of(train, reference_rows, "the reference")
     check_varied(reference, f"data.source={data.source}", train.channels)
     real = features_of(held_out, held_out_rows, "held-out images") if len(held_out) > 1 else None
@@ -147,13 +147,19 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
         how = {**protocol, "held_out_images": len(held_out_rows)}
         how |= network_protocol(network) if space == "features" else {}
         report.add(f"closer_in_{space}", share, how)
-    shares = [report.figures[f"closer_in_{space}"].value for space in near]
-    if train_nll < MEMORISED_NLL * nll or max(shares) > MEMORISED_SHARE:
-        report.warnings.append(
-            f"the prior memorises: NLL {train_nll:.3g} on training images against {nll:.3g} on held-out ones, and "
-            f"{max(shares):.0%} of samples nearer to a training image than a held-out image is; train it for fewer "
-            f"steps, or on more images"
-        )
+    signs = (
+        [f"NLL {train_nll:.3g} on training images, {nll:.3g} on held-out ones"]
+        if train_nll < MEMORISED_NLL * nll
+        else []
+    )
+    share = max(report.figures[f"closer_in_{space}"].value for space in near)
+    signs += (
+        [f"samples are nearer to training images than held-out ones are, {share:.0%} of pairs"]
+        if share > MEMORISED_SHARE
+        else []
+    )
+    if signs:
+        report.warnings.append(f"the prior memorises: {'; '.join(signs)}; fewer steps or more images would help")
     picture = closest(samples, drawn, train, reference_rows[reference.rows], near)
     picture.save(out / "closest.png")
     path = report.save(out)
@@ -180,8 +186,8 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
     network = load_feature_network(
         config.features, config.feature_weights, reference, seed=config.seed, cache=cache, accelerator=accelerator
     )
-    rows = evenly(len(images), config.num_images)
-    reference_rows = evenly(len(reference), config.num_reference or len(reference))
+    rows = some_rows(len(images), config.num_images)
+    reference_rows = some_rows(len(reference), config.num_reference)
     measured, known = (
         cached_features(
             part, chosen, network, crop_of(part, data), batch_size=config.batch_size, cache=cache,
@@ -213,7 +219,7 @@ class Samples:
 
     def __init__(self, prior: Prior, tokenizer: VQModel, config: Stage2EvaluateConfig, device: torch.device):
         self.prior, self.tokenizer, self.config = prior, tokenizer, config
-        choices = range(len(prior.class_names)) if config.class_ids is None else config.class_ids
+        choices = class_choices(prior, config.class_ids)
         self.class_ids = classes_in_turn(config.num_images, choices).to(device)
 
     def __len__(self) -> int:
@@ -248,7 +254,7 @@ def decoder_nll(
 ) -> float:
     """-log p(x | z) of held-out images given their codes, in nats an image, with scales fitted to training images."""
     scales, nats = LogisticScales(tokenizer.channels, device), torch.zeros((), dtype=torch.float64, device=device)
-    for images, rows in ((train, evenly(len(train), SCALE_IMAGES)), (held_out, np.arange(len(held_out)))):
+    for images, rows in ((train, some_rows(len(train), SCALE_IMAGES)), (held_out, np.arange(len(held_out)))):
         for batch in my_batches(len(rows), batch_size, "decoder's likelihood"):
             x = images.__getitems__(rows[batch])[0].to(device)
             means = (tokenizer.decode(tokenizer.encode(from_uint8(x))).double() + 1) * 127.5

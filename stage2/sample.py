@@ -16,7 +16,7 @@ from vqgen.config import SampleConfig, require
 from vqgen.errors import InputError
 from vqgen.models.prior import Prior
 from vqgen.models.vqmodel import load_tokenizer
-from vqgen.sampling import classes_in_turn, sample_images
+from vqgen.sampling import class_choices, classes_in_turn, sample_images
 from vqgen.tracking import image_grid
 
 
@@ -26,13 +26,7 @@ def main(run_dir: str, config: SampleConfig) -> None:
     prior = Prior.from_pretrained(folder / "prior").eval()
     tokenizer, _ = load_tokenizer(folder / "tokenizer")
 
-    num_classes = len(prior.class_names)
-    choices = range(num_classes) if config.class_ids is None else config.class_ids
-    for class_id in choices:
-        known = (
-            f"0 to {num_classes - 1}, or -1 for none" if num_classes else "-1 only, as it was trained without classes"
-        )
-        require(-1 <= class_id < num_classes, f"class_ids: {class_id} is no class of this prior; it takes {known}")
+    choices = class_choices(prior, config.class_ids)
     out = Path(config.out or Path(run_dir) / "samples")
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -194,7 +194,7 @@ def test_of_a_large_set_some_features_are_kept_and_all_counted(monkeypatch):
     noise = Noise()
     features = collect_features(noise, np.arange(30), Pixels(), 8, "")
     assert features.count.item() == 30
-    assert features.rows.tolist() == [0, 9, 19, 29]
+    assert len(set(features.rows.tolist())) == 4
     assert torch.equal(features.kept, noise.images[features.rows].float().flatten(1))
 
 

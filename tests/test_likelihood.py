@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vqgen.codes import CodeLayout
-from vqgen.likelihood import CodeCounts, LogisticScales, evenly, logistic_nats, prior_nll, unigram_entropy
+from vqgen.likelihood import CodeCounts, LogisticScales, logistic_nats, prior_nll, unigram_entropy
 from vqgen.models.prior import Prior
 
 CPU = torch.device("cpu")
@@ -32,11 +32,6 @@ def markov(count: int, length: int, matrix: torch.Tensor, seed: int) -> Codes:
     for _ in range(length - 1):
         tokens = torch.cat([tokens, torch.multinomial(matrix[tokens[:, -1]], 1, generator=generator)], dim=1)
     return Codes(tokens)
-
-
-def test_evenly_spaced_rows_see_the_first_and_the_last():
-    assert evenly(10, 4).tolist() == [0, 3, 6, 9]
-    assert evenly(3, 10).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("scale", [0.05, 0.7, 30.0])

@@ -220,7 +220,7 @@ class EvaluateConfig:
     feature_weights: str | None = None
     """File of the feature network's weights; null takes the installed, downloads or trains them."""
     num_reference: int | None = 10000
-    """Images of the reference to compare with, evenly spaced; null is all."""
+    """Images of the reference to compare with, at most; null is all."""
     cache_dir: str | None = None
     """Where features of reference sets are kept; null is vqgen/ in the user's cache folder."""
     compare: str | None = None
@@ -240,7 +240,7 @@ class Stage1EvaluateConfig(EvaluateConfig):
     """Measure a tokenizer on held-out images."""
 
     num_images: int | None = None
-    """Held-out images to look at, evenly spaced; null is all."""
+    """Held-out images to look at, at most; null is all."""
     perceptual: str = "alex"
     """Of the perceptual distance: `alex` or `vgg` (shift-tolerant LPIPS), `lpips-vgg` (the original) or `none`."""
     perceptual_weights: list[str] = field(default_factory=list)

@@ -65,7 +65,9 @@ class Figure:
         meaning: what it says, for a reader of the table.
         protocol: what must be the same for two such numbers to be compared.
         spread: standard deviation, where it is a mean over subsets.
-        floor: what real images reach that are not in the reference, and how many of them were looked at.
+        floor: what real images reach that are not in the reference.
+        floor_images: how many of those there were.
+        value_at_floor: the number from as few images, where there were fewer real ones and it matters.
         biased: whether there are too few images for the number to be worth anything by itself.
     """
 
@@ -75,6 +77,7 @@ class Figure:
     spread: float | None = None
     floor: float | None = None
     floor_images: int | None = None
+    value_at_floor: float | None = None
     biased: bool = False
 
 
@@ -151,7 +154,9 @@ class Report:
             value = shown(figure.value) + (f" ± {shown(figure.spread)}" if figure.spread is not None else "")
             meaning = figure.meaning
             if figure.floor is not None:
-                meaning += f"; {figure.floor_images} real images reach {shown(figure.floor)}"
+                meaning += f"; {figure.floor_images:,} real images reach {shown(figure.floor)}"
+            if figure.value_at_floor is not None:
+                meaning += f", as many of these {shown(figure.value_at_floor)}"
             if figure.biased:
                 meaning += "; BIASED: fewer images than features"
             lines.append(f"  {name:<{width}}{value:<20}{meaning}")
@@ -243,6 +248,8 @@ def distances(
     few = min(images.count.item(), reference.count.item()) <= len(images.total)
     floor = floor_of(lambda other: frechet_distance(other, reference), real)
     name = prefix + network.frechet_name
+    if real is not None and real.count < images.count:  # the fewer images, the larger the distance
+        floor["value_at_floor"] = frechet_distance(images.some(len(real.kept)), reference)
     report.add("frechet", frechet_distance(images, reference), protocol, name, biased=few, **floor)
     mean, deviation = kernel_distance(images, reference, SEED)
     floor = floor_of(lambda other: kernel_distance(other, reference, SEED)[0], real)
@@ -272,7 +279,8 @@ def sample_figures(
     distances(report, images, reference, network, protocol, real)
     protocol = {**protocol, **network_protocol(network)}
     mean, deviation = confidence_score(images, SEED)
-    floor = floor_of(lambda other: confidence_score(other, SEED)[0], real)
+    enough = real if real is not None and len(real.kept) >= len(images.kept) else None  # fewer would look less varied
+    floor = floor_of(lambda other: confidence_score(other, SEED)[0], enough)
     report.add("confidence", mean, protocol, network.confidence_name, spread=deviation, **floor)
     count = min(len(images.kept), len(reference.kept))
     floors: dict[str, float] = {}
@@ -370,6 +378,4 @@ def _short(value: Any) -> str:
 
 
 def _as_many(images: Features, reference: Features, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """So many features of each, evenly spaced."""
-    places = (torch.linspace(0, len(f.kept) - 1, count).long() for f in (images, reference))
-    return images.kept[next(places)], reference.kept[next(places)]
+    return images.some(count).kept, reference.some(count).kept

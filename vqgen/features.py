@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
+from vqgen.data.images import some_rows
 from vqgen.distributed import all_reduce_sum, from_main, rank, world_size
 from vqgen.errors import InputError
 from vqgen.models.inception import InceptionV3
@@ -251,7 +252,7 @@ class Features:
         total: (D,) float64, the sum of all features.
         outer: (D, D) float64, the sum of their outer products.
         count: (1,) int64, how many images there are in those sums.
-        rows: (n,) int64, which of them, evenly spaced and at most KEPT, the rest is of.
+        rows: (n,) int64, which of them, at most KEPT, the rest is of.
         kept: (n, D) their features.
         logits: (n, K) their class logits.
         thumbnails: (n, P) uint8, their pixels, shrunk to at most 32x32.
@@ -267,6 +268,14 @@ class Features:
     thumbnails: Tensor
     class_ids: Tensor
 
+    def some(self, count: int) -> "Features":
+        """Those of so many of the images that are kept."""
+        rows = torch.from_numpy(some_rows(len(self.kept), count))
+        exact = self.kept[rows].double()
+        sums = {"total": exact.sum(dim=0), "outer": exact.T @ exact, "count": torch.tensor([len(rows)])}
+        names = ("rows", "kept", "logits", "thumbnails", "class_ids")
+        return Features(**sums, **{name: getattr(self, name)[rows] for name in names})
+
 
 class FeatureCollector:
     """Takes in the batches of a set on each process, and in the end knows the whole set's features on all of them.
@@ -279,10 +288,9 @@ class FeatureCollector:
 
     def __init__(self, num_images: int, image_shape: tuple[int, ...], network: FeatureNetwork):
         self.network, self.device = network, next(network.parameters()).device
-        kept = min(num_images, KEPT)
-        self.rows = torch.from_numpy(np.linspace(0, num_images - 1, kept, dtype=np.int64))
+        self.rows = torch.from_numpy(some_rows(num_images, KEPT))
         self.slots = torch.full((num_images,), -1)
-        self.slots[self.rows] = torch.arange(kept)
+        self.slots[self.rows] = torch.arange(len(self.rows))
         example = self._take(torch.zeros(1, *image_shape, dtype=torch.uint8, device=self.device))
         dims = example["kept"].shape[1]
         self.sums = {
@@ -290,8 +298,8 @@ class FeatureCollector:
             "outer": torch.zeros(dims, dims, dtype=torch.float64, device=self.device),
             "count": torch.zeros(1, dtype=torch.int64, device=self.device),
         }
-        self.kept = {name: part.new_zeros(kept, *part.shape[1:]) for name, part in example.items()}
-        self.kept["class_ids"] = torch.zeros(kept, dtype=torch.int64, device=self.device)
+        self.kept = {name: part.new_zeros(len(self.rows), *part.shape[1:]) for name, part in example.items()}
+        self.kept["class_ids"] = torch.zeros(len(self.rows), dtype=torch.int64, device=self.device)
 
     @torch.inference_mode()
     def update(self, images: Tensor, class_ids: Tensor, rows: np.ndarray) -> None:

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from vqgen.codes import CodeLayout
 from vqgen.data.codes import TokenStore
+from vqgen.data.images import some_rows
 from vqgen.distributed import all_reduce_sum, rank, world_size
 from vqgen.models.prior import Prior
 
@@ -17,15 +17,10 @@ COUNTED = 20_000  # sequences that the counts are taken from, at most
 SCALE_BINS = 16
 
 
-def evenly(available: int, wanted: int) -> np.ndarray:
-    """At most so many rows of those available, evenly spaced, so that sorted data are seen whole."""
-    return np.linspace(0, available - 1, min(available, wanted), dtype=int)
-
-
 @torch.no_grad()
 def prior_nll(model: Prior, codes: TokenStore, num_images: int, batch_size: int, device: torch.device) -> float:
     """Negative log-likelihood of codes given their class, in nats per token, shared out over the processes."""
-    chosen = evenly(len(codes), num_images)[rank() :: world_size()]
+    chosen = some_rows(len(codes), num_images)[rank() :: world_size()]
     sums = torch.zeros(2, device=device)  # of nats, of tokens
     for start in range(0, len(chosen), batch_size):
         tokens, class_ids = (part.to(device) for part in codes.__getitems__(chosen[start : start + batch_size]))
@@ -38,7 +33,7 @@ def prior_nll(model: Prior, codes: TokenStore, num_images: int, batch_size: int,
 
 def unigram_entropy(codes: TokenStore, layout: CodeLayout) -> float:
     """Entropy of the training codes without any context, in nats per token (mean over the codebooks)."""
-    tokens = codes.__getitems__(evenly(len(codes), COUNTED))[0]
+    tokens = codes.__getitems__(some_rows(len(codes), COUNTED))[0]
     counts = torch.bincount(tokens.flatten(), minlength=layout.vocab_size)
     totals = torch.zeros_like(counts)
     for first, end in set(map(tuple, layout.token_ranges().tolist())):
@@ -55,7 +50,7 @@ class CodeCounts:
     """
 
     def __init__(self, codes: TokenStore, layout: CodeLayout):
-        tokens = codes.__getitems__(evenly(len(codes), COUNTED))[0]  # (n, N)
+        tokens = codes.__getitems__(some_rows(len(codes), COUNTED))[0]  # (n, N)
         self.vocab_size = layout.vocab_size
         counts = torch.bincount(tokens.flatten(), minlength=self.vocab_size).double() + 1  # Laplace's rule
         self.unigram = torch.zeros(self.vocab_size, dtype=torch.float64)
@@ -75,7 +70,7 @@ class CodeCounts:
         occurrences is followed by something else with probability T / (n + T). Without that, the entropy of bigrams in
         a finite sample is far too low.
         """
-        tokens = codes.__getitems__(evenly(len(codes), num_images))[0]
+        tokens = codes.__getitems__(some_rows(len(codes), num_images))[0]
         unigram = self.unigram[tokens]  # (n, N)
         before = tokens[:, :-1]
         pairs = before * self.vocab_size + tokens[:, 1:]

@@ -95,9 +95,10 @@ def kernel_distance(a: Features, b: Features, seed: int) -> tuple[float, float]:
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(KID_SUBSET_SIZE, len(a.kept), len(b.kept))
+    subsets = KID_SUBSETS if max(len(a.kept), len(b.kept)) > size else 1  # else each is all there is
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        metric = KernelInceptionDistance(_AsTheyAre(a.kept.shape[1]), KID_SUBSETS, size, sync_on_compute=False)
+        metric = KernelInceptionDistance(_AsTheyAre(a.kept.shape[1]), subsets, size, sync_on_compute=False)
         metric.update(a.kept, real=False)
         metric.update(b.kept, real=True)
         mean, deviation = metric.compute()

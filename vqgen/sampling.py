@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vqgen.config import require
 from vqgen.models.prior import Prior
 from vqgen.models.vqmodel import VQModel, to_uint8
 from vqgen.training import mixed_seed
@@ -98,6 +99,21 @@ def sample_images(
     tokens = sample_tokens(prior, class_ids, generator=generators, **options)  # type: ignore[arg-type]
     codes = [prior.layout.unflatten(part) for part in tokens.split(ROWS)]
     return torch.cat([to_uint8(tokenizer.decode(part)) for part in codes])[:count]
+
+
+def class_choices(prior: Prior, class_ids: Sequence[int] | None) -> Sequence[int]:
+    """The classes to draw: those asked for, or all that the prior knows.
+
+    Raises:
+        InputError: the prior knows no such class.
+    """
+    num_classes = len(prior.class_names)
+    if class_ids is None:
+        return range(num_classes)
+    known = f"0 to {num_classes - 1}, or -1 for none" if num_classes else "-1 only, as it was trained without classes"
+    for class_id in class_ids:
+        require(-1 <= class_id < num_classes, f"class_ids: {class_id} is no class of this prior; it takes {known}")
+    return class_ids
 
 
 def classes_in_turn(count: int, choices: Sequence[int]) -> Tensor:

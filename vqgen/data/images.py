@@ -109,6 +109,16 @@ def load_set(key: str, data: DataConfig, image_size: int | None = None) -> Image
     return ImageSet(source, rows, data, data.channels or _probe_channels(source, rows, data.background))
 
 
+def some_rows(available: int, wanted: int | None) -> np.ndarray:
+    """All rows of a set, or as many as wanted: always the same ones, in order, drawn at random.
+
+    Evenly spaced ones would see one class only where the classes come in turn.
+    """
+    if wanted is None or wanted >= available:
+        return np.arange(available)
+    return np.sort(np.random.default_rng(0).choice(available, wanted, replace=False))
+
+
 class ImageSet:
     """Square uint8 images of one size with their class ids, from memory or decoded as they are asked for.
 

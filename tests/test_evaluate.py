@@ -1,0 +1,338 @@
+"""The two evaluations on tiny runs: what they report, that they refuse to compare what does not compare, bad input."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from programs import shell
+
+from vqgen.config import DataConfig
+from vqgen.data.images import load_images
+from vqgen.evaluation import Report, compare
+from vqgen.metrics import psnr
+from vqgen.models.vqmodel import from_uint8, load_tokenizer, to_uint8
+
+FEW = ["num_images=60", "num_reference=80", "tracking.wandb=disabled"]
+NETWORK = {"features": "efficientnet-lite0", "preprocessing": "bicubic with antialiasing to 96x96, (x - 127) / 128"}
+
+
+def evaluated(folder: Path) -> dict:
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def values(folder: Path) -> dict[str, float]:
+    return {name: figure["value"] for name, figure in evaluated(folder)["figures"].items()}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    return f"cache_dir={tmp_path_factory.mktemp('cache')}"
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_images(DataConfig())
+
+
+@pytest.fixture(scope="module")
+def evaluations(runs, cache, tmp_path_factory) -> Path:
+    """A folder with stage1/ and stage2/, the evaluations of `runs` by one process."""
+    folder = tmp_path_factory.mktemp("evaluations")
+    for stage in ("stage1", "stage2"):
+        shell(f"python {stage}/evaluate.py {runs}/{stage} {' '.join(FEW)} {cache} out={folder}/{stage}")
+    return folder
+
+
+def test_a_tokenizers_figures_are_those_of_its_held_out_images(evaluations, runs, digits):
+    report = evaluated(evaluations / "stage1")
+    assert list(report["figures"]) == [
+        *("psnr", "psnr_per_image", "ssim", "perceptual", "rFD-EffLite0", "rKD-EffLite0"),
+        *("usage", "perplexity", "code_entropy"),
+    ]
+    model, checkpoint = load_tokenizer(runs / "stage1")
+    assert report["subject"]["checkpoint"] == checkpoint
+    _, held_out = digits
+    rows = np.sort(np.random.default_rng(0).choice(len(held_out), 60, replace=False))
+    x, class_ids = held_out.__getitems__(rows)
+    with torch.no_grad():
+        codes = model.encode(from_uint8(x))
+        x_rec = to_uint8(model.decode(codes))
+    expected = psnr((from_uint8(x) - from_uint8(x_rec)).square().mean()).item()
+    found = values(evaluations / "stage1")
+    assert found["psnr"] == pytest.approx(expected, rel=1e-5)
+    assert found["usage"] == pytest.approx(len(codes[0].unique()) / 64)
+    assert found["code_entropy"] == pytest.approx(math.log2(found["perplexity"]), rel=1e-5)
+    assert found["psnr_per_image"] > found["psnr"]
+    classes = report["classes"]
+    assert {name: figures["images"] for name, figures in classes.items()} == {
+        str(i): int((class_ids == i).sum()) for i in range(10)
+    }
+    weighted = sum(figures["images"] * figures["ssim"] for figures in classes.values()) / 60
+    assert weighted == pytest.approx(found["ssim"])
+    picture = Image.open(evaluations / "stage1/extremes.png")
+    assert picture.width > 10 * 32
+    assert picture.height > 4 * 32
+
+
+def test_every_figure_says_how_it_was_made(evaluations, digits):
+    train, held_out = digits
+    crop = {"image_size": 32, "channels": 1, "resize": "crop", "background": "white"}
+    for stage, reference in (("stage1", held_out), ("stage2", train)):
+        report = evaluated(evaluations / stage)
+        for name, figure in report["figures"].items():
+            assert figure["protocol"].items() >= crop.items(), name
+            assert math.isfinite(figure["value"])
+        figure = next(figure for name, figure in report["figures"].items() if "FD-" in name)
+        assert figure["protocol"].items() >= {**NETWORK, "reference": reference.fingerprint, "images": 60}.items()
+        assert figure["protocol"]["checksum"].startswith("57934424")
+        assert figure["biased"]  # 60 images, 1280 features
+        assert figure["floor_images"] == 60
+        assert report["versions"].keys() >= {"vqgen", "torch", "torchmetrics"}
+    subject = evaluated(evaluations / "stage2")["subject"]
+    assert subject.items() >= {"seed": 0, "cfg_scale": 1.5, "top_p": 0.95, "temperature": 1.0, "top_k": 0}.items()
+    assert len(subject["checkpoint"]) == len(subject["tokenizer"]) == 64
+
+
+def test_a_priors_figures_hang_together(evaluations, runs):
+    found = values(evaluations / "stage2")
+    assert list(found) == [
+        *("FD-EffLite0", "KD-EffLite0", "confidence-EffLite0", "precision", "recall", "density", "coverage"),
+        *("recognised", "nll_held_out", "nll_train", "unigram_entropy", "bigram_entropy", "code_bits_per_dim"),
+        *("bound_bits_per_dim", "closer_in_pixels", "closer_in_features"),
+    ]
+    assert found["nll_held_out"] < found["unigram_entropy"]
+    assert found["code_bits_per_dim"] == pytest.approx(found["nll_held_out"] / math.log(2) * 16 / 32**2)
+    assert found["code_bits_per_dim"] < found["bound_bits_per_dim"] < 8  # 8 bits would be no model at all
+    trained = [json.loads(line) for line in (runs / "stage2/metrics.jsonl").read_text().splitlines()][-1]
+    assert found["nll_held_out"] == pytest.approx(trained["val/nll"], abs=0.1)  # that is of 128 other images
+    assert not evaluated(evaluations / "stage2")["warnings"]
+    assert Image.open(evaluations / "stage2/closest.png").width > 10 * 32
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_two_processes_measure_what_one_does(runs, evaluations, cache, tmp_path, stage):
+    command = f"{stage}/evaluate.py {runs}/{stage} {' '.join(FEW)} batch_size=16 out={tmp_path}"
+    shell(f"accelerate launch --num_processes 2 --cpu {command} cache_dir={tmp_path}/cache")
+    assert values(tmp_path) == pytest.approx(values(evaluations / stage), rel=1e-5, abs=1e-7)
+
+
+def test_figures_go_to_the_runs_wandb(runs, program, cache, tmp_path):
+    before = len(list((runs / "stage1/wandb").glob("offline-run-*")))
+    options = [*FEW[:2], "tracking.wandb=offline", "perceptual=none", cache, f"out={tmp_path}"]
+    assert program("stage1/evaluate.py", runs / "stage1", *options)[0] == 0
+    assert len(list((runs / "stage1/wandb").glob("offline-run-*"))) == before + 1
+    assert "perceptual" not in values(tmp_path)
+
+
+def test_a_tokenizer_is_measured_on_other_images_too(runs, program, cache, tmp_path, digits):
+    pixels = digits[1].__getitems__(np.arange(30))[0][:, 0].numpy()
+    np.savez(tmp_path / "others.npz", images=pixels)
+    options = [f"data.source={tmp_path}/others.npz", *FEW, cache, f"out={tmp_path}/out"]
+    code, printed, errors = program("stage1/evaluate.py", runs / "stage1", *options)
+    assert code == 0, errors
+    assert "images 30" in printed  # all of them, as the tokenizer has seen none
+    assert evaluated(tmp_path / "out")["figures"]["rFD-EffLite0"]["floor"] is None
+
+
+def save_folder(folder: Path, pixels: np.ndarray, class_ids: np.ndarray) -> None:
+    for i, (image, class_id) in enumerate(zip(pixels, class_ids, strict=True)):
+        (folder / str(class_id)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / str(class_id) / f"{i:03d}.png")
+
+
+def test_any_two_sets_are_measured_the_same_way(program, cache, tmp_path, digits):
+    pixels, class_ids = digits[1].__getitems__(np.arange(80))
+    pixels, class_ids = pixels[:, 0].numpy(), class_ids.numpy()
+    save_folder(tmp_path / "folder", pixels, class_ids)
+    np.savez(tmp_path / "same.npz", images=pixels, class_ids=class_ids)
+    noise = np.random.default_rng(0).normal(0, 30, pixels.shape)
+    np.savez(tmp_path / "noisy.npz", images=np.clip(pixels + noise, 0, 255).astype(np.uint8), class_ids=class_ids)
+    for name in ("same", "noisy"):
+        arguments = ["--images", f"{tmp_path}/{name}.npz", f"--reference={tmp_path}/folder", f"out={tmp_path}/{name}"]
+        code, _, errors = program("stage2/evaluate.py", *arguments, cache)
+        assert code == 0, errors
+    same, noisy = values(tmp_path / "same"), values(tmp_path / "noisy")
+    assert same["FD-EffLite0"] == pytest.approx(0, abs=0.01)
+    assert same["KD-EffLite0"] == pytest.approx(0, abs=0.1)  # of 80 images
+    assert [same[name] for name in ("precision", "recall", "coverage", "recognised")] == [1, 1, 1, 1]
+    assert noisy["FD-EffLite0"] > 1
+    assert noisy["precision"] < 1
+    code, printed, _ = program("stage2/evaluate.py", tmp_path / "same", f"compare={tmp_path}/noisy")
+    assert code == 0
+    line = next(line for line in printed.splitlines() if "FD-EffLite0" in line)
+    assert float(line.split()[3]) == pytest.approx(noisy["FD-EffLite0"] - same["FD-EffLite0"], rel=1e-3)
+
+
+def test_a_prior_that_has_learned_its_images_by_heart_is_told_on(program, cache, tmp_path, digits):
+    pixels, class_ids = (part.numpy() for part in digits[0].__getitems__(np.arange(60)))
+    held_out = digits[1].__getitems__(np.arange(40))
+    np.savez(tmp_path / "few.npz", train_images=pixels[:, 0], train_labels=class_ids,
+             test_images=held_out[0][:, 0].numpy(), test_labels=held_out[1].numpy())  # fmt: skip
+    options = ["tracking.wandb=disabled", "train.eval_images=16"]
+    stage1, stage2 = tmp_path / "stage1", tmp_path / "stage2"
+    data = f"data.source={tmp_path}/few.npz"
+    debug = "configs/debug/stage{}.yaml"
+    assert program("stage1/train.py", debug.format(1), f"run_dir={stage1}", data, *options)[0] == 0
+    more = ["train.max_steps=250", "optim.lr=1e-2", f"stage1={stage1}"]
+    assert program("stage2/train.py", debug.format(2), f"run_dir={stage2}", *more, *options)[0] == 0
+    code, printed, errors = program("stage2/evaluate.py", stage2, *FEW, cache)
+    assert code == 0, errors
+    assert "warning: the prior memorises: NLL" in printed
+    assert evaluated(stage2 / "evaluation")["warnings"]
+
+
+# Comparing
+
+
+def changed(evaluation: Path, folder: Path, change) -> Path:
+    content = evaluated(evaluation)
+    change(content)
+    folder.mkdir()
+    (folder / "evaluation.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_evaluations_of_different_subjects_made_alike_compare(evaluations, tmp_path):
+    def change(content):
+        content["subject"]["seed"] = 1
+        content["figures"]["precision"]["value"] += 0.25
+        content["versions"]["torch"] = "1.0"
+        del content["figures"]["recall"]
+
+    other = changed(evaluations / "stage2", tmp_path / "other", change)
+    table = compare(evaluations / "stage2", other)
+    assert "+0.25" in next(line for line in table.splitlines() if line.strip().startswith("precision"))
+    assert "only in A" in next(line for line in table.splitlines() if line.strip().startswith("recall"))
+    assert "different versions: torch" in table
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("reference", "f" * 64), ("images", 50000), ("image_size", 64), ("resize", "pad"), ("checksum", "0" * 64),
+     ("features", "inception"), ("reference_images", 7)],
+)  # fmt: skip
+def test_evaluations_made_otherwise_refuse_to_compare_and_name_the_field(evaluations, tmp_path, program, key, value):
+    def change(content):
+        content["figures"]["FD-EffLite0"]["protocol"][key] = value
+
+    other = changed(evaluations / "stage2", tmp_path / "other", change)
+    code, printed, errors = program("stage2/evaluate.py", evaluations / "stage2", "--compare", other)
+    assert (code, printed) == (2, "")
+    assert f"not made alike: for FD-EffLite0, {key} is" in errors
+    assert errors.count("\n") == 1
+
+
+def test_evaluations_that_cannot_be_read(evaluations, tmp_path, program):
+    older = changed(evaluations / "stage1", tmp_path / "older", lambda content: content.update(format=0))
+    nameless = changed(evaluations / "stage1", tmp_path / "nameless", lambda content: content.pop("figures"))
+    (tmp_path / "text.json").write_text("not json")
+    for path, message in {
+        older: "is of format 0, now it is 1; evaluate again",
+        nameless: "is no evaluation",
+        tmp_path / "text.json": "is no evaluation",
+        tmp_path / "none": "no evaluation.json there",
+        evaluations / "stage2": "of tokenizer, ",
+    }.items():
+        code, _, errors = program("stage1/evaluate.py", evaluations / "stage1", f"--compare={path}")
+        assert code == 2
+        assert message in errors
+        assert errors.count("\n") == 1
+
+
+def test_a_report_comes_back_as_it_was_saved(tmp_path):
+    report = Report("images", {"images": "a", "seed": None})
+    report.add("frechet", 1.5, {"images": 3}, "FD", floor=0.5, floor_images=2, biased=True)
+    report.classes["cat"] = {"ssim": 0.5}
+    report.warnings.append("beware")
+    report.save(tmp_path)
+    assert Report.load(tmp_path / "evaluation.json") == report
+    table = report.table()
+    assert "BIASED" in table
+    assert "2 real images reach 0.5" in table
+    assert "warning: beware" in table
+
+
+# Bad input
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory, digits) -> Path:
+    """A folder of sets that do not go together, or with nothing."""
+    folder = tmp_path_factory.mktemp("sets")
+    pixels = digits[1].__getitems__(np.arange(20))[0].numpy()
+    grey = pixels[:, 0]
+    colour = np.stack([grey, 255 - grey, grey], axis=-1)
+    mixed = folder / "mixed"
+    mixed.mkdir()
+    Image.fromarray(grey[0]).save(mixed / "a.png")
+    Image.fromarray(grey[0][:20]).save(mixed / "b.png")
+    for name, images in {
+        "good": grey, "colour": colour, "small": grey[:, 2:-2, 2:-2], "one": grey[:1], "same": grey[:1].repeat(20, 0),
+        "flat": np.arange(20, dtype=np.uint8)[:, None, None] * np.ones((1, 32, 32), np.uint8),
+        "nan": np.full((20, 32, 32), np.nan, np.float32),
+    }.items():  # fmt: skip
+        np.savez(folder / f"{name}.npz", images=images)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("colour.npz", "has channels 3, reference={sets}/good.npz 1; give data.channels= to bring both to the same"),
+        ("small.npz", "has image_size 28, reference={sets}/good.npz 32; give data.image_size="),
+        ("one.npz", "only 1 image; give at least 2"),
+        ("same.npz", "all 20 images are the same"),
+        ("flat.npz", "each of the 20 images is of one flat colour"),
+        ("nan.npz", "the images are float32 (20, 32, 32); give uint8"),
+        ("mixed", "not squares of one size; give data.image_size="),
+        ("none", "no such file or folder"),
+    ],
+)
+def test_images_that_cannot_be_measured_are_one_line(program, sets, cache, tmp_path, images, message):
+    arguments = [f"images={sets}/{images}", f"reference={sets}/good.npz", cache, f"out={tmp_path}"]
+    code, printed, errors = program("stage2/evaluate.py", *arguments)
+    assert (code, printed) == (2, "")
+    assert message.format(sets=sets) in errors
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_sets_of_other_sizes_and_channels_are_measured_when_told_how(program, sets, cache, tmp_path):
+    arguments = [f"images={sets}/small.npz", f"reference={sets}/colour.npz", "data.image_size=24", "data.channels=1"]
+    code, _, errors = program("stage2/evaluate.py", *arguments, cache, f"out={tmp_path}")
+    assert code == 0, errors
+    protocol = evaluated(tmp_path)["figures"]["FD-EffLite0"]["protocol"]
+    assert protocol.items() >= {"image_size": 24, "channels": 1}.items()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("stage1/evaluate.py", "usage: python stage1/evaluate.py RUN_DIR"),
+        ("stage2/evaluate.py", "usage: python stage2/evaluate.py RUN_DIR"),
+        ("stage2/evaluate.py --images {runs}", "give both --images and --reference"),
+        ("stage2/evaluate.py {runs}/stage2 --images a --reference b", "give both --images and --reference, and no run"),
+        ("stage1/evaluate.py {runs}/none", "{runs}/none is no tokenizer"),
+        ("stage2/evaluate.py {runs}/stage1", "{runs}/stage1/model/prior: no prior there"),
+        ("stage1/evaluate.py {runs}/stage1 features=resnet", "features=resnet is not known; use efficientnet-lite0"),
+        ("stage1/evaluate.py {runs}/stage1 perceptual=resnet", "perceptual=resnet is not known"),
+        ("stage1/evaluate.py {runs}/stage1 feature_weights={runs}/x.pth", "no such file of weights"),
+        ("stage1/evaluate.py {runs}/stage1 num_images=1", "num_images=1: must be 2 or more"),
+        ("stage2/evaluate.py {runs}/stage2 num_reference=1", "num_reference=1: must be 2 or more"),
+        ("stage2/evaluate.py {runs}/stage2 cfg_skale=2", "did you mean cfg_scale?"),
+        ("stage2/evaluate.py {runs}/stage2 'class_ids=[12]'", "class_ids: 12 is no class of this prior"),
+        ("stage2/evaluate.py {runs}/stage2 data.source=other", "use --images and --reference"),
+        ("stage1/evaluate.py {runs}/stage1 data.image_size=30", "not divisible by the model's stride"),
+        ("stage1/evaluate.py {runs}/stage1 out={runs}/stage1/config.yaml", "cannot be written"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(program, runs, cache, arguments, message):
+    script, *rest = arguments.format(runs=runs).replace("'", "").split()
+    code, printed, errors = program(script, *rest, cache, "tracking.wandb=disabled")
+    assert (code, printed) == (2, "")
+    assert message.format(runs=runs) in errors
+    assert errors.count("\n") == 1
