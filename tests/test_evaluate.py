@@ -164,7 +164,9 @@ def test_any_two_sets_are_measured_the_same_way(program, cache, tmp_path, digits
     code, printed, _ = program("stage2/evaluate.py", tmp_path / "same", f"compare={tmp_path}/noisy")
     assert code == 0
     line = next(line for line in printed.splitlines() if "FD-EffLite0" in line)
-    assert float(line.split()[3]) == pytest.approx(noisy["FD-EffLite0"] - same["FD-EffLite0"], rel=1e-3)
+    assert float(line.split()[3].replace(",", "")) == pytest.approx(
+        noisy["FD-EffLite0"] - same["FD-EffLite0"], rel=1e-3
+    )
 
 
 def test_a_prior_that_has_learned_its_images_by_heart_is_told_on(program, cache, tmp_path, digits):

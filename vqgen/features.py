@@ -32,6 +32,7 @@ EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49c
 
 KEPT = 10_000  # images of a set whose own features are kept; the rest goes into the sums only, so memory is bounded
 THUMBNAIL = 32  # pixels; the side to which images are shrunk before they are compared pixel by pixel
+CPU_IMAGES = 64  # through a network at a time, as more fall out of the cache
 LENET_STEPS, LENET_BATCH = 600, 128
 
 
@@ -321,7 +322,8 @@ class FeatureCollector:
 
     @torch.inference_mode()
     def _take(self, images: Tensor) -> dict[str, Tensor]:
-        features, logits = self.network(images)
+        at_once = CPU_IMAGES if images.device.type == "cpu" else len(images)
+        features, logits = map(torch.cat, zip(*map(self.network, images.split(at_once)), strict=True))
         side = min(THUMBNAIL, *images.shape[2:])
         thumbnails = F.adaptive_avg_pool2d(images.float(), side).round().byte().flatten(1)
         return {"kept": features, "logits": logits, "thumbnails": thumbnails}
