@@ -52,11 +52,15 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
     device = accelerator.device
     exact_convolutions()
     # Held-out images of the run's own data; of other data all, as the tokenizer has seen none of them.
-    train, images = load_images(data) if own else (None, load_set("data.source", data, data.image_size))
+    if own:
+        others, images = load_images(data)
+    else:
+        images, others = load_set("data.source", data, data.image_size)
+    learn_from = others if own else images
     rows = some_rows(len(images), config.num_images)
     cache = cache_folder(config)
     network = load_feature_network(
-        config.features, config.feature_weights, train or images, seed=config.seed, cache=cache, accelerator=accelerator
+        config.features, config.feature_weights, learn_from, seed=config.seed, cache=cache, accelerator=accelerator
     )
     perceptual = None
     if config.perceptual != "none":
@@ -69,7 +73,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
 
     reference = features_of(images, rows, "the reference")
     check_varied(reference, f"data.source={data.source}", images.channels)
-    real = features_of(train, some_rows(len(train), len(rows)), "other real images") if train is not None else None
+    real = features_of(others, some_rows(len(others), len(rows)), "other real images") if others else None
 
     names = ["psnr_per_image", "ssim"] + (["perceptual"] if perceptual else [])
     per_image = torch.zeros(len(rows), len(names), dtype=torch.float64, device=device)

@@ -7,6 +7,7 @@ python stage2/evaluate.py RUN_DIR --compare OTHER_RUN_DIR
 
 import hashlib
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,6 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     data, own = run_data(run, config.data, tokenizer.channels)
     require(own, "data.source: a prior is measured on its own data; for other images use --images and --reference")
     out = output_folder(Path(config.out or run / "evaluation"))
-    settings = read_yaml(run / "config.yaml")
 
     accelerator = Accelerator()
     device = accelerator.device
@@ -86,8 +86,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     samples = Samples(prior, tokenizer, config, device)
 
     # Likelihood: of the codes under the prior and under mere counts, and of the images under prior and decoder.
-    codes_dir = Path(settings.get("codes_dir") or Path(settings["stage1"]) / "codes")
-    codes_dir = codes_dir if codes_dir.is_dir() else cache / "codes"
+    codes_dir = codes_folder(run) if os.access(codes_folder(run), os.W_OK) else cache / "codes"
     train_codes, held_out_codes = (
         encode_images(
             images, tokenizer, data, codes_dir, tokenizer_hash=tokenizer_hash, mirror=mirror, accelerator=accelerator
@@ -147,17 +146,11 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
         how = {**protocol, "held_out_images": len(held_out_rows)}
         how |= network_protocol(network) if space == "features" else {}
         report.add(f"closer_in_{space}", share, how)
-    signs = (
-        [f"NLL {train_nll:.3g} on training images, {nll:.3g} on held-out ones"]
-        if train_nll < MEMORISED_NLL * nll
-        else []
-    )
-    share = max(report.figures[f"closer_in_{space}"].value for space in near)
-    signs += (
-        [f"samples are nearer to training images than held-out ones are, {share:.0%} of pairs"]
-        if share > MEMORISED_SHARE
-        else []
-    )
+    signs, share = [], max(report.figures[f"closer_in_{space}"].value for space in near)
+    if train_nll < MEMORISED_NLL * nll:
+        signs.append(f"NLL {train_nll:.3g} on training images, {nll:.3g} on held-out ones")
+    if share > MEMORISED_SHARE:
+        signs.append(f"samples are nearer to training images than held-out ones are, in {share:.0%} of pairs")
     if signs:
         report.warnings.append(f"the prior memorises: {'; '.join(signs)}; fewer steps or more images would help")
     picture = closest(samples, drawn, train, reference_rows[reference.rows], near)
@@ -173,11 +166,11 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
     out = output_folder(Path(config.out or "evaluation"))
     accelerator = Accelerator()
     exact_convolutions()
-    sets, size = [], config.data.get("image_size")
-    for key in ("images", "reference"):
-        data = DataConfig(**check_options(DataConfig, {**config.data, "source": getattr(config, key)}, "data"))
-        sets.append(load_set(key, data, size))
-    images, reference = sets
+    size = config.data.get("image_size")
+    options = check_options(DataConfig, config.data, "data")
+    data, reference_data = (DataConfig(**{**options, "source": source}) for source in (config.images, config.reference))
+    images, _ = load_set("images", data, size)
+    reference, held_out = load_set("reference", reference_data, size)
     for what in ("image_size", "channels"):
         a, b = getattr(images, what), getattr(reference, what)
         remedy = f"give data.{what}= to bring both to the same"
@@ -186,26 +179,30 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
     network = load_feature_network(
         config.features, config.feature_weights, reference, seed=config.seed, cache=cache, accelerator=accelerator
     )
+
+    def features_of(part, rows, description):
+        options = {"batch_size": config.batch_size, "cache": cache, "accelerator": accelerator}
+        return cached_features(part, rows, network, crop_of(part, data), description=description, **options)
+
     rows = some_rows(len(images), config.num_images)
     reference_rows = some_rows(len(reference), config.num_reference)
-    measured, known = (
-        cached_features(
-            part, chosen, network, crop_of(part, data), batch_size=config.batch_size, cache=cache,
-            accelerator=accelerator, description=f"{key} ",
-        )
-        for key, part, chosen in (("images", images, rows), ("reference", reference, reference_rows))
-    )  # fmt: skip
+    measured, known = features_of(images, rows, "images"), features_of(reference, reference_rows, "the reference")
     check_varied(measured, f"images={config.images}", images.channels)
     check_varied(known, f"reference={config.reference}", images.channels)
+    # Real images that are not in the reference: its held-out part, or what num_reference has left over.
+    others = held_out or reference
+    other_rows = np.arange(len(others)) if held_out else np.setdiff1d(np.arange(len(reference)), reference_rows)
+    other_rows = other_rows[some_rows(len(other_rows), len(rows))]
+    real = features_of(others, other_rows, "other real images") if len(other_rows) > 1 else None
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
     subject = {"images": config.images, "fingerprint": images.fingerprint, "against": config.reference}
     report = Report("images", subject)
     protocol = {"reference": reference.fingerprint, "reference_images": len(reference_rows), "images": len(rows)}
-    protocol |= crop_of(reference, data)
+    protocol |= crop_of(reference, reference_data)
     same_classes = images.class_names == reference.class_names
-    sample_figures(report, measured, known, network, protocol, reference.class_names if same_classes else [], None)
+    sample_figures(report, measured, known, network, protocol, reference.class_names if same_classes else [], real)
     path = report.save(out)
     print(report.table())
     print(path)
@@ -276,6 +273,12 @@ def closest(
     for space in ("pixels", "features"):
         lines.append(train.__getitems__(train_rows[near[space][1][order].numpy()])[0])
     return image_grid(rearrange(torch.cat(lines), "n c h w -> n h w c").numpy(), columns=len(order))
+
+
+def codes_folder(run: Path) -> Path:
+    """Where the run has its encoded data, if it is still there."""
+    settings = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
+    return Path(settings.get("codes_dir") or Path(settings.get("stage1", run)) / "codes")
 
 
 def hash_of(folder: Path) -> str:

@@ -204,12 +204,14 @@ def test_evaluations_of_different_subjects_made_alike_compare(evaluations, tmp_p
         content["figures"]["precision"]["value"] += 0.25
         content["versions"]["torch"] = "1.0"
         del content["figures"]["recall"]
+        content["figures"]["nll_train"]["protocol"]["tokenizer"] = "0" * 64
 
     other = changed(evaluations / "stage2", tmp_path / "other", change)
     table = compare(evaluations / "stage2", other)
     assert "+0.25" in next(line for line in table.splitlines() if line.strip().startswith("precision"))
     assert "only in A" in next(line for line in table.splitlines() if line.strip().startswith("recall"))
     assert "different versions: torch" in table
+    assert "does not compare" in next(line for line in table.splitlines() if line.strip().startswith("nll_train"))
 
 
 @pytest.mark.parametrize(

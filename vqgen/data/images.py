@@ -83,8 +83,8 @@ def load_images(data: DataConfig) -> tuple[ImageSet, ImageSet]:
     return ImageSet(train, train_rows, data, channels), ImageSet(held_out, held_out_rows, data, channels)
 
 
-def load_set(key: str, data: DataConfig, image_size: int | None = None) -> ImageSet:
-    """All images of `data.source`, or its training part if it has parts.
+def load_set(key: str, data: DataConfig, image_size: int | None = None) -> tuple[ImageSet, ImageSet | None]:
+    """All images of `data.source`; or if it has parts, those to train on, and those held out.
 
     Args:
         key: what the messages call the source.
@@ -95,7 +95,7 @@ def load_set(key: str, data: DataConfig, image_size: int | None = None) -> Image
         InputError: a source or a setting cannot be used, or no image loads.
     """
     _check_settings(data)
-    source, _ = _open_source(key, data.source)
+    source, held_out = _open_source(key, data.source)
     rows = np.arange(len(source.names))
     if image_size is None:
         sizes = {source.open(row).size for row in _probed(rows) if _loads(source, row)}
@@ -106,7 +106,12 @@ def load_set(key: str, data: DataConfig, image_size: int | None = None) -> Image
             )
         image_size = sizes.pop()[0]
     data = dataclasses.replace(data, image_size=image_size)
-    return ImageSet(source, rows, data, data.channels or _probe_channels(source, rows, data.background))
+    channels = data.channels or _probe_channels(source, rows, data.background)
+    images = ImageSet(source, rows, data, channels)
+    if held_out is None:
+        return images, None
+    _match_classes(source, held_out)
+    return images, ImageSet(held_out, np.arange(len(held_out.names)), data, channels)
 
 
 def some_rows(available: int, wanted: int | None) -> np.ndarray:
