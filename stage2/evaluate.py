@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from einops import rearrange
 from PIL import Image
@@ -101,7 +102,8 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     code_nats = nll * prior.layout.num_tokens
     decoder_nats = decoder_nll(tokenizer, train, held_out, config.batch_size, device)
 
-    # Samples, held-out images, and these as the tokenizer reproduces them: what a prior that copies nothing comes near.
+    # Samples, training and held-out images; and the latter two as the tokenizer reproduces them, among which copies are
+    # looked for: what the tokenizer does to every image would else hide that two are the same.
     def features_of(images, rows, description):
         options = {"batch_size": config.batch_size, "cache": cache, "accelerator": accelerator}
         return cached_features(images, rows, network, crop_of(images, data), description=description, **options)
@@ -112,8 +114,10 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     reference = features_of(train, reference_rows, "the reference")
     check_varied(reference, f"data.source={data.source}", train.channels)
     real = features_of(held_out, held_out_rows, "held-out images") if len(held_out) > 1 else None
-    reproduced = Reproduced(held_out, tokenizer, device)
-    control = collect_features(reproduced, held_out_rows, network, config.batch_size, "held-out images, reproduced")
+    known, control = (
+        features_of(Reproduced(images, tokenizer, tokenizer_hash, device), rows, f"{name} images, reproduced")
+        for images, rows, name in ((train, reference_rows, "training"), (held_out, held_out_rows, "held-out"))
+    )
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
@@ -138,11 +142,15 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     report.add("code_bits_per_dim", code_nats / math.log(2) / dims, likelihood)
     report.add("bound_bits_per_dim", (code_nats + decoder_nats) / math.log(2) / dims, likelihood)
 
-    near = {}
-    for space, attribute in (("pixels", "thumbnails"), ("features", "kept")):
-        ours, theirs, known = (getattr(part, attribute) for part in (drawn, control, reference))
-        near[space] = nearest(ours, known)
-        share = share_closer(near[space][0], nearest(theirs, known)[0])
+    near, centre = {}, known.kept.mean(dim=0)
+    for space in ("pixels", "features"):
+        queries, others, references = (
+            # Features by their angle: by distance, a flat image of small features is everyone's neighbour.
+            F.normalize(part.kept - centre) if space == "features" else part.thumbnails
+            for part in (drawn, control, known)
+        )
+        near[space] = nearest(queries, references)
+        share = share_closer(near[space][0], nearest(others, references)[0])
         how = {**protocol, "held_out_images": len(held_out_rows)}
         how |= network_protocol(network) if space == "features" else {}
         report.add(f"closer_in_{space}", share, how)
@@ -153,7 +161,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
         signs.append(f"samples are nearer to training images than held-out ones are, in {share:.0%} of pairs")
     if signs:
         report.warnings.append(f"the prior memorises: {'; '.join(signs)}; fewer steps or more images would help")
-    picture = closest(samples, drawn, train, reference_rows[reference.rows], near)
+    picture = closest(samples, drawn, train, reference_rows[known.rows], near)
     picture.save(out / "closest.png")
     path = report.save(out)
     print(report.table())
@@ -231,10 +239,12 @@ class Samples:
 
 
 class Reproduced:
-    """Images as a tokenizer reproduces them."""
+    """Images as a tokenizer reproduces them, otherwise like the `ImageSet` that they are from."""
 
-    def __init__(self, images: ImageSet, tokenizer: VQModel, device: torch.device):
+    def __init__(self, images: ImageSet, tokenizer: VQModel, tokenizer_hash: str, device: torch.device):
         self.images, self.tokenizer, self.device = images, tokenizer, device
+        self.image_size, self.channels = images.image_size, images.channels
+        self.fingerprint = f"{images.fingerprint} reproduced by {tokenizer_hash}"
 
     def __len__(self) -> int:
         return len(self.images)

@@ -179,11 +179,13 @@ def test_a_prior_that_has_learned_its_images_by_heart_is_told_on(program, cache,
     data = f"data.source={tmp_path}/few.npz"
     debug = "configs/debug/stage{}.yaml"
     assert program("stage1/train.py", debug.format(1), f"run_dir={stage1}", data, *options)[0] == 0
-    more = ["train.max_steps=250", "optim.lr=1e-2", f"stage1={stage1}"]
+    more = ["train.max_steps=400", "optim.lr=1e-2", "model.hidden_size=64", f"stage1={stage1}"]
     assert program("stage2/train.py", debug.format(2), f"run_dir={stage2}", *more, *options)[0] == 0
     code, printed, errors = program("stage2/evaluate.py", stage2, *FEW, cache)
     assert code == 0, errors
     assert "warning: the prior memorises: NLL" in printed
+    assert values(stage2 / "evaluation")["closer_in_pixels"] > 0.8
+    assert values(stage2 / "evaluation")["closer_in_features"] > 0.8
     assert evaluated(stage2 / "evaluation")["warnings"]
 
 

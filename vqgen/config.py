@@ -237,7 +237,7 @@ class EvaluateConfig:
 
 @dataclass
 class Stage1EvaluateConfig(EvaluateConfig):
-    """Measure a tokenizer on held-out images."""
+    """Measure a tokenizer on held-out images; data.* are the run's own unless given here."""
 
     num_images: int | None = None
     """Held-out images to look at, at most; null is all."""
@@ -261,7 +261,7 @@ class Stage1EvaluateConfig(EvaluateConfig):
 
 @dataclass
 class Stage2EvaluateConfig(EvaluateConfig, SampleConfig):
-    """Measure a prior and its samples, or any images against others."""
+    """Measure a prior and its samples, or any images against others; data.* are the run's own unless given here."""
 
     num_images: int = 2000
     """How many images to draw; with `images`, how many of those to look at, at most."""

@@ -1,5 +1,7 @@
 """The process group as the quantizers and metrics see it: plain functions that also work without one."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,4 +30,13 @@ def from_main(value: float, device: torch.device) -> float:
         shared = torch.tensor(value, dtype=torch.float32, device=device)
         dist.broadcast(shared, src=0)
         return shared.item()
+    return value
+
+
+def object_from_main(value: Any) -> Any:
+    """The main process's object, on all of them, also where they share no disk."""
+    if world_size() > 1:
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
     return value

@@ -51,8 +51,8 @@ MEANINGS = {  # what the table says beside a figure
     "bigram_entropy": "nats a token, knowing only the code before",
     "code_bits_per_dim": "the codes' rate; no likelihood of images",
     "bound_bits_per_dim": "bound on the images' likelihood, decoder included",
-    "closer_in_pixels": "0.5: as far from training images as held-out ones; 1: copies",
-    "closer_in_features": "0.5: as far from training images as held-out ones; 1: copies",
+    "closer_in_pixels": "0.5: as near to training images as held-out ones; 1: copies",
+    "closer_in_features": "0.5: as near to training images as held-out ones; 1: copies",
 }
 
 

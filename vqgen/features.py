@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from vqgen.data.images import some_rows
-from vqgen.distributed import all_reduce_sum, from_main, rank, world_size
+from vqgen.distributed import all_reduce_sum, object_from_main, rank, world_size
 from vqgen.errors import InputError
 from vqgen.models.inception import InceptionV3
 from vqgen.weights import installed_file, read_weights
@@ -211,11 +211,13 @@ def load_feature_network(
             "steps": LENET_STEPS, "batch": LENET_BATCH,
         }  # fmt: skip
         store = Store(cache, made_from)
-        if weights is None and accelerator.is_main_process and store.path() is None:
-            _train_lenet(network.to(accelerator.device), reference, seed)
-            store.save({key: value.cpu() for key, value in network.state_dict().items()})
-        accelerator.wait_for_everyone()
-        state, network.checksum = read_tensors(Path(weights)) if weights else store.load()
+        loaded = None
+        if accelerator.is_main_process:
+            if weights is None and store.path() is None:
+                _train_lenet(network.to(accelerator.device), reference, seed)
+                store.save({key: value.cpu() for key, value in network.state_dict().items()})
+            loaded = read_tensors(Path(weights)) if weights else store.load()
+        state, network.checksum = object_from_main(loaded)
         try:
             network.load_state_dict(state)
         except RuntimeError as error:
@@ -372,14 +374,15 @@ def cached_features(
         "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
         **crop,
     }
-    store = Store(cache, made_from)
-    exists = bool(from_main(store.path() is not None, accelerator.device))
-    if exists:
-        return Features(**store.load()[0])
+    store, stored = Store(cache, made_from), None
+    if accelerator.is_main_process and store.path() is not None:
+        stored = Features(**store.load()[0])
+    stored = object_from_main(stored)
+    if stored is not None:
+        return stored
     features = collect_features(images, rows, network, batch_size, description)
     if accelerator.is_main_process:
         store.save({f.name: getattr(features, f.name).contiguous() for f in fields(Features)})
-    accelerator.wait_for_everyone()
     return features
 
 
