@@ -22,7 +22,6 @@ from vqgen.evaluation import (
     cache_folder,
     check_varied,
     compare,
-    crop_of,
     distances,
     exact_convolutions,
     output_folder,
@@ -69,7 +68,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
 
     def features_of(part, chosen, description):
         options = {"batch_size": config.batch_size, "cache": cache, "accelerator": accelerator}
-        return cached_features(part, chosen, network, crop_of(part, data), description=description, **options)
+        return cached_features(part, chosen, network, description=description, **options)
 
     reference = features_of(images, rows, "the reference")
     check_varied(reference, f"data.source={data.source}", images.channels)
@@ -102,7 +101,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
         return
 
     report = Report("tokenizer", {"run": str(run), "checkpoint": checkpoint, "seed": config.seed})
-    protocol = {"reference": images.fingerprint, "images": len(rows), **crop_of(images, data)}
+    protocol = {"reference": images.fingerprint, "images": len(rows), **images.crop}
     report.add("psnr", psnr(squared_errors.mean()).item(), protocol)
     for name, mean in zip(names, per_image.mean(dim=0).tolist(), strict=True):
         how = {"network": perceptual.name, "checksum": perceptual.checksum} if name == "perceptual" else {}

@@ -28,7 +28,6 @@ from vqgen.evaluation import (
     cache_folder,
     check_varied,
     compare,
-    crop_of,
     exact_convolutions,
     network_protocol,
     output_folder,
@@ -90,7 +89,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     codes_dir = codes_folder(run) if os.access(codes_folder(run), os.W_OK) else cache / "codes"
     train_codes, held_out_codes = (
         encode_images(
-            images, tokenizer, data, codes_dir, tokenizer_hash=tokenizer_hash, mirror=mirror, accelerator=accelerator
+            images, tokenizer, codes_dir, tokenizer_hash=tokenizer_hash, mirror=mirror, accelerator=accelerator
         )
         for images, mirror in ((train, data.flip), (held_out, False))
     )
@@ -106,7 +105,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     # looked for: what the tokenizer does to every image would else hide that two are the same.
     def features_of(images, rows, description):
         options = {"batch_size": config.batch_size, "cache": cache, "accelerator": accelerator}
-        return cached_features(images, rows, network, crop_of(images, data), description=description, **options)
+        return cached_features(images, rows, network, description=description, **options)
 
     drawn = collect_features(samples, np.arange(config.num_images), network, config.batch_size, "sampling")
     reference_rows = some_rows(len(train), config.num_reference)
@@ -124,7 +123,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
 
     report = Report("samples", {"run": str(run), "checkpoint": hash_of(folder / "prior"), "tokenizer": tokenizer_hash,
                                 **{name: getattr(config, name) for name in SAMPLING}})  # fmt: skip
-    crop = crop_of(train, data)
+    crop = train.crop
     protocol = {
         "reference": train.fingerprint,
         "reference_images": len(reference_rows),
@@ -190,7 +189,7 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
 
     def features_of(part, rows, description):
         options = {"batch_size": config.batch_size, "cache": cache, "accelerator": accelerator}
-        return cached_features(part, rows, network, crop_of(part, data), description=description, **options)
+        return cached_features(part, rows, network, description=description, **options)
 
     rows = some_rows(len(images), config.num_images)
     reference_rows = some_rows(len(reference), config.num_reference)
@@ -208,7 +207,7 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
     subject = {"images": config.images, "fingerprint": images.fingerprint, "against": config.reference}
     report = Report("images", subject)
     protocol = {"reference": reference.fingerprint, "reference_images": len(reference_rows), "images": len(rows)}
-    protocol |= crop_of(reference, reference_data)
+    protocol |= reference.crop
     same_classes = images.class_names == reference.class_names
     sample_figures(report, measured, known, network, protocol, reference.class_names if same_classes else [], real)
     path = report.save(out)
@@ -243,7 +242,7 @@ class Reproduced:
 
     def __init__(self, images: ImageSet, tokenizer: VQModel, tokenizer_hash: str, device: torch.device):
         self.images, self.tokenizer, self.device = images, tokenizer, device
-        self.image_size, self.channels = images.image_size, images.channels
+        self.crop = images.crop
         self.fingerprint = f"{images.fingerprint} reproduced by {tokenizer_hash}"
 
     def __len__(self) -> int:

@@ -73,7 +73,7 @@ def main(config: Stage2Config) -> None:
     codes_dir = Path(config.codes_dir or Path(config.stage1) / "codes")
     train_codes, val_codes = (
         encode_images(
-            images, tokenizer, data, codes_dir, tokenizer_hash=tokenizer_hash, mirror=mirror, accelerator=accelerator
+            images, tokenizer, codes_dir, tokenizer_hash=tokenizer_hash, mirror=mirror, accelerator=accelerator
         )
         for images, mirror in ((train_images, data.flip), (val_images, False))
     )

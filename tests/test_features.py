@@ -37,6 +37,7 @@ class Noise:
         self.images = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator)
         self.class_ids = np.arange(count) % 2
         self.fingerprint = f"{count} images of noise"
+        self.crop = {"image_size": 8}
         self.read = 0
 
     def __len__(self) -> int:
@@ -199,8 +200,9 @@ def test_of_a_large_set_some_features_are_kept_and_all_counted(monkeypatch):
 
 
 def cached(noise, cache, rows=30, network=None, image_size=8):
+    noise.crop = {"image_size": image_size}
     options = {"batch_size": 8, "cache": cache, "accelerator": Accelerator(cpu=True), "description": ""}
-    return cached_features(noise, np.arange(rows), network or Pixels(), {"image_size": image_size}, **options)
+    return cached_features(noise, np.arange(rows), network or Pixels(), **options)
 
 
 def test_features_of_a_reference_are_taken_once(tmp_path):

@@ -14,7 +14,6 @@ import torch
 
 import vqgen
 from vqgen.config import DataConfig, check_options, read_yaml, require
-from vqgen.data.images import ImageSet
 from vqgen.errors import InputError
 from vqgen.features import FeatureNetwork, Features
 from vqgen.metrics import (
@@ -328,16 +327,6 @@ def run_data(run: Path, given: Mapping[str, Any], channels: int) -> tuple[DataCo
     require("source" in data, f"{run} does not say which images it is for; give data.source=")
     require(data["channels"] == channels, f"data.channels={data['channels']}: the tokenizer of {run} has {channels}")
     return DataConfig(**check_options(DataConfig, data, "data")), same
-
-
-def crop_of(images: ImageSet, data: DataConfig) -> dict[str, Any]:
-    """How the images became squares."""
-    return {
-        "image_size": images.image_size,
-        "channels": images.channels,
-        "resize": data.resize,
-        "background": data.background,
-    }
 
 
 def cache_folder(config: Any) -> Path:

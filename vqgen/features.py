@@ -199,7 +199,8 @@ def load_feature_network(
     if name not in NETWORKS:
         raise InputError(f"features={name} is not known; use {', '.join(NETWORKS)}")
     if name != LeNet.name:
-        network: FeatureNetwork = NETWORKS[name](weights)  # type: ignore[arg-type, call-arg]
+        with accelerator.local_main_process_first():  # which may have to download it
+            network: FeatureNetwork = NETWORKS[name](weights)  # type: ignore[arg-type, call-arg]
     else:
         if not reference.class_names and weights is None:
             raise InputError(
@@ -207,7 +208,7 @@ def load_feature_network(
             )
         network = LeNet(reference.channels, len(reference.class_names))
         made_from = {
-            "network": repr(network), "data": reference.fingerprint, "image_size": reference.image_size, "seed": seed,
+            "network": repr(network), "data": reference.fingerprint, **reference.crop, "seed": seed,
             "steps": LENET_STEPS, "batch": LENET_BATCH,
         }  # fmt: skip
         store = Store(cache, made_from)
@@ -346,7 +347,6 @@ def cached_features(
     images: Any,
     rows: np.ndarray,
     network: FeatureNetwork,
-    crop: dict[str, Any],
     *,
     batch_size: int,
     cache: Path,
@@ -359,7 +359,6 @@ def cached_features(
         images: the set.
         rows: which of its images.
         network: what takes the features.
-        crop: how the images were cropped, as they are the same only then.
         batch_size: images at a time, on each process.
         cache: the folder.
         accelerator: of the processes that share the work.
@@ -372,7 +371,7 @@ def cached_features(
         "features": [repr(network), network.checksum, network.preprocessing, KEPT, THUMBNAIL],
         "data": images.fingerprint,
         "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
-        **crop,
+        **images.crop,
     }
     store, stored = Store(cache, made_from), None
     if accelerator.is_main_process and store.path() is not None:

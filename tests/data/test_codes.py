@@ -58,7 +58,6 @@ def encode(tmp_path, accelerator):
         store = encode_images(
             images,
             model or tokenizer(),
-            data,
             tmp_path / "codes",
             tokenizer_hash=tokenizer_hash,
             mirror=mirror,

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from vqgen.config import DataConfig
 from vqgen.data import images as images_module
-from vqgen.data.images import ImageSet, load_images
+from vqgen.data.images import ImageSet, load_images, load_set, some_rows
 from vqgen.errors import InputError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -805,3 +805,27 @@ def test_sources_that_are_refused(tmp_path):
 def test_home_folder_is_expanded(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
     assert len(load("~/pets")[0]) > 0
+
+
+def test_some_rows_are_always_the_same_ones_of_every_class_in_turn():
+    assert some_rows(5, None).tolist() == some_rows(5, 9).tolist() == [0, 1, 2, 3, 4]
+    rows = some_rows(1000, 100)
+    assert rows.tolist() == sorted(set(rows.tolist())) == some_rows(1000, 100).tolist()
+    assert len(rows) == 100
+    assert set((rows % 10).tolist()) == set(range(10))  # ten classes in turn
+
+
+def test_a_whole_set_has_the_size_of_its_images_or_the_one_asked_for(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (12, 20, 20, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", images=images)
+    data = DataConfig(source=f"{tmp_path}/images.npz")
+    whole, held_out = load_set("images", data)
+    assert (len(whole), whole.image_size, whole.channels, held_out) == (12, 20, 3, None)
+    assert np.array_equal(whole.__getitems__(range(12))[0].permute(0, 2, 3, 1).numpy(), images)
+    assert load_set("images", data, 16)[0].image_size == 16
+
+
+def test_a_set_with_parts_comes_with_its_held_out_part():
+    train, held_out = load_set("reference", DataConfig())
+    assert (len(train), len(held_out)) == (20_000, 2_000)
+    assert train.class_names == held_out.class_names

@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from vqgen.config import DataConfig
 from vqgen.data.images import ImageSet
 from vqgen.distributed import from_main, rank, world_size
 from vqgen.errors import InputError
@@ -52,7 +51,6 @@ class TokenStore:
 def encode_images(
     images: ImageSet,
     model: VQModel,
-    data: DataConfig,
     cache: Path,
     *,
     tokenizer_hash: str,
@@ -64,14 +62,12 @@ def encode_images(
     Args:
         images: what to encode.
         model: the tokenizer, on its device, in eval mode.
-        data: how the images were cropped, which is part of the store's key.
         cache: the folder that holds the stores.
         tokenizer_hash: identifies the tokenizer.
         mirror: store each image and its mirror image.
         accelerator: of the processes that share the work.
     """
-    crop = {k: getattr(data, k) for k in ("image_size", "channels", "resize", "background")}
-    made_from = {"tokenizer": tokenizer_hash, "data": images.fingerprint, "mirror": mirror, **crop}
+    made_from = {"tokenizer": tokenizer_hash, "data": images.fingerprint, "mirror": mirror, **images.crop}
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     folder, beside = cache / key, cache / f"{key}.{from_main(os.getpid(), accelerator.device):.0f}.tmp"
     exists = bool(from_main(folder.exists(), accelerator.device))

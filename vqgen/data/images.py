@@ -165,6 +165,12 @@ class ImageSet:
         """Whether the images are decoded already, so that worker processes have nothing to do."""
         return self._pixels is not None
 
+    @property
+    def crop(self) -> dict[str, int | str]:
+        """How the images became squares, by the names of the settings."""
+        size, data = self.image_size, self._data
+        return {"image_size": size, "channels": self.channels, "resize": data.resize, "background": data.background}
+
     def read(self, i: int) -> np.ndarray | None:
         """Image i as uint8 (C, H, W), or None if it does not load; a warning names the first that does not.
 
