@@ -150,7 +150,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
         )
         near[space] = nearest(queries, references)
         share = share_closer(near[space][0], nearest(others, references)[0])
-        how = {**protocol, "held_out_images": len(held_out_rows)}
+        how = {**protocol, "held_out": held_out.fingerprint, "held_out_images": len(held_out_rows)}
         how |= network_protocol(network) if space == "features" else {}
         report.add(f"closer_in_{space}", share, how)
     signs, share = [], max(report.figures[f"closer_in_{space}"].value for space in near)

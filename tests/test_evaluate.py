@@ -12,6 +12,7 @@ from programs import shell
 
 from vqgen.config import DataConfig
 from vqgen.data.images import load_images
+from vqgen.errors import InputError
 from vqgen.evaluation import Report, compare
 from vqgen.metrics import psnr
 from vqgen.models.vqmodel import from_uint8, load_tokenizer, to_uint8
@@ -260,6 +261,11 @@ def test_a_report_comes_back_as_it_was_saved(tmp_path):
     assert "BIASED" in table
     assert "2 real images reach 0.5" in table
     assert "warning: beware" in table
+
+
+def test_a_report_takes_no_figure_that_is_not_a_number():
+    with pytest.raises(InputError, match=r"^FD is nan: the images or the model hold something that is not a number$"):
+        Report("images", {}).add("frechet", math.nan, {}, "FD")
 
 
 # Bad input

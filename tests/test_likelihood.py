@@ -59,6 +59,18 @@ def test_scales_are_those_that_the_noise_had_in_each_channel_and_range():
     assert fitted.nll(images, means).mean().item() == pytest.approx(expected.mean().item(), rel=2e-3)
 
 
+def test_a_range_that_was_never_seen_has_the_scale_of_all_the_others():
+    generator = torch.Generator().manual_seed(0)
+    means = torch.full((4, 1, 16, 16), 100.0, dtype=torch.float64)
+    images = (means + 8 * torch.randn(means.shape, generator=generator)).round().byte()
+    scales = LogisticScales(1, CPU)
+    scales.update(images, means)
+    scales.fit()
+    assert scales.best.unique().numel() == 1
+    elsewhere = scales.nll(images + 100, means + 100) / 256
+    assert elsewhere.mean().item() == pytest.approx(scales.nll(images, means).mean().item() / 256)
+
+
 def test_unigram_and_bigram_models_reach_the_entropies_of_a_markov_chain():
     matrix = torch.tensor([[0.90, 0.05, 0.05], [0.10, 0.80, 0.10], [0.30, 0.30, 0.40]])
     layout = CodeLayout(((1, 40),), (3,))

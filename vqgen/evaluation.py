@@ -218,7 +218,7 @@ def compare(first: Path, second: Path) -> str:
 
 def floor_of(figure: Callable[[Features], float], real: Features | None) -> dict[str, Any]:
     """A figure of other real images, as `Report.add` takes it."""
-    return {} if real is None else {"floor": figure(real), "floor_images": len(real.kept)}
+    return {} if real is None else {"floor": figure(real), "floor_images": real.count.item()}
 
 
 def network_protocol(network: FeatureNetwork) -> dict[str, Any]:
@@ -293,7 +293,8 @@ def sample_figures(
         report.add(kind, value, {**protocol, "images_each": count}, **floor)
     if len(class_names) > 1 and (images.class_ids >= 0).any() and (reference.class_ids >= 0).any():
         probe = ClassProbe(reference, len(class_names))
-        report.add("recognised", probe.accuracy(images), protocol, **floor_of(probe.accuracy, real))
+        known = real if real is not None and (real.class_ids >= 0).any() else None
+        report.add("recognised", probe.accuracy(images), protocol, **floor_of(probe.accuracy, known))
 
 
 def check_varied(features: Features, name: str, channels: int) -> None:

@@ -125,8 +125,8 @@ class Inception(FeatureNetwork):
         super().__init__()
         path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
         if weights is None and not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(INCEPTION_URL, str(path), INCEPTION_SHA256)
             except (URLError, OSError, RuntimeError) as error:
                 raise InputError(

@@ -14,7 +14,7 @@ from vqgen.distributed import all_reduce_sum, rank, world_size
 from vqgen.models.prior import Prior
 
 COUNTED = 20_000  # sequences that the counts are taken from, at most
-SCALE_BINS = 16
+SCALE_BINS, SCALE_PRIOR = 16, 10
 
 
 @torch.no_grad()
@@ -118,16 +118,23 @@ class LogisticScales:
     def __init__(self, channels: int, device: torch.device):
         self.grid = torch.logspace(math.log10(0.05), math.log10(64), 48, dtype=torch.float64, device=device)
         self.nats = torch.zeros(len(self.grid), channels * SCALE_BINS, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(channels * SCALE_BINS, dtype=torch.float64, device=device)
 
     def update(self, images: Tensor, means: Tensor) -> None:
         """Takes in images uint8 and the decoder's output for them, both (B, C, H, W)."""
         bins = self._bins(means).flatten()
+        self.counts += torch.bincount(bins, minlength=len(self.counts))
         for i, scale in enumerate(self.grid):
             self.nats[i].index_add_(0, bins, logistic_nats(images, means, scale).flatten())
 
     def fit(self) -> None:
-        """Chooses the best of the grid for all that was taken in, on all processes together."""
-        self.best = self.grid[all_reduce_sum(self.nats).argmin(dim=0)]  # (C * SCALE_BINS,)
+        """Chooses the best of the grid for all that was taken in, on all processes together.
+
+        To each sixteenth of the range it adds SCALE_PRIOR values like all the others, for those that have seen few.
+        """
+        nats, counts = all_reduce_sum(self.nats), all_reduce_sum(self.counts)
+        nats = nats + SCALE_PRIOR * nats.sum(dim=1, keepdim=True) / counts.sum()
+        self.best = self.grid[nats.argmin(dim=0)]  # (C * SCALE_BINS,)
 
     def nll(self, images: Tensor, means: Tensor) -> Tensor:
         """-log p(x | z) (B,) of images uint8 (B, C, H, W), in nats, with the scales that were fitted."""

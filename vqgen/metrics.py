@@ -84,7 +84,7 @@ def frechet_distance(a: Features, b: Features) -> float:
             setattr(metric, f"{side}_features_cov_sum", features.outer)
             setattr(metric, f"{side}_features_num_samples", features.count[0])
         metric.orig_dtype = torch.float64
-        return max(0.0, metric.compute().item())
+        return metric.compute().clamp_min(0).item()  # which leaves NaN as it is
 
 
 def kernel_distance(a: Features, b: Features, seed: int) -> tuple[float, float]:

@@ -65,8 +65,8 @@ class PerceptualDistance(nn.Module):
             self.checksum = f"{first}+{second}"
             state = {key: value for key, value in trunk.items() if key.startswith("features.")}
             stages = _vgg16(shift_tolerant=False)
-            place = {i: stage for stage, layers in enumerate(stages) for i in layers}
-            state = {f"trunk.{place[int(key.split('.')[1])]}.{key[9:]}": value for key, value in state.items()}
+            place = {str(i): stage for stage, layers in enumerate(stages) for i in layers}
+            state = {f"trunk.{place.get(key.split('.')[1])}.{key[9:]}": value for key, value in state.items()}
             state |= {_own_name(key): value for key, value in heads.items()}
             state |= {"shift": _column(-0.030, -0.088, -0.188), "scale": _column(0.458, 0.448, 0.450)}  # LPIPS's own
         else:

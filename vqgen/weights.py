@@ -42,8 +42,10 @@ def read_weights(path: Path, expected: str | None) -> tuple[dict[str, Tensor], s
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} does not load as weights: {str(error).splitlines()[0][:200]}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise InputError(f"{path} does not load as weights: {reason}") from error
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path} holds no weights by name; give a saved state_dict")
     return state, checksum
