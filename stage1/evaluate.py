@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 from vqgen.cli import run_program
-from vqgen.config import DataConfig, Stage1EvaluateConfig, require
-from vqgen.data.images import load_images, load_set, some_rows
+from vqgen.config import DataConfig, Stage1EvaluateConfig, TrackingConfig, require
+from vqgen.data.images import some_rows
 from vqgen.distributed import all_reduce_sum
 from vqgen.evaluation import (
     Report,
@@ -23,9 +22,10 @@ from vqgen.evaluation import (
     check_varied,
     compare,
     distances,
-    exact_convolutions,
-    output_folder,
-    run_data,
+    evaluation_device,
+    run_images,
+    run_tracking,
+    writable_folder,
 )
 from vqgen.features import FeatureCollector, cached_features, load_feature_network, my_batches
 from vqgen.metrics import CodeUsage, image_psnr, image_ssim, psnr
@@ -43,23 +43,15 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
         print(compare(run, Path(config.compare)))
         return
     model, checkpoint = load_tokenizer(run)
-    data, own = run_data(run, config.data, model.channels)
-    model.code_layout(data.image_size)  # raises where the size does not suit the stride
-    out = output_folder(Path(config.out or run / "evaluation"))
-
-    accelerator = Accelerator()
+    out, cache = writable_folder("out", Path(config.out or run / "evaluation")), cache_folder(config)
+    tracking = run_tracking(run, config.tracking)
+    accelerator = evaluation_device()
     device = accelerator.device
-    exact_convolutions()
-    # Held-out images of the run's own data; of other data all, as the tokenizer has seen none of them.
-    if own:
-        others, images = load_images(data)
-    else:
-        images, others = load_set("data.source", data, data.image_size)
-    learn_from = others if own else images
+    others, images, _ = run_images(run, config.data, model.channels)  # to train on, and held out
+    model.code_layout(images.image_size)  # raises where the size does not suit the stride
     rows = some_rows(len(images), config.num_images)
-    cache = cache_folder(config)
     network = load_feature_network(
-        config.features, config.feature_weights, learn_from, seed=config.seed, cache=cache, accelerator=accelerator
+        config.features, config.feature_weights, others, seed=config.seed, cache=cache, accelerator=accelerator
     )
     perceptual = None
     if config.perceptual != "none":
@@ -71,8 +63,8 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
         return cached_features(part, chosen, network, description=description, **options)
 
     reference = features_of(images, rows, "the reference")
-    check_varied(reference, f"data.source={data.source}", images.channels)
-    real = features_of(others, some_rows(len(others), len(rows)), "other real images") if others else None
+    check_varied(reference, f"the held-out images of {run}", images.channels)
+    real = features_of(others, some_rows(len(others), len(rows)), "other real images")
 
     names = ["psnr_per_image", "ssim"] + (["perceptual"] if perceptual else [])
     per_image = torch.zeros(len(rows), len(names), dtype=torch.float64, device=device)
@@ -122,7 +114,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
     print(report.table())
     print(f"{path}; the worst and the best reconstructions: {out / 'extremes.png'}")
     if (run / "config.yaml").is_file():
-        log_evaluation(run, config.tracking, report.numbers(), {"extremes": picture})
+        log_evaluation(run, tracking, report.numbers(), {"extremes": picture})
 
 
 @torch.no_grad()
@@ -138,4 +130,6 @@ def extremes(images, rows: np.ndarray, badness: Tensor, model, device: torch.dev
 
 
 if __name__ == "__main__":
-    run_program(main, Stage1EvaluateConfig, {"data": DataConfig}, SYNOPSIS, run_dir="optional")
+    run_program(
+        main, Stage1EvaluateConfig, {"data": DataConfig, "tracking": TrackingConfig}, SYNOPSIS, run_dir="optional"
+    )

@@ -13,28 +13,28 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 from vqgen.cli import run_program
-from vqgen.config import DataConfig, Stage2EvaluateConfig, check_options, read_yaml, require
-from vqgen.data.codes import encode_images
-from vqgen.data.images import ImageSet, load_images, load_set, some_rows
-from vqgen.distributed import all_reduce_sum
+from vqgen.config import DataConfig, Stage2EvaluateConfig, TrackingConfig, check_options, read_yaml, require
+from vqgen.data.codes import TokenStore, encode_images
+from vqgen.data.images import ImageSet, load_set, some_rows
+from vqgen.distributed import all_reduce_sum, rank, world_size
 from vqgen.evaluation import (
     Report,
     cache_folder,
     check_varied,
     compare,
-    exact_convolutions,
+    evaluation_device,
     network_protocol,
-    output_folder,
-    run_data,
+    run_images,
+    run_tracking,
     sample_figures,
+    writable_folder,
 )
-from vqgen.features import Features, cached_features, collect_features, load_feature_network, my_batches
+from vqgen.features import Features, cached_features, collect_features, load_feature_network, my_batches, thumbnails
 from vqgen.likelihood import CodeCounts, LogisticScales, prior_nll
 from vqgen.metrics import nearest, share_closer
 from vqgen.models.prior import Prior
@@ -48,6 +48,7 @@ SYNOPSIS = (
 )
 SCALE_IMAGES = 512  # training images that the decoder's scales are fitted to
 MEMORISED_NLL = 0.8  # of the held-out NLL: where the training NLL is below, the prior knows its training images
+COPY_QUANTILE, MEMORISED_COPIES = 0.01, 0.1  # so near are 1 % of held-out images; 10 % of samples are too many
 MEMORISED_SHARE = 0.9  # of pairs of a sample and a held-out image: where more samples are nearer, they are copies
 
 
@@ -70,15 +71,15 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     require(folder.is_dir(), f"{run}: no model there; give the folder of a stage-2 run, or train one first")
     prior = Prior.from_pretrained(folder / "prior").eval()
     tokenizer, tokenizer_hash = load_tokenizer(folder / "tokenizer")
-    data, own = run_data(run, config.data, tokenizer.channels)
-    require(own, "data.source: a prior is measured on its own data; for other images use --images and --reference")
-    out = output_folder(Path(config.out or run / "evaluation"))
-
-    accelerator = Accelerator()
+    out, cache = writable_folder("out", Path(config.out or run / "evaluation")), cache_folder(config)
+    tracking = run_tracking(run, config.tracking)
+    accelerator = evaluation_device()
     device = accelerator.device
-    exact_convolutions()
-    train, held_out = load_images(data)
-    cache = cache_folder(config)
+    train, held_out, own = run_images(run, config.data, tokenizer.channels)
+    require(own, "data.source: not the images that the prior was trained on; for others use --images and --reference")
+    fits = tokenizer.code_layout(train.image_size) == prior.layout
+    require(fits, f"data.image_size={train.image_size}: is not what the prior was trained on")
+    flip = read_yaml(run / "config.yaml")["data"]["flip"] if (run / "config.yaml").is_file() else False
     network = load_feature_network(
         config.features, config.feature_weights, train, seed=config.seed, cache=cache, accelerator=accelerator
     )
@@ -91,7 +92,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
         encode_images(
             images, tokenizer, codes_dir, tokenizer_hash=tokenizer_hash, mirror=mirror, accelerator=accelerator
         )
-        for images, mirror in ((train, data.flip), (held_out, False))
+        for images, mirror in ((train, flip), (held_out, False))
     )
     count = len(held_out_codes)
     nll, train_nll = (
@@ -103,20 +104,21 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
 
     # Samples, training and held-out images; and the latter two as the tokenizer reproduces them, among which copies are
     # looked for: what the tokenizer does to every image would else hide that two are the same.
-    def features_of(images, rows, description):
-        options = {"batch_size": config.batch_size, "cache": cache, "accelerator": accelerator}
+    def features_of(images, rows, description, folder=cache):
+        options = {"batch_size": config.batch_size, "cache": folder, "accelerator": accelerator}
         return cached_features(images, rows, network, description=description, **options)
 
     drawn = collect_features(samples, np.arange(config.num_images), network, config.batch_size, "sampling")
     reference_rows = some_rows(len(train), config.num_reference)
     held_out_rows = some_rows(len(held_out), config.num_images)
     reference = features_of(train, reference_rows, "the reference")
-    check_varied(reference, f"data.source={data.source}", train.channels)
+    check_varied(reference, f"the training images of {run}", train.channels)
     real = features_of(held_out, held_out_rows, "held-out images") if len(held_out) > 1 else None
     known, control = (
-        features_of(Reproduced(images, tokenizer, tokenizer_hash, device), rows, f"{name} images, reproduced")
+        features_of(Reproduced(images, tokenizer, tokenizer_hash, device), rows, f"{name} images, reproduced", out)
         for images, rows, name in ((train, reference_rows, "training"), (held_out, held_out_rows, "held-out"))
     )
+    in_pixels = nearest_training_image([drawn, control], train_codes, prior, tokenizer, config.batch_size, device)
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
@@ -133,46 +135,51 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     sample_figures(report, drawn, reference, network, protocol, train.class_names, real)
 
     likelihood = {"images": count, "of": held_out.fingerprint, **crop}
+    tokens = {**likelihood, "tokenizer": tokenizer_hash}
+    fitted = {"fitted_to": train.fingerprint, "mirrored": flip}
     dims = train.channels * train.image_size**2
-    report.add("nll_held_out", nll, {**likelihood, "tokenizer": tokenizer_hash})
-    report.add("nll_train", train_nll, {**likelihood, "of": train.fingerprint, "tokenizer": tokenizer_hash})
-    report.add("unigram_entropy", unigram, {**likelihood, "tokenizer": tokenizer_hash})
-    report.add("bigram_entropy", bigram, {**likelihood, "tokenizer": tokenizer_hash})
+    report.add("nll_held_out", nll, tokens)
+    report.add("nll_train", train_nll, {**tokens, "of": train.fingerprint, "mirrored": flip})
+    report.add("unigram_entropy", unigram, {**tokens, **fitted})
+    report.add("bigram_entropy", bigram, {**tokens, **fitted})
     report.add("code_bits_per_dim", code_nats / math.log(2) / dims, likelihood)
-    report.add("bound_bits_per_dim", (code_nats + decoder_nats) / math.log(2) / dims, likelihood)
+    report.add("bound_bits_per_dim", (code_nats + decoder_nats) / math.log(2) / dims, {**likelihood, **fitted})
 
-    near, centre = {}, known.kept.mean(dim=0)
-    for space in ("pixels", "features"):
-        queries, others, references = (
-            # Features by their angle: by distance, a flat image of small features is everyone's neighbour.
-            F.normalize(part.kept - centre) if space == "features" else part.thumbnails
-            for part in (drawn, control, known)
-        )
-        near[space] = nearest(queries, references)
-        share = share_closer(near[space][0], nearest(others, references)[0])
-        how = {**protocol, "held_out": held_out.fingerprint, "held_out_images": len(held_out_rows)}
-        how |= network_protocol(network) if space == "features" else {}
-        report.add(f"closer_in_{space}", share, how)
-    signs, share = [], max(report.figures[f"closer_in_{space}"].value for space in near)
+    # Features by their angle: by distance, a flat image of small features is everyone's neighbour.
+    centre = known.kept.mean(dim=0)
+    directions = [F.normalize(part.kept - centre) for part in (drawn, control, known)]
+    in_features = [nearest(queries, directions[2]) for queries in directions[:2]]
+    shares = {}
+    how = {**protocol, "held_out": held_out.fingerprint, "held_out_images": len(held_out_rows), "mirrored": flip}
+    for space, ((distance, _), (held_out_distance, _)), more in (
+        ("pixels", in_pixels, {"searched": len(train_codes)}),
+        ("features", in_features, {"searched": len(known.kept), **network_protocol(network)}),
+    ):
+        shares[space] = share_closer(distance, held_out_distance)
+        report.add(f"closer_in_{space}", shares[space], {**how, **more})
+    near_copies = (in_pixels[0][0] < in_pixels[1][0].quantile(COPY_QUANTILE)).double().mean().item()
+    report.add("near_copies", near_copies, {**how, "searched": len(train_codes)})
+    signs, share = [], max(shares.values())
     if train_nll < MEMORISED_NLL * nll:
         signs.append(f"NLL {train_nll:.3g} on training images, {nll:.3g} on held-out ones")
     if share > MEMORISED_SHARE:
         signs.append(f"samples are nearer to training images than held-out ones are, in {share:.0%} of pairs")
+    if near_copies > MEMORISED_COPIES:
+        signs.append(f"{near_copies:.0%} of samples are nearer to a training image than 1 % of held-out ones are")
     if signs:
         report.warnings.append(f"the prior memorises: {'; '.join(signs)}; fewer steps or more images would help")
-    picture = closest(samples, drawn, train, reference_rows[known.rows], near)
+    picture = closest(samples, drawn, train, train_codes, reference_rows[known.rows], in_pixels[0], in_features[0])
     picture.save(out / "closest.png")
     path = report.save(out)
     print(report.table())
     print(f"{path}; samples nearest to training images, which are below them: {out / 'closest.png'}")
-    log_evaluation(run, config.tracking, report.numbers(), {"closest": picture})
+    log_evaluation(run, tracking, report.numbers(), {"closest": picture})
 
 
 def evaluate_images(config: Stage2EvaluateConfig) -> None:
     """Any images against a reference, whoever made them."""
-    out = output_folder(Path(config.out or "evaluation"))
-    accelerator = Accelerator()
-    exact_convolutions()
+    out, cache = writable_folder("out", Path(config.out or "evaluation")), cache_folder(config)
+    accelerator = evaluation_device()
     size = config.data.get("image_size")
     options = check_options(DataConfig, config.data, "data")
     data, reference_data = (DataConfig(**{**options, "source": source}) for source in (config.images, config.reference))
@@ -182,7 +189,6 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
         a, b = getattr(images, what), getattr(reference, what)
         remedy = f"give data.{what}= to bring both to the same"
         require(a == b, f"images={config.images} has {what} {a}, reference={config.reference} {b}; {remedy}")
-    cache = cache_folder(config)
     network = load_feature_network(
         config.features, config.feature_weights, reference, seed=config.seed, cache=cache, accelerator=accelerator
     )
@@ -208,8 +214,12 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
     report = Report("images", subject)
     protocol = {"reference": reference.fingerprint, "reference_images": len(reference_rows), "images": len(rows)}
     protocol |= reference.crop
-    same_classes = images.class_names == reference.class_names
-    sample_figures(report, measured, known, network, protocol, reference.class_names if same_classes else [], real)
+    if images.class_names and reference.class_names:  # by their names; the last place is that of -1, no class
+        ids = {name: i for i, name in enumerate(reference.class_names)}
+        measured.class_ids = torch.tensor([*(ids.get(name, -1) for name in images.class_names), -1])[measured.class_ids]
+        if (measured.class_ids < 0).all():
+            report.warnings.append("no class of the images has the name of one of the reference")
+    sample_figures(report, measured, known, network, protocol, reference.class_names, real)
     path = report.save(out)
     print(report.table())
     print(path)
@@ -273,14 +283,50 @@ def decoder_nll(
     return all_reduce_sum(nats).item() / len(held_out)
 
 
+@torch.no_grad()
+def nearest_training_image(
+    parts: list[Features], codes: TokenStore, prior: Prior, tokenizer: VQModel, batch_size: int, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """For the thumbnails of each part, distance (n,) and place in the store (n,) of the nearest training image.
+
+    All training images are searched, mirrored ones included, as the tokenizer reproduces them from their codes.
+    """
+    best = [
+        (torch.full((len(p.kept),), torch.inf, dtype=torch.float64), torch.zeros(len(p.kept)).long()) for p in parts
+    ]
+    for batch in my_batches(len(codes), batch_size, "searching training images"):
+        tokens = codes.__getitems__(batch)[0].to(device)
+        references = thumbnails(to_uint8(tokenizer.decode(prior.layout.unflatten(tokens)))).cpu()
+        for i, part in enumerate(parts):
+            (distance, index), (least, place) = nearest(part.thumbnails, references), best[i]
+            best[i] = torch.minimum(distance, least), torch.where(distance < least, index + batch[0], place)
+    found = []
+    for distance, index in best:  # each process has searched its share; all learn of all, and the nearest wins
+        rows = torch.zeros(2, world_size(), len(distance), dtype=torch.float64, device=device)
+        rows[:, rank()] = torch.stack([distance, index.double()]).nan_to_num(posinf=1e9).to(device)
+        distances, places = all_reduce_sum(rows).cpu()
+        distance, winner = distances.min(dim=0)
+        found.append((distance, places.gather(0, winner[None])[0].long()))
+    return found
+
+
 def closest(
-    samples: Samples, drawn: Features, train: ImageSet, train_rows: np.ndarray, near: dict[str, tuple[Tensor, Tensor]]
+    samples: Samples,
+    drawn: Features,
+    train: ImageSet,
+    train_codes: TokenStore,
+    known_rows: np.ndarray,
+    in_pixels: tuple[Tensor, Tensor],
+    in_features: tuple[Tensor, Tensor],
 ) -> Image.Image:
-    """The samples nearest to a training image in feature space; below each, that in pixels and that in features."""
-    order = near["features"][0].argsort()[:10].numpy()
+    """The samples nearest to a training image in pixels; below each that image, and the nearest in feature space."""
+    order = in_pixels[0].argsort()[:10]
     lines = [torch.cat([samples.__getitems__(drawn.rows[i : i + 1].numpy())[0].cpu() for i in order])]
-    for space in ("pixels", "features"):
-        lines.append(train.__getitems__(train_rows[near[space][1][order].numpy()])[0])
+    stored = train_codes.rows[in_pixels[1][order].numpy()]
+    pixels = train.__getitems__(stored % len(train))[0]
+    mirrored = torch.from_numpy(stored >= len(train))[:, None, None, None]
+    lines.append(torch.where(mirrored, pixels.flip(-1), pixels))
+    lines.append(train.__getitems__(known_rows[in_features[1][order].numpy()])[0])
     return image_grid(rearrange(torch.cat(lines), "n c h w -> n h w c").numpy(), columns=len(order))
 
 
@@ -297,4 +343,6 @@ def hash_of(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    run_program(main, Stage2EvaluateConfig, {"data": DataConfig}, SYNOPSIS, run_dir="optional")
+    run_program(
+        main, Stage2EvaluateConfig, {"data": DataConfig, "tracking": TrackingConfig}, SYNOPSIS, run_dir="optional"
+    )

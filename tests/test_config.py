@@ -10,7 +10,10 @@ from vqgen.config import (
     DataConfig,
     SampleConfig,
     Stage1Config,
+    Stage1EvaluateConfig,
     Stage2Config,
+    Stage2EvaluateConfig,
+    TrackingConfig,
     check_options,
     load_config,
     read_yaml,
@@ -24,6 +27,7 @@ from vqgen.models.vqmodel import VQModel
 from vqgen.quantizers import BASES, QUANTIZERS, EMAQuantizer
 
 STAGE1 = {"model": VQModel, "model.quantizer": EMAQuantizer}
+EVALUATE = {"data": DataConfig, "tracking": TrackingConfig}
 STAGE2 = {"model": Prior, "data": DataConfig}
 
 
@@ -287,7 +291,16 @@ def test_check_options_takes_a_dataclass_too():
 # --help
 
 
-@pytest.mark.parametrize(("cls", "sections"), [(Stage1Config, STAGE1), (Stage2Config, STAGE2), (SampleConfig, {})])
+@pytest.mark.parametrize(
+    ("cls", "sections"),
+    [
+        (Stage1Config, STAGE1),
+        (Stage2Config, STAGE2),
+        (SampleConfig, {}),
+        (Stage1EvaluateConfig, EVALUATE),
+        (Stage2EvaluateConfig, EVALUATE),
+    ],
+)
 def test_help_gives_every_setting_its_default_and_a_meaning(cls, sections):
     text = usage("program [key=value]", cls, sections)
     found = list(settings(cls, sections))

@@ -17,7 +17,7 @@ from vqgen.evaluation import Report, compare
 from vqgen.metrics import psnr
 from vqgen.models.vqmodel import from_uint8, load_tokenizer, to_uint8
 
-FEW = ["num_images=60", "num_reference=80", "tracking.wandb=disabled"]
+FEW = ["num_images=60", "num_reference=80", "tracking.wandb=disabled"]  # of stage 2; [::2] of stage 1
 NETWORK = {"features": "efficientnet-lite0", "preprocessing": "bicubic with antialiasing to 96x96, (x - 127) / 128"}
 
 
@@ -44,7 +44,8 @@ def evaluations(runs, cache, tmp_path_factory) -> Path:
     """A folder with stage1/ and stage2/, the evaluations of `runs` by one process."""
     folder = tmp_path_factory.mktemp("evaluations")
     for stage in ("stage1", "stage2"):
-        shell(f"python {stage}/evaluate.py {runs}/{stage} {' '.join(FEW)} {cache} out={folder}/{stage}")
+        few = FEW[::2] if stage == "stage1" else FEW
+        shell(f"python {stage}/evaluate.py {runs}/{stage} {' '.join(few)} {cache} out={folder}/{stage}")
     return folder
 
 
@@ -103,7 +104,7 @@ def test_a_priors_figures_hang_together(evaluations, runs):
     assert list(found) == [
         *("FD-EffLite0", "KD-EffLite0", "confidence-EffLite0", "precision", "recall", "density", "coverage"),
         *("recognised", "nll_held_out", "nll_train", "unigram_entropy", "bigram_entropy", "code_bits_per_dim"),
-        *("bound_bits_per_dim", "closer_in_pixels", "closer_in_features"),
+        *("bound_bits_per_dim", "closer_in_pixels", "closer_in_features", "near_copies"),
     ]
     assert found["nll_held_out"] < found["unigram_entropy"]
     assert found["code_bits_per_dim"] == pytest.approx(found["nll_held_out"] / math.log(2) * 16 / 32**2)
@@ -116,14 +117,15 @@ def test_a_priors_figures_hang_together(evaluations, runs):
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_two_processes_measure_what_one_does(runs, evaluations, cache, tmp_path, stage):
-    command = f"{stage}/evaluate.py {runs}/{stage} {' '.join(FEW)} batch_size=16 out={tmp_path}"
+    few = FEW[::2] if stage == "stage1" else FEW
+    command = f"{stage}/evaluate.py {runs}/{stage} {' '.join(few)} batch_size=16 out={tmp_path}"
     shell(f"accelerate launch --num_processes 2 --cpu {command} cache_dir={tmp_path}/cache")
     assert values(tmp_path) == pytest.approx(values(evaluations / stage), rel=1e-5, abs=1e-7)
 
 
 def test_figures_go_to_the_runs_wandb(runs, program, cache, tmp_path):
     before = len(list((runs / "stage1/wandb").glob("offline-run-*")))
-    options = [*FEW[:2], "tracking.wandb=offline", "perceptual=none", cache, f"out={tmp_path}"]
+    options = [FEW[0], "tracking.wandb=offline", "perceptual=none", cache, f"out={tmp_path}"]
     assert program("stage1/evaluate.py", runs / "stage1", *options)[0] == 0
     assert len(list((runs / "stage1/wandb").glob("offline-run-*"))) == before + 1
     assert "perceptual" not in values(tmp_path)
@@ -132,11 +134,42 @@ def test_figures_go_to_the_runs_wandb(runs, program, cache, tmp_path):
 def test_a_tokenizer_is_measured_on_other_images_too(runs, program, cache, tmp_path, digits):
     pixels = digits[1].__getitems__(np.arange(30))[0][:, 0].numpy()
     np.savez(tmp_path / "others.npz", images=pixels)
-    options = [f"data.source={tmp_path}/others.npz", *FEW, cache, f"out={tmp_path}/out"]
-    code, printed, errors = program("stage1/evaluate.py", runs / "stage1", *options)
+    options = [f"data.source={tmp_path}/others.npz", "data.val_fraction=0.5", *FEW[::2], cache, f"out={tmp_path}/out"]
+    code, _, errors = program("stage1/evaluate.py", runs / "stage1", *options)
     assert code == 0, errors
-    assert "images 30" in printed  # all of them, as the tokenizer has seen none
-    assert evaluated(tmp_path / "out")["figures"]["rFD-EffLite0"]["floor"] is None
+    figure = evaluated(tmp_path / "out")["figures"]["rFD-EffLite0"]
+    assert 5 < figure["protocol"]["images"] < 25
+    assert figure["floor_images"] == min(figure["protocol"]["images"], 30 - figure["protocol"]["images"])
+
+
+def test_a_run_whose_data_have_moved_is_measured_on_them_still(program, cache, tmp_path, digits):
+    """The same images by another path, and settings that have to fit."""
+    pixels, class_ids = (part.numpy() for part in digits[0].__getitems__(np.arange(100)))
+    held_out = digits[1].__getitems__(np.arange(40))
+    arrays = {"train_images": pixels[:, 0], "train_labels": class_ids}
+    arrays |= {"test_images": held_out[0][:, 0].numpy(), "test_labels": held_out[1].numpy()}
+    np.savez(tmp_path / "data.npz", **arrays)
+    quick = ["tracking.wandb=disabled", "train.max_steps=4", "train.eval_images=16"]
+    stage1, stage2 = tmp_path / "stage1", tmp_path / "stage2"
+    data = f"data.source={tmp_path}/data.npz"
+    assert program("stage1/train.py", "configs/debug/stage1.yaml", f"run_dir={stage1}", data, *quick)[0] == 0
+    more = [f"run_dir={stage2}", f"stage1={stage1}", *quick]
+    assert program("stage2/train.py", "configs/debug/stage2.yaml", *more)[0] == 0
+    (tmp_path / "data.npz").rename(tmp_path / "moved.npz")
+    moved = f"data.source={tmp_path}/moved.npz"
+    code, _, errors = program("stage1/evaluate.py", stage1, moved, *FEW[::2], cache)
+    assert code == 0, errors
+    assert values(stage1 / "evaluation")["usage"] > 0
+    code, _, errors = program("stage2/evaluate.py", stage2, moved, *FEW, cache)
+    assert code == 0, errors
+    for setting, message in {
+        "data.source=digits": "not the images that the prior was trained on",
+        "data.image_size=64": "data.image_size=64: is not what the prior was trained on",
+    }.items():
+        given = [setting] if "source" in setting else [moved, setting]
+        code, _, errors = program("stage2/evaluate.py", stage2, *given, *FEW, cache)
+        assert (code, errors.count("\n")) == (2, 1)
+        assert message in errors
 
 
 def save_folder(folder: Path, pixels: np.ndarray, class_ids: np.ndarray) -> None:
@@ -187,6 +220,7 @@ def test_a_prior_that_has_learned_its_images_by_heart_is_told_on(program, cache,
     assert "warning: the prior memorises: NLL" in printed
     assert values(stage2 / "evaluation")["closer_in_pixels"] > 0.8
     assert values(stage2 / "evaluation")["closer_in_features"] > 0.8
+    assert values(stage2 / "evaluation")["near_copies"] > 0.5
     assert evaluated(stage2 / "evaluation")["warnings"]
 
 
@@ -296,7 +330,7 @@ def sets(tmp_path_factory, digits) -> Path:
     [
         ("colour.npz", "has channels 3, reference={sets}/good.npz 1; give data.channels= to bring both to the same"),
         ("small.npz", "has image_size 28, reference={sets}/good.npz 32; give data.image_size="),
-        ("one.npz", "only 1 image; give at least 2"),
+        ("one.npz", "only 1 image to measure with; give at least 2"),
         ("same.npz", "all 20 images are the same"),
         ("flat.npz", "each of the 20 images is of one flat colour"),
         ("nan.npz", "the images are float32 (20, 32, 32); give uint8"),
@@ -337,7 +371,9 @@ def test_sets_of_other_sizes_and_channels_are_measured_when_told_how(program, se
         ("stage2/evaluate.py {runs}/stage2 num_reference=1", "num_reference=1: must be 2 or more"),
         ("stage2/evaluate.py {runs}/stage2 cfg_skale=2", "did you mean cfg_scale?"),
         ("stage2/evaluate.py {runs}/stage2 'class_ids=[12]'", "class_ids: 12 is no class of this prior"),
-        ("stage2/evaluate.py {runs}/stage2 data.source=other", "use --images and --reference"),
+        ("stage2/evaluate.py {runs}/stage2 {runs}/stage1", "usage: python stage2/evaluate.py"),
+        ("stage2/evaluate.py num_reference=2 {runs}/none", "{runs}/none: no model there"),
+        ("stage2/evaluate.py {runs}/stage2 data.source=other", "no such file or folder"),
         ("stage1/evaluate.py {runs}/stage1 data.image_size=30", "not divisible by the model's stride"),
         ("stage1/evaluate.py {runs}/stage1 out={runs}/stage1/config.yaml", "cannot be written"),
     ],
@@ -348,3 +384,12 @@ def test_settings_that_cannot_be_are_one_line(program, runs, cache, arguments, m
     assert (code, printed) == (2, "")
     assert message.format(runs=runs) in errors
     assert errors.count("\n") == 1
+
+
+def test_a_flag_without_a_value_is_one_line(program):
+    for arguments in (["--images"], ["--reference", "digits", "--images"]):
+        assert program("stage2/evaluate.py", *arguments) == (
+            2,
+            "",
+            "error: --images has no value; write --images VALUE\n",
+        )

@@ -171,7 +171,7 @@ def test_kernel_distance_of_whole_sets_is_torchmetrics_mmd():
     a, b = gaussian(200, mean=0.3), gaussian(200, seed=1)
     mean, deviation = kernel_distance(features_of(a), features_of(b), seed=0)
     assert mean == pytest.approx(poly_mmd(b, a).item(), rel=1e-3)
-    assert deviation < 1e-4  # every subset is the whole set
+    assert deviation is None  # there is but one subset
 
 
 def test_a_kernel_distance_does_not_disturb_the_random_state():
@@ -284,7 +284,7 @@ def worse_and_worse(kind: str, images: Tensor, class_ids: Tensor) -> list[tuple[
 @pytest.mark.parametrize("kind", ["blur", "noise", "dropped classes"])
 def test_worse_images_have_worse_figures(kind):
     network, (_, held_out) = EfficientNetLite0(), load_images(DataConfig())
-    images, class_ids = held_out.__getitems__(np.arange(200))
+    images, class_ids = held_out.__getitems__(np.arange(120))
 
     def features(*part: Tensor) -> Features:
         return collect_features(Given(*part), np.arange(len(part[0])), network, 100, "")

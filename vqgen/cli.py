@@ -43,10 +43,11 @@ def run_program(
         arguments = _settings_from_flags(arguments)
         positional: list[str | None] = []
         if run_dir != "none":
-            given = bool(arguments) and "=" not in arguments[0]
-            if not given and run_dir == "required":
+            words = [argument for argument in arguments if "=" not in argument]
+            if len(words) > 1 or (not words and run_dir == "required"):
                 raise InputError(f"usage: {synopsis}")
-            positional = [arguments.pop(0) if given else None]
+            arguments = [argument for argument in arguments if "=" in argument]
+            positional = [words[0] if words else None]
         config: Any = load_config(cls, arguments, sections)
         make_up_for_launcher()
         main(*positional, config)
@@ -64,7 +65,9 @@ def _settings_from_flags(arguments: list[str]) -> list[str]:
     settings, words = [], iter(arguments)
     for word in words:
         if word.startswith("--"):
-            value = "" if "=" in word else "=" + next(words, "")
-            word = word.removeprefix("--") + value
+            value = None if "=" in word else next(words, "")
+            if value == "":
+                raise InputError(f"{word} has no value; write {word} VALUE")
+            word = word.removeprefix("--") + (f"={value}" if value else "")
         settings.append(word)
     return settings

@@ -219,25 +219,20 @@ class EvaluateConfig:
     or `lenet` (trained here on the reference's own classes, for digits and the like)."""
     feature_weights: str | None = None
     """File of the feature network's weights; null takes the installed, downloads or trains them."""
-    num_reference: int | None = 10000
-    """Images of the reference to compare with, at most; null is all."""
     cache_dir: str | None = None
     """Where features of reference sets are kept; null is vqgen/ in the user's cache folder."""
     compare: str | None = None
     """Another run, or an evaluation.json: print both evaluations side by side, and evaluate nothing."""
     data: dict[str, Any] = field(default_factory=dict)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-    def __post_init__(self) -> None:
-        require(
-            self.num_reference is None or self.num_reference > 1,
-            f"num_reference={self.num_reference}: must be 2 or more",
-        )
+    tracking: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Stage1EvaluateConfig(EvaluateConfig):
-    """Measure a tokenizer on held-out images; data.* are the run's own unless given here."""
+    """Measure a tokenizer on held-out images.
+
+    What is not given of data.* and tracking.* is the run's own; of another data.source it is the held-out part too.
+    """
 
     num_images: int | None = None
     """Held-out images to look at, at most; null is all."""
@@ -253,7 +248,6 @@ class Stage1EvaluateConfig(EvaluateConfig):
     """Folder for evaluation.json and the pictures; null is RUN_DIR/evaluation."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         require(self.num_images is None or self.num_images > 1, f"num_images={self.num_images}: must be 2 or more")
         require(self.batch_size > 0, f"batch_size={self.batch_size}: must be at least 1")
         require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
@@ -261,10 +255,15 @@ class Stage1EvaluateConfig(EvaluateConfig):
 
 @dataclass
 class Stage2EvaluateConfig(EvaluateConfig, SampleConfig):
-    """Measure a prior and its samples, or any images against others; data.* are the run's own unless given here."""
+    """Measure a prior and its samples, or any images against others.
+
+    What is not given of data.* and tracking.* is the run's own.
+    """
 
     num_images: int = 2000
     """How many images to draw; with `images`, how many of those to look at, at most."""
+    num_reference: int | None = 10000
+    """Training images, or images of `reference`, to compare with, at most; null is all."""
     images: str | None = None
     """Images that are there already, to measure in place of a run's samples: a folder, an .npz, or as data.source."""
     reference: str | None = None
@@ -273,9 +272,10 @@ class Stage2EvaluateConfig(EvaluateConfig, SampleConfig):
     """Folder for evaluation.json and the pictures; null is RUN_DIR/evaluation, or evaluation/ with `images`."""
 
     def __post_init__(self) -> None:
-        EvaluateConfig.__post_init__(self)
-        SampleConfig.__post_init__(self)
+        super().__post_init__()
         require(self.num_images > 1, f"num_images={self.num_images}: must be 2 or more")
+        few = self.num_reference is not None and self.num_reference < 2
+        require(not few, f"num_reference={self.num_reference}: must be 2 or more, or null for all")
 
 
 # The plain-dict sections of a configuration, and the constructors that take them: the constructor is the schema. Where

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 import vqgen
-from vqgen.config import DataConfig, check_options, read_yaml, require
+from vqgen.config import DataConfig, TrackingConfig, check_options, read_yaml, require
+from vqgen.data.images import ImageSet, load_images
 from vqgen.errors import InputError
 from vqgen.features import FeatureNetwork, Features
 from vqgen.metrics import (
@@ -23,6 +25,7 @@ from vqgen.metrics import (
     kernel_distance,
     manifold_figures,
 )
+from vqgen.training import load_checkpoint
 
 FORMAT = 1  # of evaluation.json; a figure whose arithmetic changes makes it another
 FILE = "evaluation.json"
@@ -51,6 +54,7 @@ MEANINGS = {  # what the table says beside a figure
     "code_bits_per_dim": "the codes' rate; no likelihood of images",
     "bound_bits_per_dim": "bound on the images' likelihood, decoder included",
     "closer_in_pixels": "0.5: as near to training images as held-out ones; 1: copies",
+    "near_copies": "share of samples nearer to a training image than 1 % of held-out ones are",
     "closer_in_features": "0.5: as near to training images as held-out ones; 1: copies",
 }
 
@@ -157,7 +161,7 @@ class Report:
             if figure.value_at_floor is not None:
                 meaning += f", as many of these {shown(figure.value_at_floor)}"
             if figure.biased:
-                meaning += "; BIASED: fewer images than features"
+                meaning += "; BIASED: no more images than features"
             lines.append(f"  {name:<{width}}{value:<20}{meaning}")
         protocols = [figure.protocol.items() for figure in self.figures.values()]
         shared = [item for item in protocols[0] if all(item in protocol for protocol in protocols)]
@@ -217,13 +221,18 @@ def compare(first: Path, second: Path) -> str:
 
 
 def floor_of(figure: Callable[[Features], float], real: Features | None) -> dict[str, Any]:
-    """A figure of other real images, as `Report.add` takes it."""
-    return {} if real is None else {"floor": figure(real), "floor_images": real.count.item()}
+    """A figure of the features that are kept of other real images, as `Report.add` takes it."""
+    return {} if real is None else {"floor": figure(real), "floor_images": len(real.kept)}
 
 
 def network_protocol(network: FeatureNetwork) -> dict[str, Any]:
     """What figures of a network's features depend on."""
     return {"features": network.name, "checksum": network.checksum, "preprocessing": network.preprocessing}
+
+
+def kept_protocol(images: Features, reference: Features) -> dict[str, Any]:
+    """How many images' own features a figure is of, where it is not of sums over all."""
+    return {"images_kept": len(images.kept), "reference_kept": len(reference.kept)}
 
 
 def distances(
@@ -248,11 +257,14 @@ def distances(
     """
     protocol = {**protocol, **network_protocol(network)}
     few = min(images.count.item(), reference.count.item()) <= len(images.total)
-    floor = floor_of(lambda other: frechet_distance(other, reference), real)
+    floor: dict[str, Any] = {}
+    if real is not None:
+        floor = {"floor": frechet_distance(real, reference), "floor_images": real.count.item()}
+        if len(real.kept) < len(images.kept):  # the fewer images, the larger the distance
+            floor["value_at_floor"] = frechet_distance(images.some(len(real.kept)), reference)
     name = prefix + network.frechet_name
-    if real is not None and real.count < images.count:  # the fewer images, the larger the distance
-        floor["value_at_floor"] = frechet_distance(images.some(len(real.kept)), reference)
     report.add("frechet", frechet_distance(images, reference), protocol, name, biased=few, **floor)
+    protocol = {**protocol, **kept_protocol(images, reference)}
     mean, deviation = kernel_distance(images, reference, SEED)
     floor = floor_of(lambda other: kernel_distance(other, reference, SEED)[0], real)
     report.add("kernel", mean, protocol, prefix + network.kernel_name, spread=deviation, **floor)
@@ -279,7 +291,7 @@ def sample_figures(
         real: other real images, to compare the samples' figures with.
     """
     distances(report, images, reference, network, protocol, real)
-    protocol = {**protocol, **network_protocol(network)}
+    protocol = {**protocol, **network_protocol(network), **kept_protocol(images, reference)}
     mean, deviation = confidence_score(images, SEED)
     enough = real if real is not None and len(real.kept) >= len(images.kept) else None  # fewer would look less varied
     floor = floor_of(lambda other: confidence_score(other, SEED)[0], enough)
@@ -305,7 +317,7 @@ def check_varied(features: Features, name: str, channels: int) -> None:
     """
     count = features.count.item()
     if count < 2:
-        raise InputError(f"{name}: only {count} image; give at least 2, better some thousand")
+        raise InputError(f"{name}: only {count} image to measure with; give at least 2, better some thousand")
     thumbnails = features.thumbnails.view(len(features.thumbnails), channels, -1)
     if (thumbnails.amax(dim=2) == thumbnails.amin(dim=2)).all():
         raise InputError(f"{name}: each of the {count} images is of one flat colour; is the file what it should be?")
@@ -313,48 +325,73 @@ def check_varied(features: Features, name: str, channels: int) -> None:
         raise InputError(f"{name}: all {count} images are the same; give different ones")
 
 
-def run_data(run: Path, given: Mapping[str, Any], channels: int) -> tuple[DataConfig, bool]:
-    """The data of a run, with what the user gives in its place; and whether the source is still the run's own.
+def run_images(run: Path, given: Mapping[str, Any], channels: int) -> tuple[ImageSet, ImageSet, bool]:
+    """The training and the held-out images of a run, or of what the user gives in their place.
+
+    Also whether they are the run's own: the same source, or elsewhere the same images as in its checkpoint.
 
     Raises:
         InputError: the run does not say which images it was trained on, and the user neither.
     """
-    path = run / "config.yaml"
-    own = read_yaml(path).get("data", {}) if path.is_file() else {}
+    own = _section(run, "data")
     same = given.get("source", own.get("source")) == own.get("source")
     if not same:
         own = {key: value for key, value in own.items() if key != "val_source"}
-    data = {"channels": channels, **own, **given}
-    require("source" in data, f"{run} does not say which images it is for; give data.source=")
-    require(data["channels"] == channels, f"data.channels={data['channels']}: the tokenizer of {run} has {channels}")
-    return DataConfig(**check_options(DataConfig, data, "data")), same
+    settings = {"channels": channels, **own, **given}
+    require("source" in settings, f"{run} does not say which images it is for; give data.source=")
+    require(settings["channels"] == channels, f"data.channels={settings['channels']}: {run} is for {channels}")
+    train, held_out = load_images(DataConfig(**check_options(DataConfig, settings, "data")))
+    if not same:
+        checkpoint = load_checkpoint(run)
+        same = checkpoint is not None and checkpoint["data"] == train.fingerprint
+    return train, held_out, same
+
+
+def run_tracking(run: Path, given: Mapping[str, Any]) -> TrackingConfig:
+    """Where a run's numbers go, unless the user says otherwise."""
+    return TrackingConfig(**check_options(TrackingConfig, {**_section(run, "tracking"), **given}, "tracking"))
+
+
+def _section(run: Path, name: str) -> dict[str, Any]:
+    path = run / "config.yaml"
+    return read_yaml(path).get(name, {}) if path.is_file() else {}
 
 
 def cache_folder(config: Any) -> Path:
-    """Where the features of references are kept."""
-    if config.cache_dir is not None:
-        return Path(config.cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqgen"
-
-
-def output_folder(out: Path) -> Path:
-    """Makes the folder for the results before anything long is done for them.
+    """Where the features of references are kept.
 
     Raises:
         InputError: it cannot be written.
     """
+    if config.cache_dir is not None:
+        return writable_folder("cache_dir", Path(config.cache_dir))
+    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqgen"
+    return writable_folder("cache_dir", own)
+
+
+def writable_folder(key: str, path: Path) -> Path:
+    """Makes a folder, before anything long is done for what will lie in it.
+
+    Raises:
+        InputError: it cannot be written; `key` is the setting that names another.
+    """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f".{os.getpid()}").touch()
-        (out / f".{os.getpid()}").unlink()
+        path.mkdir(parents=True, exist_ok=True)
+        (path / f".{os.getpid()}").touch()
+        (path / f".{os.getpid()}").unlink()
     except OSError as error:
-        raise InputError(f"out={out} cannot be written ({error.strerror}); name another folder") from error
-    return out
+        raise InputError(f"{key}={path} cannot be written ({error.strerror}); name another folder") from error
+    return path
 
 
-def exact_convolutions() -> None:
-    """Full float32 on Ampere and later GPUs, whose default of 10 bits moves a Frechet distance in the third digit."""
+def evaluation_device() -> Accelerator:
+    """The processes and the device to evaluate on: GPUs with float64, which Apple's do not have, or the CPU.
+
+    Convolutions are in full float32: with the 10 bits that are Ampere's default a Frechet distance moves in its third
+    digit.
+    """
     torch.backends.cudnn.allow_tf32 = False
+    return Accelerator(cpu=not torch.cuda.is_available())
 
 
 def shown(value: float, sign: str = "") -> str:

@@ -215,8 +215,8 @@ def load_feature_network(
         loaded = None
         if accelerator.is_main_process:
             if weights is None and store.path() is None:
-                _train_lenet(network.to(accelerator.device), reference, seed)
-                store.save({key: value.cpu() for key, value in network.state_dict().items()})
+                _train_lenet(network, reference, seed)
+                store.save(network.state_dict())
             loaded = read_tensors(Path(weights)) if weights else store.load()
         state, network.checksum = object_from_main(loaded)
         try:
@@ -228,8 +228,7 @@ def load_feature_network(
 
 
 def _train_lenet(network: LeNet, reference: Any, seed: int) -> None:
-    """AdamW with a cosine, on images shifted by up to two pixels."""
-    device = next(network.parameters()).device
+    """AdamW with a cosine, on images shifted by up to two pixels; on the CPU, as GPUs sum in any order."""
     rows = np.flatnonzero(reference.class_ids >= 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -241,7 +240,7 @@ def _train_lenet(network: LeNet, reference: Any, seed: int) -> None:
         for _ in tqdm(range(LENET_STEPS), "training lenet", unit=" steps", leave=False, disable=None):
             images, class_ids = reference.__getitems__(rows[torch.randint(len(rows), (LENET_BATCH,)).numpy()])
             images = images.roll(tuple(torch.randint(-2, 3, (2,)).tolist()), dims=(2, 3))
-            loss = F.cross_entropy(network(images.to(device))[1], class_ids.to(device))
+            loss = F.cross_entropy(network(images)[1], class_ids)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -327,9 +326,12 @@ class FeatureCollector:
     def _take(self, images: Tensor) -> dict[str, Tensor]:
         at_once = CPU_IMAGES if images.device.type == "cpu" else len(images)
         features, logits = map(torch.cat, zip(*map(self.network, images.split(at_once)), strict=True))
-        side = min(THUMBNAIL, *images.shape[2:])
-        thumbnails = F.adaptive_avg_pool2d(images.float(), side).round().byte().flatten(1)
-        return {"kept": features, "logits": logits, "thumbnails": thumbnails}
+        return {"kept": features, "logits": logits, "thumbnails": thumbnails(images)}
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """Images uint8 (B, C, H, W), shrunk to at most 32x32, as vectors (B, P)."""
+    return F.adaptive_avg_pool2d(images.float(), min(THUMBNAIL, *images.shape[2:])).round().byte().flatten(1)
 
 
 def collect_features(

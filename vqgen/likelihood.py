@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -13,6 +14,7 @@ from vqgen.data.images import some_rows
 from vqgen.distributed import all_reduce_sum, rank, world_size
 from vqgen.models.prior import Prior
 
+COUNTED_AT_ONCE = 2048
 COUNTED = 20_000  # sequences that the counts are taken from, at most
 SCALE_BINS, SCALE_PRIOR = 16, 10
 
@@ -70,7 +72,17 @@ class CodeCounts:
         occurrences is followed by something else with probability T / (n + T). Without that, the entropy of bigrams in
         a finite sample is far too low.
         """
-        tokens = codes.__getitems__(some_rows(len(codes), num_images))[0]
+        rows = some_rows(len(codes), num_images)
+        sums, count = torch.zeros(2, dtype=torch.float64), 0
+        for block in np.split(rows, range(COUNTED_AT_ONCE, len(rows), COUNTED_AT_ONCE)):
+            tokens = codes.__getitems__(block)[0]
+            sums += self._nats(tokens)
+            count += tokens.numel()
+        unigram, bigram = (sums / count).tolist()
+        return unigram, bigram
+
+    def _nats(self, tokens: Tensor) -> Tensor:
+        """-log of the probability of tokens (n, N) under the unigram and the bigram model, (2,)."""
         unigram = self.unigram[tokens]  # (n, N)
         before = tokens[:, :-1]
         pairs = before * self.vocab_size + tokens[:, 1:]
@@ -80,7 +92,7 @@ class CodeCounts:
         known = followers > 0
         mixed = (count + followers * unigram[:, 1:]) / (occurrences + followers).clamp_min(1)
         bigram = torch.cat([unigram[:, :1], torch.where(known, mixed, unigram[:, 1:])], dim=1)
-        return -unigram.log().mean().item(), -bigram.log().mean().item()
+        return -torch.stack([unigram.log().sum(), bigram.log().sum()])
 
 
 def logistic_nats(images: Tensor, means: Tensor, scales: Tensor) -> Tensor:

@@ -87,10 +87,10 @@ def frechet_distance(a: Features, b: Features) -> float:
         return metric.compute().clamp_min(0).item()  # which leaves NaN as it is
 
 
-def kernel_distance(a: Features, b: Features, seed: int) -> tuple[float, float]:
+def kernel_distance(a: Features, b: Features, seed: int) -> tuple[float, float | None]:
     """Squared maximum mean discrepancy, cubic kernel (KID, Binkowski et al. 2018): mean and deviation over subsets.
 
-    It has no bias, and so may be a little below 0.
+    It has no bias, and so may be a little below 0. Where one subset is all there is, there is no deviation.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -102,7 +102,7 @@ def kernel_distance(a: Features, b: Features, seed: int) -> tuple[float, float]:
         metric.update(a.kept, real=False)
         metric.update(b.kept, real=True)
         mean, deviation = metric.compute()
-    return mean.item(), deviation.item()
+    return mean.item(), deviation.item() if subsets > 1 else None
 
 
 def confidence_score(a: Features, seed: int) -> tuple[float, float]:
