@@ -90,18 +90,20 @@ class PerceptualDistance(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distances (B,) of images x and y (B, C, H, W) in [-1, 1], grey or RGB; 0 is no difference."""
         with torch.autocast(x.device.type, enabled=False):
-            both = torch.cat([x.float(), y.float()])
-            if min(both.shape[2:]) < SMALLEST:
-                enlarged = [max(side, SMALLEST) for side in both.shape[2:]]
-                both = F.interpolate(both, size=enlarged, mode="bilinear", antialias=True)
-            both = (both.expand(-1, 3, -1, -1) - self.shift) / self.scale
+            x, y = self._normalised(x), self._normalised(y)
             distance = torch.zeros(len(x), device=x.device)
             for stage, head in zip(self.trunk, self.heads, strict=True):
-                both = stage(both)
-                directions = both / (both.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
-                a, b = directions.chunk(2)
-                distance = distance + reduce((a - b).square() * head, "b c h w -> b h w", "sum").mean(dim=(1, 2))
+                x, y = stage(x), stage(y)  # apart, so that no gradient is made for an image that wants none
+                difference = _directions(x) - _directions(y)
+                distance = distance + reduce(difference.square() * head, "b c h w -> b h w", "sum").mean(dim=(1, 2))
             return distance
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] as the trunk takes them: three channels, and large enough."""
+        x = x.float()
+        if min(x.shape[2:]) < SMALLEST:
+            x = F.interpolate(x, size=[max(side, SMALLEST) for side in x.shape[2:]], mode="bilinear", antialias=True)
+        return (x.expand(-1, 3, -1, -1) - self.shift) / self.scale
 
 
 class BlurPool(nn.Module):
@@ -120,6 +122,11 @@ class BlurPool(nn.Module):
 
 # The trunks: stages of layers under the numbers that the weights' files give them. The square root in forward has no
 # finite gradient at 0, which a position has only if all its activations are 0; there ReLU passes no gradient either.
+
+
+def _directions(x: Tensor) -> Tensor:
+    """Activations (B, C, H, W) as vectors of length 1 at each position."""
+    return x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
 
 
 def _alexnet() -> list[dict[int, nn.Module]]:
