@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,20 @@ from vqgen.errors import InputError
 from vqgen.training import (
     BatchOrder,
     Budget,
+    Diverged,
+    FiniteGuard,
+    Means,
+    Stopwatch,
     WeightEMA,
     coin_flips,
+    going_back,
     load_checkpoint,
     lr_at,
     micro_batch_size,
     mixed_seed,
     open_run,
     parameter_groups,
+    ramp_at,
     save_checkpoint,
     seed_step,
     written_whole,
@@ -441,3 +448,107 @@ def test_codebooks_are_copied_and_not_averaged():
         ema.update(model, step)
     assert torch.equal(ema.model.codebook, model.codebook)
     assert (ema.model.weight < model.weight).all()
+
+
+# Means, Stopwatch, ramp_at
+
+
+def test_means_are_over_the_steps_that_a_name_came_in():
+    means = Means()
+    for i in range(4):
+        means.add(a=torch.tensor(float(i)), **({"b": torch.tensor(10.0 * i, requires_grad=True)} if i >= 2 else {}))
+    assert means.compute() == {"a": 1.5, "b": 25.0}
+    means.add(a=torch.tensor(7.0))
+    assert means.compute() == {"a": 7.0}
+
+
+def test_a_stopwatch_counts_what_runs_inside_it():
+    watch, began = Stopwatch(CPU), time.perf_counter()
+    for _ in range(3):
+        with watch.running():
+            time.sleep(0.01)
+        time.sleep(0.02)
+    assert 0.03 <= watch.seconds() < time.perf_counter() - began - 0.06
+    assert watch.seconds() == 0
+
+
+def test_the_ramp_rises_from_its_start():
+    shares = [0.0, 0.49, 0.5, 0.55, 0.6, 1.0]
+    assert [ramp_at(share, 0.5, 0.1) for share in shares] == pytest.approx([0, 0, 0, 0.5, 1, 1])
+    assert [ramp_at(share, 0.5, 0.0) for share in shares] == [0, 0, 1, 1, 1, 1]
+    assert [ramp_at(share, 0.0, 0.0) for share in shares] == [1] * 6
+    assert [ramp_at(share, 1.0, 0.0) for share in shares] == [0] * 6  # never
+
+
+# FiniteGuard, going_back
+
+
+def test_a_step_that_is_not_finite_is_named_and_skipped_to_the_last_bit():
+    said: list[str] = []
+    guard = FiniteGuard(3, 0, said.append, CPU)
+    layer = nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    for step, scale in enumerate([1.0, torch.inf, torch.nan, 1.0]):
+        loss = (scale * layer(torch.ones(2))).sum()
+        loss.backward()
+        optimizer.found_inf = guard.check(step, rec_loss=loss, adv_loss=torch.tensor(0.5), grad_norm=layer.bias.grad[0])
+        before = [p.clone() for p in layer.parameters()], layer.weight.grad is not None
+        optimizer.step()
+        optimizer.zero_grad()
+        unchanged = all(torch.equal(p, q) for p, q in zip(layer.parameters(), before[0], strict=True))
+        assert unchanged == (not np.isfinite(scale))
+    assert said == [f"step {step}: rec_loss and grad_norm not finite; the update is skipped" for step in (1, 2)]
+    assert guard.in_a_row == 0
+    assert all(state["step"] == 2 for state in optimizer.state.values())
+
+
+def test_too_many_bad_steps_in_a_row_end_the_attempt():
+    guard = FiniteGuard(2, 1, lambda text: None, CPU)
+    good, bad = torch.tensor(0.0), torch.tensor(torch.nan)
+    for step, value in enumerate([bad, good, bad]):
+        guard.check(step, loss=value)
+    with pytest.raises(Diverged, match="step 3: loss not finite") as caught:
+        guard.check(3, loss=bad)
+    assert caught.value.rollbacks == 1
+
+
+def test_going_back_lowers_until_it_helps_and_says_so(tmp_path, capsys):
+    config = Stage1Config(run_dir=str(tmp_path))
+    (tmp_path / "checkpoints/step_00000020").mkdir(parents=True)
+    tried = []
+
+    def train(config, rollbacks):
+        tried.append(rollbacks)
+        if rollbacks < 3:
+            raise Diverged("step 25: adv_loss not finite", rollbacks)
+
+    going_back(train, config, "the learning rate")
+    assert tried == [0, 1, 2, 3]
+    assert "step 25: adv_loss not finite: going back to" in capsys.readouterr().out
+
+
+def test_a_resumed_run_goes_on_from_its_own_number_of_rollbacks(tmp_path, capsys):
+    (tmp_path / "checkpoints/step_00000020").mkdir(parents=True)
+    tried = []
+
+    def train(config, rollbacks):
+        rollbacks = max(rollbacks, 2)  # as the checkpoint has it
+        tried.append(rollbacks)
+        if rollbacks < 4:
+            raise Diverged("step 25: loss not finite", rollbacks)
+
+    going_back(train, Stage1Config(run_dir=str(tmp_path)), "the learning rate")
+    assert tried == [2, 3, 4]
+    assert "1/16" in capsys.readouterr().out
+
+
+def test_what_going_back_does_not_cure_is_one_line_with_the_remedy(tmp_path):
+    def train(config, rollbacks):
+        raise Diverged("step 7: rec_loss not finite", rollbacks)
+
+    config = Stage1Config(run_dir=str(tmp_path))
+    with pytest.raises(InputError, match=r"no checkpoint yet; lower optim\.lr=0\.008"):
+        going_back(train, config, "the learning rate")
+    (tmp_path / "checkpoints/step_00000005").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"the last checkpoint is .*step_00000005; lower optim.lr"):
+        going_back(train, config, "the learning rate")

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from vqgen.config import OptimConfig, read_yaml, save_config
 from vqgen.data.codes import TokenStore
 from vqgen.data.images import ImageSet
-from vqgen.distributed import from_main, rank, world_size
+from vqgen.distributed import all_reduce_sum, from_main, rank, world_size
 from vqgen.errors import InputError
 
 logger = logging.getLogger("vqgen")
@@ -30,6 +30,7 @@ logger = logging.getLogger("vqgen")
 FREE_SETTINGS = ["run_dir", "tracking", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints"]
 FREE_SETTINGS += ["data.workers"]
 
+MAX_ROLLBACKS = 5
 CLOCK_EVERY = 10  # steps between looks at the clock where several processes must agree on it, as that makes them wait
 
 
@@ -84,8 +85,16 @@ class Budget:
 
 def lr_at(share: float, optim: OptimConfig) -> float:
     """Learning rate after a share of the budget: linear warm-up, then a cosine to zero."""
+    share = min(max(share, 0.0), 1.0)
     warmup = min(1.0, (share + 1e-3) / optim.warmup) if optim.warmup > 0 else 1.0
-    return optim.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    return optim.lr * warmup * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def ramp_at(share: float, start: float, ramp: float) -> float:
+    """Rises from 0 after a share of the budget, `start`, linearly to 1 over another, `ramp`."""
+    if share < start or start >= 1:
+        return 0.0
+    return min(1.0, (share - start) / ramp) if ramp > 0 else 1.0
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -211,6 +220,153 @@ class WeightEMA:
             average.copy_(buffer)
 
 
+class Means:
+    """Means of named numbers over a stretch of steps, kept on the device: reading them at every step would stall it."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, **values: Tensor) -> None:
+        """Takes in scalars; a name may come in some steps only, though on all processes."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def compute(self) -> dict[str, float]:
+        """The means since the last call, over all processes."""
+        sums = all_reduce_sum(torch.stack(list(self.sums.values()))) / world_size()
+        means = {name: s / self.counts[name] for name, s in zip(self.sums, sums.tolist(), strict=True)}
+        self.sums, self.counts = {}, {}
+        return means
+
+
+def accumulate(terms: dict[str, Tensor], values: dict[str, Tensor], passes: int) -> None:
+    """Takes the values of one of so many passes into the terms of a step, which become their means."""
+    for name, value in values.items():
+        terms[name] = terms.get(name, 0) + value.detach() / passes
+
+
+class Stopwatch:
+    """Time that parts of steps take on the device, which is not waited for before `seconds` is asked."""
+
+    def __init__(self, device: torch.device):
+        self.on_cuda = device.type == "cuda"
+        self.spans: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Counts what is done inside."""
+        start = self._now()
+        yield
+        self.spans.append((start, self._now()))
+
+    def seconds(self) -> float:
+        """What was counted since the last call."""
+        if self.on_cuda:
+            torch.cuda.synchronize()
+            total = sum(start.elapsed_time(end) for start, end in self.spans) / 1000
+        else:
+            total = sum(end - start for start, end in self.spans)
+        self.spans = []
+        return total
+
+    def _now(self) -> Any:
+        if not self.on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class Diverged(Exception):
+    """So many steps in a row were not finite that only an earlier checkpoint helps."""
+
+    def __init__(self, message: str, rollbacks: int):
+        super().__init__(message)
+        self.rollbacks = rollbacks
+
+
+class FiniteGuard:
+    """Finds steps whose losses are not finite: each is skipped and named, and too many in a row end the attempt.
+
+    Whether to skip is decided on the device; the names are read a few steps later, when they are there anyway.
+
+    Args:
+        max_bad_steps: so many in a row are too many.
+        rollbacks: how often the run went back before, for `Diverged`.
+        say: prints a line.
+        device: of the losses.
+    """
+
+    def __init__(self, max_bad_steps: int, rollbacks: int, say: Callable[[str], None], device: torch.device):
+        self.max_bad_steps, self.rollbacks, self.say, self.device = max_bad_steps, rollbacks, say, device
+        self.lag = 2 if device.type == "cuda" else 0
+        self.pending: list[tuple[int, list[str], Tensor, Any]] = []
+        self.in_a_row = 0
+
+    def check(self, step: int, **terms: Tensor) -> Tensor:
+        """1.0 if a term (a scalar each) is not finite on any process, else 0.0: what a fused optimizer skips a step by.
+
+        Raises:
+            Diverged: this is the last of too many bad steps in a row.
+        """
+        flags = all_reduce_sum(torch.stack([(~term.detach().isfinite()).float() for term in terms.values()]))
+        event = None
+        if self.device.type == "cuda":
+            seen = torch.empty(len(flags), pin_memory=True)
+            seen.copy_(flags, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        else:
+            seen = flags.cpu()
+        self.pending.append((step, list(terms), seen, event))
+        if len(self.pending) > self.lag:
+            self._read(*self.pending.pop(0))
+        return flags.amax().clamp(max=1)
+
+    def _read(self, step: int, names: list[str], seen: Tensor, event: Any) -> None:
+        if event is not None:
+            event.synchronize()
+        bad = [name for name, flag in zip(names, seen.tolist(), strict=True) if flag]
+        self.in_a_row = self.in_a_row + 1 if bad else 0
+        if bad:
+            what = f"step {step}: {' and '.join(bad)} not finite"
+            if self.in_a_row >= self.max_bad_steps:
+                raise Diverged(f"{what}, for {self.in_a_row} steps in a row", self.rollbacks)
+            self.say(f"{what}; the update is skipped")
+
+
+def going_back(train: Callable[[Any, int], None], config: Any, lowered: str) -> None:
+    """Calls train(config, rollbacks), and again from the newest checkpoint each time it ends in `Diverged`.
+
+    Going back is resuming. With the same settings it would end the same way, so train halves some for each rollback,
+    its own or its checkpoint's.
+
+    Args:
+        train: the training program.
+        config: its configuration.
+        lowered: what it halves, in words.
+
+    Raises:
+        InputError: going back does not help, or there is no checkpoint to go back to.
+    """
+    rollbacks = 0
+    while True:
+        try:
+            return train(config, rollbacks)
+        except Diverged as error:
+            remedy = f"lower optim.lr={config.optim.lr}, and name another run_dir="
+            checkpoint = newest_checkpoint(Path(config.run_dir))
+            if checkpoint is None or error.rollbacks == MAX_ROLLBACKS:
+                kept = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+                raise InputError(f"{error}; {kept}; {remedy}") from error
+            rollbacks = error.rollbacks + 1
+            if rank() == 0:
+                print(f"{error}: going back to {checkpoint} with {lowered} at 1/{2**rollbacks} of what is set")
+
+
 def open_run(config: Any) -> None:
     """Makes the run's folder with its config.yaml, or checks that the one there was made by the same settings.
 
@@ -268,10 +424,13 @@ def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], keep: int) 
 
 def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
     """The newest complete checkpoint's state, on the CPU; None if there is none."""
-    folders = sorted((run_dir / "checkpoints").glob("step_????????"))
-    if not folders:
-        return None
-    return torch.load(folders[-1] / "state.pt", map_location="cpu", weights_only=True)
+    folder = newest_checkpoint(run_dir)
+    return None if folder is None else torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The folder of the newest complete checkpoint; None if there is none."""
+    return max((run_dir / "checkpoints").glob("step_????????"), default=None)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
