@@ -10,6 +10,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import math
 import textwrap
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 from vqgen.errors import InputError
 
 C = TypeVar("C")
+
+VQGAN_SETTINGS = ["loss.perceptual.name=alex", "loss.adversarial.name=non_saturating"]
 
 
 @dataclass
@@ -59,11 +62,65 @@ class DataConfig:
 
 
 @dataclass
+class PerceptualConfig:
+    """The distance of images and reconstructions in an ImageNet classifier's features."""
+
+    name: Literal["none", "alex", "vgg", "lpips-vgg"] = "none"
+    """`none`, `alex` or `vgg` (shift-tolerant LPIPS), or `lpips-vgg` (the original)."""
+    weights: list[str] = field(default_factory=list)
+    """Files with its weights; none takes the installed ones. `lpips-vgg` needs [VGG16.pth,HEADS.pth]."""
+    weight: float = 0.01
+    """Its weight in the loss. Much more, and the decoder draws patterns that only the classifier takes for texture."""
+    every: int = 4
+    """It is computed on every so many-th image of a batch: fewer cost less, and are the same on average."""
+    start: float = 0.5
+    """Share of the run after which it counts; the steps before are cheaper."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.start <= 1, f"loss.perceptual.start={self.start}: is a share of the run, from 0 to 1")
+        require(self.weight >= 0, f"loss.perceptual.weight={self.weight}: must be 0 or more")
+        require(self.every > 0, f"loss.perceptual.every={self.every}: must be at least 1")
+
+
+@dataclass
+class AdversarialConfig:
+    """The patch discriminator's part, which makes the tokenizer a VQGAN."""
+
+    name: Literal["none", "non_saturating", "hinge", "least_squares"] = "none"
+    """`none`, `non_saturating`, `hinge` or `least_squares`."""
+    weight: float = 0.3
+    """Its weight in the loss; with `adaptive` a factor of that weight."""
+    adaptive: bool = True
+    """Weigh it so that it pulls as hard at the decoder's last layer as the other losses do (VQGAN, eq. 7)."""
+    start: float = 0.75
+    """Share of the run after which the decoder sees the discriminator; late, when the learning rate is low."""
+    lead: float = 0.15
+    """Share of the run before `start` in which the discriminator already learns."""
+    ramp: float = 0.1
+    """Share of the run after `start` in which the weight rises from 0."""
+    lr: float = 2e-3
+    """Learning rate of the discriminator until `start`; from there on it falls as the tokenizer's does."""
+    lecam: float = 0.0
+    """Weight of LeCam's regularisation, for few images: 0.01, for example."""
+    r1: float = 1.0
+    """Weight of the gradient penalty R1. With 0 the decoder learns noise that fools the discriminator, not texture."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.start <= 1, f"loss.adversarial.start={self.start}: is a share of the run, from 0 to 1")
+        for name in ("weight", "lead", "ramp", "lecam", "r1"):
+            value = getattr(self, name)
+            require(value >= 0, f"loss.adversarial.{name}={value}: must be 0 or more")
+        require(self.lr > 0, f"loss.adversarial.lr={self.lr}: must be positive")
+
+
+@dataclass
 class LossConfig:
     """What stage 1 minimises, beside the quantizer's own loss."""
 
     rec: Literal["mse", "l1"] = "mse"
     """Distance between image and reconstruction: `mse` (best PSNR) or `l1` (crisper edges)."""
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
 
 
 @dataclass
@@ -118,9 +175,12 @@ class TrainConfig:
     """Steps between checkpoints; one is also written at the end."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
+    max_bad_steps: int = 10
+    """Steps in a row whose loss is not finite, and which are skipped, before the run goes back to a checkpoint."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "log_every", "eval_every", "eval_images", "checkpoint_every"):
+        names = ("batch_size", "accumulation", "log_every", "eval_every", "eval_images", "checkpoint_every")
+        for name in (*names, "max_bad_steps"):
             require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)}: must be at least 1")
 
 
@@ -145,6 +205,7 @@ class Stage1Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: dict[str, Any] = field(default_factory=dict)
     loss: LossConfig = field(default_factory=LossConfig)
+    discriminator: dict[str, Any] = field(default_factory=dict)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -179,8 +240,34 @@ class Stage2Config:
 
 
 @dataclass
+class GANConfig:
+    """The plain GAN: noise and a class in, an image out."""
+
+    run_dir: str = "runs/gan"
+    """The run's folder; the same command again goes on from its newest checkpoint."""
+    seed: int = 0
+    """Seed of everything random; on the CPU the same seed gives the same bits."""
+    loss: Literal["non_saturating", "hinge", "least_squares", "minimax"] = "non_saturating"
+    """What the two minimise: `non_saturating`, `hinge`, `least_squares`, or `minimax`, the literal log(1 - D(G(z)))."""
+    data: DataConfig = field(default_factory=DataConfig)
+    generator: dict[str, Any] = field(default_factory=dict)
+    discriminator: dict[str, Any] = field(default_factory=dict)
+    disc_lr: float = 2e-4
+    """Peak learning rate of the discriminator; it follows the generator's schedule."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=1e-3, weight_decay=0.0, beta1=0.5, beta2=0.999, warmup=0.0)
+    )
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
+        require(self.disc_lr > 0, f"disc_lr={self.disc_lr}: must be positive")
+
+
+@dataclass
 class SampleConfig:
-    """Draw images from a stage-2 run."""
+    """Draw images from a stage-2 run, or from a GAN's."""
 
     num_images: int = 64
     """How many images to draw."""
@@ -273,6 +360,48 @@ class Stage2EvaluateConfig(EvaluateConfig, SampleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.num_images > 1, f"num_images={self.num_images}: must be 2 or more")
+        few = self.num_reference is not None and self.num_reference < 2
+        require(not few, f"num_reference={self.num_reference}: must be 2 or more, or null for all")
+
+
+@dataclass
+class CompareConfig:
+    """Train a GAN, a VQ-VAE with its prior and a VQGAN with its prior for as long, and set them side by side."""
+
+    run_dir: str = "runs/compare"
+    """Folder for the runs, comparison.md and comparison.png; the same command again goes on where it stopped."""
+    seconds: float = 180.0
+    """Training time of each of the three, in seconds, both stages together."""
+    prior_share: float = 0.45
+    """The prior's share of that time, where there is one."""
+    seed: int = 0
+    """Seed of the runs and of what is drawn."""
+    num_images: int = 2000
+    """Images to draw from each, and held-out images to look at, at most."""
+    num_reference: int | None = 10000
+    """Training images to compare samples with, at most; null is all."""
+    features: str = "efficientnet-lite0"
+    """Feature network: `efficientnet-lite0`, `inception` or `lenet`, as for the evaluations."""
+    perceptual: str = "alex"
+    """Of the reconstructions' perceptual distance: `alex`, `vgg` or `none`."""
+    cache_dir: str | None = None
+    """Where features of reference sets are kept; null is vqgen/ in the user's cache folder."""
+    gan: list[str] = field(default_factory=list)
+    """Further settings of stage1/train_gan.py, as in 'gan=[optim.lr=1e-4]'."""
+    tokenizer: list[str] = field(default_factory=list)
+    """Further settings of stage1/train.py, for both tokenizers."""
+    vqgan: list[str] = field(default_factory=VQGAN_SETTINGS.copy)
+    """What makes the second tokenizer a VQGAN."""
+    prior: list[str] = field(default_factory=list)
+    """Further settings of stage2/train.py, for both priors."""
+    data: dict[str, Any] = field(default_factory=dict)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        require(0 < self.seconds < math.inf, f"seconds={self.seconds}: must be positive")
+        require(0 < self.prior_share < 1, f"prior_share={self.prior_share}: is a share, above 0 and below 1")
+        require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
         require(self.num_images > 1, f"num_images={self.num_images}: must be 2 or more")
         few = self.num_reference is not None and self.num_reference < 2
         require(not few, f"num_reference={self.num_reference}: must be 2 or more, or null for all")
