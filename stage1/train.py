@@ -1,4 +1,4 @@
-"""Stage 1: train the tokenizer, a VQ-VAE.
+"""Stage 1: train the tokenizer, a VQ-VAE, and with a discriminator a VQGAN.
 
 accelerate launch stage1/train.py [CONFIG.yaml] [key=value ...]
 """
@@ -17,29 +17,55 @@ from vqgen.cli import run_program
 from vqgen.config import Stage1Config, check_options, require
 from vqgen.data.images import ImageSet, load_images
 from vqgen.distributed import all_reduce_sum, rank, world_size
+from vqgen.losses import (
+    WON_ACCURACY,
+    LeCam,
+    adaptive_weight,
+    discriminator_accuracy,
+    discriminator_loss,
+    generator_loss,
+    r1_penalty,
+)
 from vqgen.metrics import CodeUsage, psnr
+from vqgen.models.discriminators import PatchDiscriminator
 from vqgen.models.vqmodel import VQModel, from_uint8, to_uint8
+from vqgen.perceptual import PerceptualDistance
 from vqgen.quantizers import BASES, QUANTIZERS, quantizer_options
 from vqgen.tracking import Tracker, image_grid
 from vqgen.training import (
     Budget,
+    Diverged,
+    FiniteGuard,
+    Means,
+    Stopwatch,
     WeightEMA,
+    accumulate,
     coin_flips,
     endless_batches,
+    going_back,
     load_checkpoint,
     lr_at,
     micro_batch_size,
     open_run,
     parameter_groups,
+    ramp_at,
     save_checkpoint,
     seed_step,
     written_whole,
 )
 
 REC_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
+DISC_BETAS = (0.5, 0.9)  # VQGAN's
+R1_EVERY = 4  # steps, with so many times the weight (StyleGAN2's lazy regularisation)
 
 
 def main(config: Stage1Config) -> None:
+    adversarial = config.loss.adversarial.name != "none"
+    going_back(train, config, "the learning rate" + (" and the adversarial weight" if adversarial else ""))
+
+
+def train(config: Stage1Config, rollbacks: int) -> None:
+    adv = config.loss.adversarial
     budget = Budget(config.train.max_steps, config.train.max_seconds)
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
@@ -57,9 +83,18 @@ def main(config: Stage1Config) -> None:
     same = config.model.setdefault("channels", train_set.channels) == train_set.channels
     require(same, f"model.channels={config.model['channels']} and data.channels={train_set.channels} must be the same")
     config.model = check_options(VQModel, config.model, "model")
+    config.discriminator = check_options(PatchDiscriminator, config.discriminator, "discriminator")
     torch.manual_seed(config.seed)
     model = VQModel(**config.model)
     model.code_layout(config.data.image_size)  # raises where the size does not suit the stride
+    perceptual = disc = lecam = disc_optimizer = None
+    if config.loss.perceptual.name != "none":
+        perceptual = PerceptualDistance(config.loss.perceptual.name, config.loss.perceptual.weights)
+    if adv.name != "none":
+        fp16 = accelerator.mixed_precision == "fp16"
+        require(not fp16, "train.mixed_precision=fp16 is too coarse for a discriminator's gradients; use bf16 or no")
+        disc, lecam = PatchDiscriminator(config.data.channels, **config.discriminator), LeCam()
+        disc.check_size(config.data.image_size)
     if accelerator.is_main_process:
         open_run(config)
     accelerator.wait_for_everyone()
@@ -71,6 +106,11 @@ def main(config: Stage1Config) -> None:
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model = model.to(device, memory_format=memory_format)
     ema = WeightEMA(model, config.train.ema)
+    if perceptual is not None:
+        perceptual = perceptual.to(device, memory_format=memory_format)
+    if disc is not None:
+        disc, lecam = disc.to(device, memory_format=memory_format), lecam.to(device)
+        disc_optimizer = torch.optim.AdamW(disc.parameters(), lr=adv.lr, betas=DISC_BETAS, weight_decay=0.0, fused=True)
     step = 0
     run_dir = Path(config.run_dir)
     if state := load_checkpoint(run_dir):
@@ -80,12 +120,19 @@ def main(config: Stage1Config) -> None:
         model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
+        rollbacks = max(rollbacks, state["rollbacks"])
+        if disc is not None:
+            disc.load_state_dict(state["disc"])
+            lecam.load_state_dict(state["lecam"])
+            disc_optimizer.load_state_dict(state["disc_optimizer"])
         if budget.share(step, device) >= 1:
             accelerator.print(f"{run_dir} is finished, at step {step}; name another run_dir= for another run")
             accelerator.end_training()
             return
-    bare_model = model
+    bare_model, bare_disc = model, disc
     model, optimizer = accelerator.prepare(model, optimizer)
+    if disc is not None:
+        disc, disc_optimizer = accelerator.prepare(disc, disc_optimizer)
     if state and accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
     model.train()
@@ -103,7 +150,8 @@ def main(config: Stage1Config) -> None:
         + (f"; going on from step {step}" if step else "")
     )
     usage = CodeUsage(bare_model.quantizer.num_codebooks, bare_model.quantizer.codebook_size, device)
-    totals = torch.zeros(5, device=device)  # on the device: reading them at every step would stall it
+    guard = FiniteGuard(config.train.max_bad_steps, rollbacks, tracker.say, device)
+    means, stopwatch, has_won = Means(), Stopwatch(device), False
     first_step, window_step, window_start = step, step, budget.seconds
     budget.start()
 
@@ -116,7 +164,8 @@ def main(config: Stage1Config) -> None:
                 tracker.log(step, figures)
                 tracker.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
                 tracker.picture(step, "reconstructions", reconstructions(ema.model, val_set, device))
-        if step > first_step and (last or step % config.train.checkpoint_every == 0):
+        healthy = guard.in_a_row == 0  # a checkpoint is what one can go back to
+        if step > first_step and (last or (healthy and step % config.train.checkpoint_every == 0)):
             with budget.paused():
                 if accelerator.is_main_process:
                     with written_whole(run_dir / "model") as folder:
@@ -129,48 +178,109 @@ def main(config: Stage1Config) -> None:
                         "model": bare_model.state_dict(),
                         "ema": ema.model.state_dict(),
                         "optimizer": optimizer.state_dict(),
+                        "rollbacks": rollbacks,
                     }
+                    if disc is not None:
+                        state["disc"], state["lecam"] = bare_disc.state_dict(), lecam.state_dict()
+                        state["disc_optimizer"] = disc_optimizer.state_dict()
                     save_checkpoint(run_dir, step, state, config.train.keep_checkpoints)
         if last:
             break
 
-        lr = lr_at(share, config.optim)
+        lowered = 0.5**rollbacks
+        lr = lowered * lr_at(share, config.optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        adv_ramp = ramp_at(share, adv.start, adv.ramp) if disc is not None else 0.0
+        disc_learns = disc is not None and share >= adv.start - adv.lead
+        if disc_learns:
+            disc_lr = lowered * adv.lr
+            if share > adv.start:
+                disc_lr *= min(1.0, lr_at(share, config.optim) / lr_at(adv.start, config.optim))
+            for group in disc_optimizer.param_groups:
+                group["lr"] = disc_lr
+        penalised = adv.r1 > 0 and step % R1_EVERY == 0
+        terms: dict[str, torch.Tensor] = {}  # of the loss, and what else is logged; means over the accumulation
         seed_step(config.seed, step)
         for i in range(accumulation):
             x = from_uint8(next(batches)[0].to(device, non_blocking=True, memory_format=memory_format))  # (B, C, H, W)
             if config.data.flip:
                 mirrored = coin_flips(0.5, micro_batch, config.seed, step * accumulation + i)
                 x = torch.where(mirrored.to(device, non_blocking=True)[:, None, None, None], x.flip(-1), x)
+            losses: dict[str, torch.Tensor] = {}
             with accelerator.no_sync(model) if i < accumulation - 1 else nullcontext():
                 x_rec, q = model(x)
-                rec_loss = REC_LOSSES[config.loss.rec](x_rec, x)
-                quantizer_loss = sum(out.loss for out in q)
-                loss = rec_loss + quantizer_loss
-                accelerator.backward(loss)
-            with torch.no_grad():
-                mse = F.mse_loss(x_rec, x)
-                totals[:4] += torch.stack([loss, rec_loss, quantizer_loss, mse]) / accumulation
-                usage.update(q[0].codes)
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
+                losses["quantizer_loss"] = sum(out.loss for out in q)
+                # What each loss of the image wants of it is summed up at x_rec, and goes through the tokenizer once.
+                # So weighing them by their gradients takes no second backward pass, and leaves none in D's weights.
+                y = x_rec.detach().requires_grad_()
+                losses["rec_loss"] = REC_LOSSES[config.loss.rec](y, x)
+                (gradient,) = torch.autograd.grad(losses["rec_loss"], y)  # (B, C, H, W)
+                loss = losses["rec_loss"] + losses["quantizer_loss"]
+                if perceptual is not None and share >= config.loss.perceptual.start:
+                    with stopwatch.running():
+                        every = config.loss.perceptual.every
+                        losses["perceptual_loss"] = perceptual(y[::every], x[::every]).mean()
+                        (perceptual_gradient,) = torch.autograd.grad(losses["perceptual_loss"], y)
+                    gradient = gradient + config.loss.perceptual.weight * perceptual_gradient
+                    loss = loss + config.loss.perceptual.weight * losses["perceptual_loss"]
+                if adv_ramp > 0:
+                    losses["adv_loss"] = generator_loss(adv.name, bare_disc(y))
+                    (adv_gradient,) = torch.autograd.grad(losses["adv_loss"], y)
+                    adv_weight = torch.full((), adv.weight * adv_ramp * lowered, device=device)
+                    if adv.adaptive:
+                        adv_weight = adv_weight * adaptive_weight(gradient, adv_gradient, x_rec, bare_model.last_layer)
+                    gradient = gradient + adv_weight * adv_gradient
+                    loss = loss + adv_weight * losses["adv_loss"]
+                    losses["adv_weight"] = adv_weight
+                accelerator.backward(losses["quantizer_loss"] + (x_rec * gradient).sum())
+            if disc_learns:
+                with accelerator.no_sync(disc) if i < accumulation - 1 else nullcontext():
+                    real, fake = disc(torch.cat([x.requires_grad_(penalised), y.detach()])).chunk(2)
+                    losses["disc_loss"] = disc_loss = discriminator_loss(adv.name, real, fake)
+                    if adv.lecam > 0:
+                        disc_loss = disc_loss + adv.lecam * lecam(real, fake)
+                    if penalised:
+                        disc_loss = disc_loss + adv.r1 * R1_EVERY * r1_penalty(real, x)
+                    accelerator.backward(disc_loss)
+                losses |= {"real_logits": real.mean(), "fake_logits": fake.mean()}
+                losses["disc_accuracy"] = discriminator_accuracy(adv.name, real, fake)
+            losses |= {"loss": loss, "mse": F.mse_loss(y, x)}
+            accumulate(terms, losses, accumulation)
+            usage.update(q[0].codes)
+        terms["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+        if disc_learns:
+            terms["disc_grad_norm"] = accelerator.clip_grad_norm_(disc.parameters(), config.optim.grad_clip)
+        watched = ("_loss", "grad_norm") if accelerator.scaler is None else ("_loss",)  # a scaler skips such gradients
+        with tracker.closed_on(Diverged):
+            bad = guard.check(step, **{name: value for name, value in terms.items() if name.endswith(watched)})
+        for each in [optimizer, disc_optimizer] if disc_learns else [optimizer]:
+            if accelerator.scaler is None:
+                each.optimizer.found_inf = bad
+            each.step()
+            each.zero_grad()
         step += 1
         ema.update(bare_model, step)
-        totals[4] += grad_norm
+        means.add(**terms)
 
         if step % config.train.log_every == 0:
-            means = all_reduce_sum(totals) / (world_size() * (step - window_step))
-            metrics = dict(zip(("loss", "rec_loss", "quantizer_loss", "mse", "grad_norm"), means.tolist(), strict=True))
-            metrics |= {"psnr": psnr(means[3]).item(), **usage.compute(), "lr": lr}
+            metrics = means.compute()
+            metrics |= {"psnr": psnr(torch.tensor(metrics["mse"])).item(), **usage.compute(), "lr": lr}
             seconds = budget.seconds - window_start
             metrics["images_per_second"] = (step - window_step) * config.train.batch_size / seconds
+            if perceptual is not None:
+                metrics["perceptual_time"] = stopwatch.seconds() / seconds
             tracker.log(step, {f"train/{name}": value for name, value in metrics.items()})
+            accuracy = metrics.get("disc_accuracy", 0.0)
+            if accuracy > WON_ACCURACY and not has_won:
+                tracker.say(
+                    f"step {step}: the discriminator has won: it tells {accuracy:.1%} of the patches, and a decoder "
+                    f"learns little from that; lower loss.adversarial.lr, or set loss.adversarial.r1 or lecam"
+                )
+            has_won = accuracy > WON_ACCURACY
             share = budget.share(step, device)
             shown = {name: metrics[name] for name in ("loss", "psnr", "usage", "images_per_second")}
             tracker.progress(step, share, budget.seconds * (1 / share - 1), **shown)
-            totals.zero_()
             window_step, window_start = step, budget.seconds
     tracker.close()
     accelerator.end_training()
@@ -209,6 +319,11 @@ if __name__ == "__main__":
     run_program(
         main,
         Stage1Config,
-        {"model": VQModel, "model.quantizer": QUANTIZERS, "model.quantizer.base": BASES},
+        {
+            "model": VQModel,
+            "model.quantizer": QUANTIZERS,
+            "model.quantizer.base": BASES,
+            "discriminator": PatchDiscriminator,
+        },
         "accelerate launch stage1/train.py [CONFIG.yaml] [key=value ...]",
     )

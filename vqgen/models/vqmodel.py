@@ -69,6 +69,11 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         decoder += [nn.Conv2d(widths[0], channels * patch_size**2, 3, padding=1), nn.PixelShuffle(patch_size)]
         self.decoder = nn.Sequential(*decoder)
 
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight that images come out of last, for VQGAN's adaptive weight."""
+        return self.decoder[-2].weight  # type: ignore[return-value]
+
     def forward(self, x: Tensor) -> tuple[Tensor, list[QuantizerOutput]]:
         """Images (B, C, H, W) to reconstructions of the same shape, and the quantizer's output for each code map."""
         q = self.quantizer(self.to_code(self.encoder(x)))
