@@ -17,7 +17,7 @@ from vqgen.cli import run_program
 from vqgen.config import DataConfig, SampleConfig, Stage2Config, check_options, read_yaml, require
 from vqgen.data.codes import encode_images
 from vqgen.data.images import load_images
-from vqgen.distributed import all_reduce_sum, world_size
+from vqgen.distributed import world_size
 from vqgen.likelihood import prior_nll, unigram_entropy
 from vqgen.models.prior import Prior
 from vqgen.models.vqmodel import VQModel, load_tokenizer
@@ -25,9 +25,14 @@ from vqgen.sampling import classes_in_turn, sample_images
 from vqgen.tracking import Tracker, image_grid
 from vqgen.training import (
     Budget,
+    Diverged,
+    FiniteGuard,
+    Means,
     WeightEMA,
+    accumulate,
     coin_flips,
     endless_batches,
+    going_back,
     load_checkpoint,
     lr_at,
     micro_batch_size,
@@ -40,6 +45,10 @@ from vqgen.training import (
 
 
 def main(config: Stage2Config) -> None:
+    going_back(train, config, "the learning rate")
+
+
+def train(config: Stage2Config, rollbacks: int) -> None:
     budget = Budget(config.train.max_steps, config.train.max_seconds)
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision, gradient_accumulation_steps=config.train.accumulation
@@ -92,6 +101,7 @@ def main(config: Stage2Config) -> None:
         for name, now in (("tokenizer", tokenizer_hash), ("data", fingerprint)):
             require(state[name] == now, f"{run_dir} was trained with another {name} than now; name another run_dir=")
         step, budget.spent = state["step"], state["seconds"]
+        rollbacks = max(rollbacks, state["rollbacks"])
         model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
@@ -119,7 +129,7 @@ def main(config: Stage2Config) -> None:
     )
     unigram = unigram_entropy(train_codes, layout)
     dims_per_token = tokenizer.channels * data.image_size**2 / layout.num_tokens
-    totals = torch.zeros(2, device=device)  # on the device: reading them at every step would stall it
+    guard, means = FiniteGuard(config.train.max_bad_steps, rollbacks, tracker.say, device), Means()
     first_step, window_step, window_start = step, step, budget.seconds
     budget.start()
 
@@ -138,7 +148,8 @@ def main(config: Stage2Config) -> None:
                 tracker.say(f"step {step}  " + "  ".join(f"val/{name} {v:.4g}" for name, v in figures.items()))
                 if accelerator.is_main_process:
                     tracker.picture(step, "samples", samples(ema.model, tokenizer, config.seed, device))
-        if step > first_step and (last or step % config.train.checkpoint_every == 0):
+        healthy = guard.in_a_row == 0  # a checkpoint is what one can go back to
+        if step > first_step and (last or (healthy and step % config.train.checkpoint_every == 0)):
             with budget.paused():
                 if accelerator.is_main_process:
                     with written_whole(run_dir / "model") as folder:
@@ -153,14 +164,16 @@ def main(config: Stage2Config) -> None:
                         "model": bare_model.state_dict(),
                         "ema": ema.model.state_dict(),
                         "optimizer": optimizer.state_dict(),
+                        "rollbacks": rollbacks,
                     }
                     save_checkpoint(run_dir, step, state, config.train.keep_checkpoints)
         if last:
             break
 
-        lr = lr_at(share, config.optim)
+        lr = 0.5**rollbacks * lr_at(share, config.optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        terms: dict[str, torch.Tensor] = {}  # means over the accumulation
         seed_step(config.seed, step)
         for i in range(accumulation):
             tokens, class_ids = (part.to(device, non_blocking=True) for part in next(batches))  # (B, N), (B,)
@@ -170,22 +183,27 @@ def main(config: Stage2Config) -> None:
                 logits = model(tokens, class_ids)
                 loss = F.cross_entropy(rearrange(logits, "b n v -> (b n) v"), rearrange(tokens, "b n -> (b n)"))
                 accelerator.backward(loss)
-            totals[0] += loss.detach() / accumulation
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+            accumulate(terms, {"loss": loss}, accumulation)
+        terms["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+        watched = ("loss", "grad_norm") if accelerator.scaler is None else ("loss",)  # a scaler skips such gradients
+        with tracker.closed_on(Diverged):
+            bad = guard.check(step, **{name: terms[name] for name in watched})
+        if accelerator.scaler is None:
+            optimizer.optimizer.found_inf = bad
         optimizer.step()
         optimizer.zero_grad()
         step += 1
         ema.update(bare_model, step)
-        totals[1] += grad_norm
+        means.add(**terms)
 
         if step % config.train.log_every == 0:
-            loss, grad_norm = (all_reduce_sum(totals) / (world_size() * (step - window_step))).tolist()
             speed = (step - window_step) * config.train.batch_size / (budget.seconds - window_start)
-            metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "images_per_second": speed}
+            metrics = {**means.compute(), "lr": lr, "images_per_second": speed}
             tracker.log(step, {f"train/{name}": value for name, value in metrics.items()})
             share = budget.share(step, device)
-            tracker.progress(step, share, budget.seconds * (1 / share - 1), loss=loss, images_per_second=speed)
-            totals.zero_()
+            tracker.progress(
+                step, share, budget.seconds * (1 / share - 1), loss=metrics["loss"], images_per_second=speed
+            )
             window_step, window_start = step, budget.seconds
     tracker.close()
     accelerator.end_training()
