@@ -68,6 +68,8 @@ def main(run_dir: str | None, config: Stage2EvaluateConfig) -> None:
 def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     """Samples, likelihood and overfitting of a stage-2 run."""
     folder = run / "model"
+    gan = (folder / "generator").is_dir()
+    require(not gan, f"{run} is a GAN's run, without codes: draw with stage2/sample.py, and measure with --images")
     require(folder.is_dir(), f"{run}: no model there; give the folder of a stage-2 run, or train one first")
     prior = Prior.from_pretrained(folder / "prior").eval()
     tokenizer, tokenizer_hash = load_tokenizer(folder / "tokenizer")
@@ -233,7 +235,7 @@ class Samples:
 
     def __init__(self, prior: Prior, tokenizer: VQModel, config: Stage2EvaluateConfig, device: torch.device):
         self.prior, self.tokenizer, self.config = prior, tokenizer, config
-        choices = class_choices(prior, config.class_ids)
+        choices = class_choices(prior.class_names, config.class_ids)
         self.class_ids = classes_in_turn(config.num_images, choices).to(device)
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Draw images from a trained prior.
+"""Draw images from a trained prior, or from a GAN.
 
 python stage2/sample.py RUN_DIR [num_images=64 class_ids=[3,7] cfg_scale=2.0 ... out=DIR]
 """
@@ -14,43 +14,35 @@ from tqdm import tqdm
 from vqgen.cli import run_program
 from vqgen.config import SampleConfig, require
 from vqgen.errors import InputError
-from vqgen.models.prior import Prior
-from vqgen.models.vqmodel import load_tokenizer
-from vqgen.sampling import class_choices, classes_in_turn, sample_images
+from vqgen.sampling import class_choices, classes_in_turn, load_sampler
 from vqgen.tracking import image_grid
 
 
 def main(run_dir: str, config: SampleConfig) -> None:
-    folder = Path(run_dir) / "model"
-    require(folder.is_dir(), f"{run_dir}: no model there; give the folder of a stage-2 run, or train one first")
-    prior = Prior.from_pretrained(folder / "prior").eval()
-    tokenizer, _ = load_tokenizer(folder / "tokenizer")
-
-    choices = class_choices(prior, config.class_ids)
+    state = Accelerator()
+    device = state.device
+    sampler = load_sampler(Path(run_dir), device)
+    choices = class_choices(sampler.class_names, config.class_ids, no_class=not sampler.is_gan)
+    options = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "cfg_scale")}
+    if sampler.is_gan:
+        for name, value in options.items():
+            unchanged = value == getattr(SampleConfig(), name)
+            require(
+                unchanged, f"{name}={value}: only a prior draws with that, and {run_dir} is a GAN's run; leave it out"
+            )
+        options = {}
     out = Path(config.out or Path(run_dir) / "samples")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"out={out} cannot be written ({error.strerror}); name another folder") from error
 
-    state = Accelerator()
-    device = state.device
-    prior, tokenizer = prior.to(device), tokenizer.to(device)
     class_ids = classes_in_turn(config.num_images, choices)
     starts = range(0, config.num_images, config.batch_size)[state.process_index :: state.num_processes]
     drawn = []
     for start in tqdm(starts, desc="sampling", unit=" batches", disable=None if state.is_main_process else True):
-        images = sample_images(
-            prior,
-            tokenizer,
-            class_ids[start : start + config.batch_size].to(device),
-            seed=config.seed,
-            first=start,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            cfg_scale=config.cfg_scale,
-        )
+        part = class_ids[start : start + config.batch_size].to(device)
+        images = sampler.draw(part, seed=config.seed, first=start, **options)
         drawn.append((start, rearrange(images, "n c h w -> n h w c").cpu().numpy()))
     drawn = gather_object(drawn)
     state.end_training()  # or a process that exits while the other still talks to it may abort

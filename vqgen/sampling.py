@@ -1,13 +1,18 @@
-"""From class ids to tokens to images."""
+"""From class ids to tokens to images; or, with a GAN, from noise."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vqgen.config import require
+from vqgen.models.dcgan import DCGANGenerator, load_gan
 from vqgen.models.prior import Prior
-from vqgen.models.vqmodel import VQModel, to_uint8
+from vqgen.models.vqmodel import VQModel, load_tokenizer, to_uint8
 from vqgen.training import mixed_seed
 
 ROWS = 32  # batches are padded to a multiple of this, as matrix multiplies of few rows round differently
@@ -101,18 +106,90 @@ def sample_images(
     return torch.cat([to_uint8(tokenizer.decode(part)) for part in codes])[:count]
 
 
-def class_choices(prior: Prior, class_ids: Sequence[int] | None) -> Sequence[int]:
-    """The classes to draw: those asked for, or all that the prior knows.
+def latents(generator: DCGANGenerator, class_ids: Tensor, seed: int, first: int = 0) -> Tensor:
+    """Noise (B, latent_dim) for images number `first` and on of a seed, on the device of their class ids (B,)."""
+    sources = [torch.Generator().manual_seed(mixed_seed(seed, first + i)) for i in range(len(class_ids))]
+    return torch.stack([torch.randn(generator.latent_dim, generator=g) for g in sources]).to(class_ids.device)
+
+
+@torch.no_grad()
+def generate_images(generator: DCGANGenerator, class_ids: Tensor, *, seed: int, first: int = 0) -> Tensor:
+    """Images uint8 (B, C, H, W) of a GAN in eval mode, for class ids (B,).
+
+    Image i of a seed depends on nothing but the seed, first + i and its class.
+    """
+    padding = -len(class_ids) % ROWS
+    padded = torch.cat([class_ids, class_ids[:1].expand(padding)])
+    z = latents(generator, padded, seed, first)
+    images = [to_uint8(generator(*part)) for part in zip(z.split(ROWS), padded.split(ROWS), strict=True)]
+    return torch.cat(images)[: len(class_ids)]
+
+
+class Sampler(NamedTuple):
+    """What draws a run's images, whatever kind of run it is.
+
+    Attributes:
+        draw: class ids (B,) and the keywords seed and first, for a prior also the options of sample_tokens, to images
+            uint8 (B, C, H, W).
+        class_names: the classes in the order of their ids.
+        num_parameters: of all that takes part.
+        checkpoint: SHA-256 of the models' files.
+        is_gan: whether it draws from noise, and not from codes.
+    """
+
+    draw: Callable[..., Tensor]
+    class_names: list[str]
+    num_parameters: int
+    checkpoint: str
+    is_gan: bool
+
+
+def load_sampler(run_dir: Path, device: torch.device) -> Sampler:
+    """The sampler of a stage-2 or GAN run, on a device.
 
     Raises:
-        InputError: the prior knows no such class.
+        InputError: there is no such run, or its model does not load.
     """
-    num_classes = len(prior.class_names)
+    folder = run_dir / "model"
+    gan = (folder / "generator").is_dir()
+    require(
+        gan or (folder / "prior").is_dir(),
+        f"{run_dir}: no model there to sample; give the folder of a stage-2 or GAN run, or train one first",
+    )
+    files = sorted(path for path in folder.rglob("*") if path.name == "config.json" or path.suffix == ".safetensors")
+    checkpoint = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    if gan:
+        generator = load_gan(folder / "generator").to(device)
+        models: list[torch.nn.Module] = [generator]
+        draw, class_names = partial(generate_images, generator), generator.class_names
+    else:
+        prior = Prior.from_pretrained(folder / "prior").eval().to(device)
+        tokenizer = load_tokenizer(folder / "tokenizer")[0].to(device)
+        models = [prior, tokenizer]
+        draw, class_names = partial(sample_images, prior, tokenizer), prior.class_names
+    count = sum(p.numel() for model in models for p in model.parameters())
+    return Sampler(draw, class_names, count, checkpoint, gan)
+
+
+def class_choices(class_names: Sequence[str], class_ids: Sequence[int] | None, no_class: bool = True) -> Sequence[int]:
+    """The classes to draw: those asked for, or all that the model knows.
+
+    Args:
+        class_names: of the model.
+        class_ids: those asked for, if any.
+        no_class: whether a model that knows classes can do without.
+
+    Raises:
+        InputError: the model knows no such class.
+    """
+    num_classes = len(class_names)
     if class_ids is None:
         return range(num_classes)
-    known = f"0 to {num_classes - 1}, or -1 for none" if num_classes else "-1 only, as it was trained without classes"
+    known = f"0 to {num_classes - 1}" + (", or -1 for none" if no_class else "")
+    known = known if num_classes else "-1 only, as it was trained without classes"
+    least = -1 if no_class or not num_classes else 0
     for class_id in class_ids:
-        require(-1 <= class_id < num_classes, f"class_ids: {class_id} is no class of this prior; it takes {known}")
+        require(least <= class_id < num_classes, f"class_ids: {class_id} is no class of this run; it takes {known}")
     return class_ids
 
 
