@@ -1,0 +1,279 @@
+"""What a GAN, a VQ-VAE with its prior and a VQGAN with its prior make of the same images in the same time.
+
+python stage2/compare.py [CONFIG.yaml] [key=value ...]
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+from vqgen.cli import run_program
+from vqgen.config import CompareConfig, DataConfig, SampleConfig, check_options
+from vqgen.data.images import ImageSet, load_images, some_rows
+from vqgen.errors import InputError
+from vqgen.evaluation import Report, cache_folder, evaluation_device, sample_figures, shown, writable_folder
+from vqgen.features import FeatureNetwork, cached_features, load_feature_network
+from vqgen.models.vqmodel import from_uint8, load_tokenizer, to_uint8
+from vqgen.sampling import Sampler, classes_in_turn, load_sampler
+from vqgen.tracking import image_grid
+from vqgen.training import load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+MODELS = {"dcgan": "DCGAN", "vqvae": "VQ-VAE + prior", "vqgan": "VQGAN + prior"}
+BATCH = 256  # images drawn at a time
+SPEED_ROUNDS = 5
+OPTIONS = ("temperature", "top_k", "top_p", "cfg_scale")
+LOWER_IS_BETTER = ("perceptual", "rF", "FD", "FID", "KD", "KID")  # how the figures' names begin
+UNRANKED = ("usage", "parameters", "training seconds")
+ROWS, GAP = 6, 28  # of the picture's panels; pixels between them, which a title fits in
+
+
+def main(config: CompareConfig) -> None:
+    folder = writable_folder("run_dir", Path(config.run_dir))
+    cache = cache_folder(config)
+    data = DataConfig(**check_options(DataConfig, config.data, "data"))
+    train_set, held_out = load_images(data)  # before hours of training: what is wrong with them is said now
+
+    # The runs, by the programs that anyone would use: each goes on where it stopped.
+    settings = [f"data.{key}={json.dumps(value)}" for key, value in config.data.items() if value is not None]
+    settings += [f"tracking.{key}={value}" for key, value in asdict(config.tracking).items()]
+    for name in MODELS:
+        if name == "dcgan":
+            train("stage1/train_gan.py", folder / name, config, config.seconds, [*settings, *config.gan])
+            continue
+        stage1, stage2 = folder / name / "stage1", folder / name / "stage2"
+        tokenizer = [*settings, *config.tokenizer, *(config.vqgan if name == "vqgan" else [])]
+        train("stage1/train.py", stage1, config, config.seconds * (1 - config.prior_share), tokenizer)
+        prior = [f"stage1={stage1}", *settings[-2:], *config.prior]
+        train("stage2/train.py", stage2, config, config.seconds * config.prior_share, prior)
+    sampled = {name: folder / name if name == "dcgan" else folder / name / "stage2" for name in MODELS}
+
+    # The figures: of reconstructions by stage1/evaluate.py, of samples by the same functions as stage2/evaluate.py's.
+    accelerator = evaluation_device()
+    samplers = {name: load_sampler(run, accelerator.device) for name, run in sampled.items()}
+    network = load_feature_network(
+        config.features, None, train_set, seed=config.seed, cache=cache, accelerator=accelerator
+    )
+    columns: dict[str, dict[str, float]] = {name: {} for name in MODELS}
+    real: dict[str, float] = {}
+    for name in ("vqvae", "vqgan"):
+        report = reconstruction_report(folder / name / "stage1", config)
+        kept = ("psnr", "ssim", "perceptual", "r" + network.frechet_name, "usage")
+        columns[name] |= {key: report.figures[key].value for key in kept if key in report.figures}
+        real |= {key: report.figures[key].floor for key in columns[name] if report.figures[key].floor is not None}
+    drawn = {name: samples(name, sampler, config, folder, accelerator.device) for name, sampler in samplers.items()}
+    for name, part in drawn.items():
+        report = sample_report(part, train_set, held_out, network, config, cache, accelerator)
+        kept = tuple(key for key in report.figures if not key.startswith("confidence"))
+        columns[name] |= {key: report.figures[key].value for key in kept}
+        real |= {key: report.figures[key].floor for key in kept if report.figures[key].floor is not None}
+    rates = cached(
+        folder / "speed.json",
+        {name: sampler.checkpoint for name, sampler in samplers.items()},
+        lambda: images_per_second(samplers, accelerator.device),
+    )
+    for name, sampler in samplers.items():
+        columns[name]["parameters"] = sampler.num_parameters
+        runs = [sampled[name]] + ([folder / name / "stage1"] if name != "dcgan" else [])
+        columns[name]["training seconds"] = sum(load_checkpoint(run)["seconds"] for run in runs)
+        columns[name]["images/s when sampling"] = rates[name]
+
+    table = markdown(columns, real)
+    heading = f"{len(train_set):,} training images ({data.source}), {config.seconds:g} s of training each, "
+    heading += f"seed {config.seed}, {config.num_images:,} samples; the best of the three in bold"
+    (folder / "comparison.md").write_text(f"{heading}\n\n{table}\n")
+    picture(drawn, held_out, folder, accelerator.device).save(folder / "comparison.png")
+    print(f"{heading}\n\n{table}\n\n{folder / 'comparison.md'}; side by side: {folder / 'comparison.png'}")
+
+
+def train(program: str, run: Path, config: CompareConfig, seconds: float, settings: Sequence[str]) -> None:
+    """Runs a training program on its share of the time, unless it has done so already."""
+    budget = ["train.max_steps=null", f"train.max_seconds={seconds:g}", f"seed={config.seed}"]
+    command = [program, f"run_dir={run}", *budget, *settings]
+    cached(run / "finished.json", command, lambda: launch(command))
+
+
+def launch(command: Sequence[str]) -> None:
+    """Runs one of the project's programs.
+
+    Raises:
+        InputError: it failed, and has said why.
+    """
+    print(f"python {' '.join(command)}", flush=True)
+    done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]])
+    if done.returncode:
+        raise InputError(f"{command[0]} ended with exit code {done.returncode}; put right what it says, and repeat")
+
+
+def reconstruction_report(run: Path, config: CompareConfig) -> Report:
+    """The evaluation of a tokenizer, made now unless it is there."""
+    made_from = {"checkpoint": load_tokenizer(run)[1], "features": config.features, "perceptual": config.perceptual}
+    made_from |= {"num_images": config.num_images, "seed": config.seed}
+    options = [f"{key}={made_from[key]}" for key in ("features", "perceptual", "num_images", "seed")]
+    options += [f"cache_dir={config.cache_dir}"] if config.cache_dir else []
+    cached(run / "evaluation" / "made_from.json", made_from, lambda: launch(["stage1/evaluate.py", str(run), *options]))
+    return Report.load(run)
+
+
+class Drawn:
+    """A model's samples, as a set that features are taken of.
+
+    Args:
+        images: uint8 (N, H, W, C).
+        class_ids: (N,).
+        fingerprint: of what they were drawn from, and how.
+    """
+
+    crop: ClassVar[dict[str, int | str]] = {}  # they are as large as they were made
+
+    def __init__(self, images: np.ndarray, class_ids: np.ndarray, fingerprint: str):
+        self.images, self.class_ids, self.fingerprint = images, class_ids, fingerprint
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        images = rearrange(torch.from_numpy(self.images[rows]), "n h w c -> n c h w")
+        return images, torch.from_numpy(self.class_ids[rows])
+
+
+def drawing_options(sampler: Sampler) -> dict[str, float]:
+    """The settings that stage2/sample.py draws with."""
+    return {} if sampler.is_gan else {name: getattr(SampleConfig(), name) for name in OPTIONS}
+
+
+def samples(name: str, sampler: Sampler, config: CompareConfig, folder: Path, device: torch.device) -> Drawn:
+    """The samples of a model, drawn now unless they are there; in FOLDER/NAME/samples.npz."""
+    made_from = [sampler.checkpoint, config.seed, config.num_images, drawing_options(sampler)]
+    path = folder / name / "samples.npz"
+
+    def draw() -> None:
+        class_ids = classes_in_turn(config.num_images, range(len(sampler.class_names)))
+        images = []
+        for start in tqdm(range(0, config.num_images, BATCH), f"sampling {name}", leave=False, disable=None):
+            part = class_ids[start : start + BATCH].to(device)
+            images.append(sampler.draw(part, seed=config.seed, first=start, **drawing_options(sampler)).cpu())
+        array = rearrange(torch.cat(images), "n c h w -> n h w c").numpy()
+        np.savez_compressed(path, images=array, class_ids=class_ids.numpy())
+
+    cached(folder / name / "samples.json", made_from, draw)
+    with np.load(path) as arrays:
+        return Drawn(arrays["images"], arrays["class_ids"], json.dumps(made_from))
+
+
+def sample_report(
+    drawn: Drawn,
+    train_set: ImageSet,
+    held_out: ImageSet,
+    network: FeatureNetwork,
+    config: CompareConfig,
+    cache: Path,
+    accelerator: Accelerator,
+) -> Report:
+    """The figures of a model's samples against training images, with what held-out images reach."""
+
+    def features_of(images, rows, description):
+        options = {"batch_size": BATCH, "cache": cache, "accelerator": accelerator}
+        return cached_features(images, rows, network, description=description, **options)
+
+    reference_rows = some_rows(len(train_set), config.num_reference)
+    measured = features_of(drawn, np.arange(len(drawn)), "samples")
+    known = features_of(train_set, reference_rows, "the reference")
+    real = features_of(held_out, some_rows(len(held_out), config.num_images), "held-out images")
+    report = Report("images", {"images": drawn.fingerprint})
+    protocol = {"reference": train_set.fingerprint, "reference_images": len(reference_rows), "images": len(drawn)}
+    sample_figures(report, measured, known, network, protocol, train_set.class_names, real)
+    return report
+
+
+def images_per_second(samplers: dict[str, Sampler], device: torch.device) -> dict[str, float]:
+    """How fast each draws: medians of rounds in which they take turns, as a machine's speed drifts."""
+    seconds: dict[str, list[float]] = {name: [] for name in samplers}
+    for first in range(0, (SPEED_ROUNDS + 1) * BATCH, BATCH):
+        for name, sampler in samplers.items():
+            class_ids = classes_in_turn(BATCH, range(len(sampler.class_names))).to(device)
+            start = time.perf_counter()
+            sampler.draw(class_ids, seed=0, first=first, **drawing_options(sampler)).cpu()  # which waits for the device
+            if first > 0:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: BATCH / statistics.median(each) for name, each in seconds.items()}
+
+
+def cached(path: Path, made_from: Any, make: Callable[[], Any]) -> Any:
+    """What make returns, kept in a JSON file for as long as it is made from the same."""
+    made_from = json.loads(json.dumps(made_from))
+    if path.is_file():
+        kept = json.loads(path.read_text())
+        if kept["made_from"] == made_from:
+            return kept["value"]
+    value = make()
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps({"made_from": made_from, "value": value}))
+    beside.rename(path)
+    return value
+
+
+def markdown(columns: dict[str, dict[str, float]], real: dict[str, float]) -> str:
+    """The figures as a table: a row a figure, a column a model, and what real images reach."""
+    lines = [f"| | {' | '.join(MODELS.values())} | real images |", "|---" * (len(MODELS) + 2) + "|"]
+    longest_first = sorted(columns.values(), key=len, reverse=True)  # a GAN's column has no reconstructions, which lead
+    for figure in dict.fromkeys(figure for column in longest_first for figure in column):
+        values = [column.get(figure) for column in columns.values()]
+        there = [value for value in values if value is not None]
+        best = min(there) if figure.startswith(LOWER_IS_BETTER) else max(there)
+        bold = {best} if figure not in UNRANKED else set()
+        cells = ["" if v is None else f"**{shown(v)}**" if v in bold else shown(v) for v in values]
+        lines.append(f"| {figure} | {' | '.join(cells)} | {shown(real[figure]) if figure in real else ''} |")
+    return "\n".join(lines)
+
+
+def picture(drawn: dict[str, Drawn], held_out: ImageSet, folder: Path, device: torch.device) -> Image.Image:
+    """Real images and each model's samples, a column a class; below, held-out images and how they are reconstructed."""
+    columns = len(held_out.class_names) if 1 < len(held_out.class_names) <= 16 else 8
+    wanted = classes_in_turn(ROWS * columns, range(len(held_out.class_names))).numpy()
+    free = {c: iter(np.flatnonzero(held_out.class_ids == c)) for c in np.unique(wanted)}
+    rows = [next(free[c], None) for c in wanted]  # a class may have too few
+    real = held_out.__getitems__(np.array([row for row in rows if row is not None]))[0]
+    panels = {"real images": real}
+    for name, part in drawn.items():
+        panels[MODELS[name]] = part.__getitems__(np.arange(min(len(part), ROWS * columns)))[0]
+    x = held_out.__getitems__(some_rows(len(held_out), columns))[0]
+    lines = [x]
+    for name in ("vqvae", "vqgan"):
+        tokenizer = load_tokenizer(folder / name / "stage1")[0].to(device)
+        lines.append(to_uint8(tokenizer.decode(tokenizer.encode(from_uint8(x.to(device))))).cpu())
+    panels["held-out images; below them what VQ-VAE and VQGAN make of them"] = torch.cat(lines)
+
+    grids = [(title, image_grid(rearrange(p, "n c h w -> n h w c").numpy(), columns)) for title, p in panels.items()]
+    font = ImageFont.load_default(18)
+    width, height = grids[0][1].width, max(grid.height for _, grid in grids)
+    canvas = Image.new("RGB", (2 * width + 3 * GAP, 3 * (height + 2 * GAP) + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (title, grid) in enumerate(grids):
+        left, top = GAP + i % 2 * (width + GAP), GAP // 2 + i // 2 * (height + 2 * GAP)
+        draw.text((left, top), title, "black", font)
+        canvas.paste(grid, (left, top + GAP))
+    return canvas.crop((0, 0, canvas.width, top + grids[-1][1].height + 2 * GAP))
+
+
+if __name__ == "__main__":
+    run_program(
+        main,
+        CompareConfig,
+        {"data": DataConfig},
+        "python stage2/compare.py [CONFIG.yaml] [key=value ...]",
+    )
