@@ -9,6 +9,7 @@ import torch
 from programs import shell
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.xdist_group("several processes")  # which all take the same port
 LAUNCH = "accelerate launch --num_processes 2 --cpu"
 # Sums round otherwise on two processes: k-means, with its hard choices on the first batch, makes more of that than the
 # tolerances here allow (a vector that changes its code moves every figure by some 1e-3).

@@ -17,6 +17,7 @@ from vqgen.evaluation import Report, compare
 from vqgen.metrics import psnr
 from vqgen.models.vqmodel import from_uint8, load_tokenizer, to_uint8
 
+pytestmark = pytest.mark.xdist_group("several processes")  # which all take the same port
 FEW = ["num_images=60", "num_reference=80", "tracking.wandb=disabled"]  # of stage 2; [::2] of stage 1
 NETWORK = {"features": "efficientnet-lite0", "preprocessing": "bicubic with antialiasing to 96x96, (x - 127) / 128"}
 
