@@ -18,6 +18,7 @@ COMMANDS = [
 ]
 INSTALLING = ["python3 -m venv .venv", ". .venv/bin/activate", "pip install -c constraints.txt -e '.[dev]'"]
 ON_SHARED_DATA = [c for c in COMMANDS if re.search(r"configs/stage\d", c)]  # test_configs.py runs these
+COMPARING = ["python stage2/compare.py"]  # and test_gan.py this
 FEW_STEPS = "train.max_steps=4 train.log_every=2 train.eval_images=32 tracking.wandb=disabled"
 FEW_IMAGES = "num_images=40 tracking.wandb=disabled"
 VENV = Path(sys.executable).parents[1]
@@ -45,11 +46,12 @@ def test_make_demo_leaves_its_runs_and_its_picture(project):
         assert (project / "runs/demo" / stage / "model").is_dir()
 
 
+@pytest.mark.xdist_group("several processes")
 def test_every_other_command_runs(project):
-    left = [c for c in COMMANDS if c not in [*INSTALLING, *ON_SHARED_DATA, "make demo", "make test"]]
+    left = [c for c in COMMANDS if c not in [*INSTALLING, *ON_SHARED_DATA, *COMPARING, "make demo", "make test"]]
     assert len(left) >= 10
     for command in left:
-        few = FEW_STEPS if "train.py" in command and "--help" not in command else ""
+        few = FEW_STEPS if re.search(r"train(_gan)?\.py", command) and "--help" not in command else ""
         few = FEW_IMAGES if "evaluate.py" in command and "--compare" not in command else few
         few += " num_reference=60" if few == FEW_IMAGES and "stage2" in command else ""
         shell(f"{command} {few}".replace("--num_processes 8", "--num_processes 2"), project)
@@ -61,6 +63,14 @@ def test_every_other_command_runs(project):
 def test_what_the_readme_installs_is_what_make_installs():
     assert "-c constraints.txt -e '.[dev]'" in COMMANDS[COMMANDS.index(". .venv/bin/activate") + 1]
     assert "--constraint constraints.txt --editable '.[dev]'" in (ROOT / "Makefile").read_text()
+
+
+def test_the_code_beside_an_equation_is_in_the_code():
+    section = README[README.index("## From GANs to VQ-VAEs") :].partition("\n## ")[0]
+    quoted = re.findall(r"\| `(.+)` \| `(.+)` \|\n", section)
+    assert len(quoted) >= 12
+    for code, file in quoted:
+        assert code in (ROOT / file).read_text(), code
 
 
 def test_the_map_of_the_code_names_every_module():
