@@ -275,7 +275,7 @@ def train(config: Stage1Config, rollbacks: int) -> None:
             if accuracy > WON_ACCURACY and not has_won:
                 tracker.say(
                     f"step {step}: the discriminator has won: it tells {accuracy:.1%} of the patches, and a decoder "
-                    f"learns little from that; lower loss.adversarial.lr, or set loss.adversarial.r1 or lecam"
+                    f"learns little from that; lower loss.adversarial.lr, or raise loss.adversarial.r1 or lecam"
                 )
             has_won = accuracy > WON_ACCURACY
             share = budget.share(step, device)

@@ -1,6 +1,7 @@
 """How the tests run the programs as a user would."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,3 +24,10 @@ def shell(command: str, cwd: Path = ROOT) -> str:
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}"
     return done.stdout
+
+
+def launch_two() -> str:
+    """`accelerate launch` of two processes, on a port of their own, as tests run side by side."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"accelerate launch --num_processes 2 --cpu --main_process_port {free.getsockname()[1]}"

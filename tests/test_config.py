@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from vqgen.config import (
+    CompareConfig,
     DataConfig,
+    GANConfig,
     SampleConfig,
     Stage1Config,
     Stage1EvaluateConfig,
@@ -22,11 +24,13 @@ from vqgen.config import (
     usage,
 )
 from vqgen.errors import InputError
+from vqgen.models.dcgan import DCGANDiscriminator, DCGANGenerator
+from vqgen.models.discriminators import PatchDiscriminator
 from vqgen.models.prior import Prior
 from vqgen.models.vqmodel import VQModel
 from vqgen.quantizers import BASES, QUANTIZERS, EMAQuantizer
 
-STAGE1 = {"model": VQModel, "model.quantizer": EMAQuantizer}
+STAGE1 = {"model": VQModel, "model.quantizer": EMAQuantizer, "discriminator": PatchDiscriminator}
 EVALUATE = {"data": DataConfig, "tracking": TrackingConfig}
 STAGE2 = {"model": Prior, "data": DataConfig}
 
@@ -296,6 +300,8 @@ def test_check_options_takes_a_dataclass_too():
     [
         (Stage1Config, STAGE1),
         (Stage2Config, STAGE2),
+        (GANConfig, {"generator": DCGANGenerator, "discriminator": DCGANDiscriminator}),
+        (CompareConfig, {"data": DataConfig}),
         (SampleConfig, {}),
         (Stage1EvaluateConfig, EVALUATE),
         (Stage2EvaluateConfig, EVALUATE),
@@ -318,7 +324,8 @@ def test_what_help_calls_the_default_is_one_and_can_be_typed():
     model, quantizer = config.model, config.model.pop("quantizer")
     assert {**model, "quantizer": None} == check_options(VQModel, {}, "model")
     assert quantizer == check_options(EMAQuantizer, {}, "model.quantizer")
-    config.model = {}
+    assert config.discriminator == check_options(PatchDiscriminator, {}, "discriminator")
+    config.model = config.discriminator = {}
     assert config == Stage1Config()
 
 
@@ -338,7 +345,7 @@ def test_a_section_of_several_constructors_lists_what_they_share_once():
 
 
 def test_settings_of_a_quantizer_within_a_quantizer():
-    sections = {"model": VQModel, "model.quantizer": QUANTIZERS, "model.quantizer.base": BASES}
+    sections = STAGE1 | {"model.quantizer": QUANTIZERS, "model.quantizer.base": BASES}
     arguments = ["model.quantizer.name=residual", "model.quantizer.base.name=fsq", "model.quantizer.base.levels=[4,4]"]
     config = load_config(Stage1Config, arguments, sections)
     assert config.model == {"quantizer": {"name": "residual", "base": {"name": "fsq", "levels": [4, 4]}}}

@@ -6,11 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from programs import shell
+from programs import launch_two, shell
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.xdist_group("several processes")  # which all take the same port
-LAUNCH = "accelerate launch --num_processes 2 --cpu"
 # Sums round otherwise on two processes: k-means, with its hard choices on the first batch, makes more of that than the
 # tolerances here allow (a vector that changes its code moves every figure by some 1e-3).
 NO_KMEANS = "model.quantizer.kmeans_iterations=0"
@@ -32,7 +30,7 @@ def two(runs, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     for stage, more in (("stage1", NO_KMEANS), ("stage2", f"stage1={runs}/stage1 codes_dir={folder}/codes")):
         command = f"{stage}/train.py configs/debug/{stage}.yaml run_dir={folder}/{stage} tracking.wandb=disabled {more}"
-        assert "2 x cpu" in shell(f"{LAUNCH} {command}")
+        assert "2 x cpu" in shell(f"{launch_two()} {command}")
     return folder
 
 
@@ -61,7 +59,7 @@ def test_two_processes_encode_the_same_codes(runs, two):
 
 def test_two_processes_draw_the_same_samples(runs, tmp_path):
     arguments = f"stage2/sample.py {runs}/stage2 num_images=50 batch_size=16"
-    assert "50 images by 2 x cpu" in shell(f"{LAUNCH} {arguments} out={tmp_path}/two")
+    assert "50 images by 2 x cpu" in shell(f"{launch_two()} {arguments} out={tmp_path}/two")
     assert "50 images by 1 x cpu" in shell(f"python {arguments} out={tmp_path}/one")
     two, one = (np.load(tmp_path / name / "samples.npz") for name in ("two", "one"))
     assert np.array_equal(two["images"], one["images"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import shell
+from programs import launch_two, shell
 
 from vqgen.config import DataConfig
 from vqgen.data.images import load_images
@@ -17,7 +17,6 @@ from vqgen.evaluation import Report, compare
 from vqgen.metrics import psnr
 from vqgen.models.vqmodel import from_uint8, load_tokenizer, to_uint8
 
-pytestmark = pytest.mark.xdist_group("several processes")  # which all take the same port
 FEW = ["num_images=60", "num_reference=80", "tracking.wandb=disabled"]  # of stage 2; [::2] of stage 1
 NETWORK = {"features": "efficientnet-lite0", "preprocessing": "bicubic with antialiasing to 96x96, (x - 127) / 128"}
 
@@ -120,7 +119,7 @@ def test_a_priors_figures_hang_together(evaluations, runs):
 def test_two_processes_measure_what_one_does(runs, evaluations, cache, tmp_path, stage):
     few = FEW[::2] if stage == "stage1" else FEW
     command = f"{stage}/evaluate.py {runs}/{stage} {' '.join(few)} batch_size=16 out={tmp_path}"
-    shell(f"accelerate launch --num_processes 2 --cpu {command} cache_dir={tmp_path}/cache")
+    shell(f"{launch_two()} {command} cache_dir={tmp_path}/cache")
     assert values(tmp_path) == pytest.approx(values(evaluations / stage), rel=1e-5, abs=1e-7)
 
 
@@ -371,7 +370,7 @@ def test_sets_of_other_sizes_and_channels_are_measured_when_told_how(program, se
         ("stage1/evaluate.py {runs}/stage1 num_images=1", "num_images=1: must be 2 or more"),
         ("stage2/evaluate.py {runs}/stage2 num_reference=1", "num_reference=1: must be 2 or more"),
         ("stage2/evaluate.py {runs}/stage2 cfg_skale=2", "did you mean cfg_scale?"),
-        ("stage2/evaluate.py {runs}/stage2 'class_ids=[12]'", "class_ids: 12 is no class of this prior"),
+        ("stage2/evaluate.py {runs}/stage2 'class_ids=[12]'", "class_ids: 12 is no class of this run"),
         ("stage2/evaluate.py {runs}/stage2 {runs}/stage1", "usage: python stage2/evaluate.py"),
         ("stage2/evaluate.py num_reference=2 {runs}/none", "{runs}/none: no model there"),
         ("stage2/evaluate.py {runs}/stage2 data.source=other", "no such file or folder"),

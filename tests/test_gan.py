@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import ENVIRONMENT, ROOT, shell
+from programs import ENVIRONMENT, ROOT, launch_two, shell
 from safetensors.torch import load_file
 
 from vqgen.config import read_yaml
 
-pytestmark = pytest.mark.xdist_group("several processes")  # which all take the same port
 DEBUG = {"train": "configs/debug/stage1.yaml", "train_gan": "configs/debug/gan.yaml"}
 QUIET = "tracking.wandb=disabled"
 # Everything at once, on the debug run's 40 steps: D learns from step 8 on, and the decoder sees it from step 16 on.
@@ -94,6 +93,7 @@ def test_turning_the_discriminator_on_costs_less_than_one_db_within_its_ramp(pro
     """Eight evaluations, of which the third is the last without it and the sixth the end of the ramp."""
     settings = ["train.max_steps=320", "train.eval_every=40", "train.checkpoint_every=1000", "train.eval_images=500"]
     settings += ["loss.adversarial.name=hinge", "loss.adversarial.start=0.375", "loss.adversarial.ramp=0.375"]
+    settings += ["discriminator.width=16"]
     code, _, errors = program("stage1/train.py", DEBUG["train"], f"run_dir={tmp_path}/run", QUIET, *settings)
     assert code == 0, errors
     psnr = {line["step"]: line["val/psnr"] for line in lines(tmp_path / "run") if "val/psnr" in line}
@@ -174,14 +174,13 @@ def test_a_gan_of_colour_images_without_classes(program, tmp_path):
 
 
 def test_two_processes_train_a_vqgan_as_one_does_and_a_gan(tmp_path):
-    launch = "accelerate launch --num_processes 2 --cpu"
     vqgan = " ".join([*VQGAN, "model.quantizer.kmeans_iterations=0", "train.max_steps=20"])
     command = f"stage1/train.py {DEBUG['train']} {QUIET} {vqgan}"
     shell(f"accelerate launch {command} run_dir={tmp_path}/one")
-    assert "2 x cpu" in shell(f"{launch} {command} run_dir={tmp_path}/two")
+    assert "2 x cpu" in shell(f"{launch_two()} {command} run_dir={tmp_path}/two")
     for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         assert two == pytest.approx(one, rel=2e-3, abs=2e-4)
-    assert "2 x cpu" in shell(f"{launch} stage1/train_gan.py {DEBUG['train_gan']} {QUIET} run_dir={tmp_path}/gan")
+    assert "2 x cpu" in shell(f"{launch_two()} stage1/train_gan.py {DEBUG['train_gan']} {QUIET} run_dir={tmp_path}/gan")
     assert all(np.isfinite(value) for line in lines(tmp_path / "gan") for value in line.values())
 
 

@@ -46,7 +46,6 @@ def test_make_demo_leaves_its_runs_and_its_picture(project):
         assert (project / "runs/demo" / stage / "model").is_dir()
 
 
-@pytest.mark.xdist_group("several processes")
 def test_every_other_command_runs(project):
     left = [c for c in COMMANDS if c not in [*INSTALLING, *ON_SHARED_DATA, *COMPARING, "make demo", "make test"]]
     assert len(left) >= 10

@@ -550,7 +550,8 @@ def _merge(config: DictConfig, layer: Mapping[str, Any], prefix: str = "") -> Di
 
 def _no_such_key(key: str, known: Sequence[str]) -> str:
     last = key.rsplit(".", 1)[-1]
-    near = [k for k in known if k.rsplit(".", 1)[-1] == last] or difflib.get_close_matches(key, known, 1, 0.5)
+    elsewhere = sorted((k for k in known if k.rsplit(".", 1)[-1] == last), key=lambda k: k.count("."))
+    near = difflib.get_close_matches(key, known, 1, 0.9) or elsewhere or difflib.get_close_matches(key, known, 1, 0.5)
     return f"{key}: no such key; " + (f"did you mean {near[0]}?" if near else "see --help for all of them")
 
 
