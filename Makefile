@@ -16,7 +16,7 @@ demo: $(INSTALLED)
 
 # Two files at a time, as each test runs on one thread.
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --durations=40
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check

@@ -4,6 +4,7 @@ accelerate launch stage1/train.py [CONFIG.yaml] [key=value ...]
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,11 @@ R1_EVERY = 4  # steps, with so many times the weight (StyleGAN2's lazy regularis
 
 
 def main(config: Stage1Config) -> None:
-    adversarial = config.loss.adversarial.name != "none"
-    going_back(train, config, "the learning rate" + (" and the adversarial weight" if adversarial else ""))
+    lowered, to_lower = "the learning rate", f"optim.lr={config.optim.lr}"
+    if config.loss.adversarial.name != "none":
+        lowered += " and the adversarial weight"
+        to_lower += f", loss.adversarial.weight={config.loss.adversarial.weight} or loss.adversarial.lr"
+    going_back(train, config, lowered, to_lower)
 
 
 def train(config: Stage1Config, rollbacks: int) -> None:
@@ -89,7 +93,12 @@ def train(config: Stage1Config, rollbacks: int) -> None:
     model.code_layout(config.data.image_size)  # raises where the size does not suit the stride
     perceptual = disc = lecam = disc_optimizer = None
     if config.loss.perceptual.name != "none":
-        perceptual = PerceptualDistance(config.loss.perceptual.name, config.loss.perceptual.weights)
+        perceptual = PerceptualDistance(
+            config.loss.perceptual.name,
+            config.loss.perceptual.weights,
+            "loss.perceptual.name",
+            "loss.perceptual.weights",
+        )
     if adv.name != "none":
         fp16 = accelerator.mixed_precision == "fp16"
         require(not fp16, "train.mixed_precision=fp16 is too coarse for a discriminator's gradients; use bf16 or no")
@@ -158,6 +167,9 @@ def train(config: Stage1Config, rollbacks: int) -> None:
     while True:
         share = budget.share(step, device)
         last = share >= 1
+        if last:
+            with tracker.closed_on(Diverged):
+                guard.finish()
         if step > first_step and (last or step % config.train.eval_every == 0):
             with budget.paused():
                 figures = evaluate(ema.model, val_set, config.train.eval_images, micro_batch, device)
@@ -196,7 +208,8 @@ def train(config: Stage1Config, rollbacks: int) -> None:
         if disc_learns:
             disc_lr = lowered * adv.lr
             if share > adv.start:
-                disc_lr *= min(1.0, lr_at(share, config.optim) / lr_at(adv.start, config.optim))
+                falling = replace(config.optim, warmup=0.0)
+                disc_lr *= lr_at(share, falling) / lr_at(adv.start, falling)
             for group in disc_optimizer.param_groups:
                 group["lr"] = disc_lr
         penalised = adv.r1 > 0 and step % R1_EVERY == 0
@@ -239,9 +252,11 @@ def train(config: Stage1Config, rollbacks: int) -> None:
                     real, fake = disc(torch.cat([x.requires_grad_(penalised), y.detach()])).chunk(2)
                     losses["disc_loss"] = disc_loss = discriminator_loss(adv.name, real, fake)
                     if adv.lecam > 0:
-                        disc_loss = disc_loss + adv.lecam * lecam(real, fake)
+                        losses["lecam_loss"] = lecam(real, fake)
+                        disc_loss = disc_loss + adv.lecam * losses["lecam_loss"]
                     if penalised:
-                        disc_loss = disc_loss + adv.r1 * R1_EVERY * r1_penalty(real, x)
+                        losses["r1_loss"] = r1_penalty(real, x)
+                        disc_loss = disc_loss + adv.r1 * R1_EVERY * losses["r1_loss"]
                     accelerator.backward(disc_loss)
                 losses |= {"real_logits": real.mean(), "fake_logits": fake.mean()}
                 losses["disc_accuracy"] = discriminator_accuracy(adv.name, real, fake)

@@ -45,7 +45,7 @@ SETTLING_IMAGES = 1024  # that batch normalisation's statistics are of, in what 
 
 
 def main(config: GANConfig) -> None:
-    going_back(train, config, "the learning rate")
+    going_back(train, config, "both learning rates", f"optim.lr={config.optim.lr} and disc_lr={config.disc_lr}")
 
 
 def train(config: GANConfig, rollbacks: int) -> None:
@@ -127,6 +127,10 @@ def train(config: GANConfig, rollbacks: int) -> None:
     while True:
         share = budget.share(step, device)
         last = share >= 1
+        if last:
+            with tracker.closed_on(Diverged):
+                for guard in guards:
+                    guard.finish()
         evaluates = step > first_step and (last or step % config.train.eval_every == 0)
         healthy = not any(guard.in_a_row for guard in guards)  # a checkpoint is what one can go back to
         saves = step > first_step and (last or (healthy and step % config.train.checkpoint_every == 0))
@@ -212,7 +216,7 @@ def train(config: GANConfig, rollbacks: int) -> None:
             if metrics["disc_accuracy"] > WON_ACCURACY and not has_won:
                 tracker.say(
                     f"step {step}: the discriminator has won: it tells {metrics['disc_accuracy']:.1%} of the images, "
-                    f"and a generator learns little from that; lower discriminator.width or optim.lr"
+                    f"and a generator learns little from that; lower disc_lr or discriminator.width"
                 )
             has_won = metrics["disc_accuracy"] > WON_ACCURACY
             share = budget.share(step, device)
@@ -227,7 +231,8 @@ def noise(config: GANConfig, micro_batch: int, step: int, i: int, turn: int, dev
     """This process's noise (micro_batch, latent_dim) for pass i of a step, in D's turn (0) or G's (1)."""
     source = torch.Generator().manual_seed(mixed_seed(config.seed, step, i, turn))
     z = torch.randn(world_size() * micro_batch, config.generator["latent_dim"], generator=source)
-    return z[rank() * micro_batch : (rank() + 1) * micro_batch].to(device, non_blocking=True)
+    z = z[rank() * micro_batch : (rank() + 1) * micro_batch]
+    return (z.pin_memory() if device.type == "cuda" else z).to(device, non_blocking=True)
 
 
 def samples(generator: DCGANGenerator, seed: int, device: torch.device) -> Image.Image:

@@ -4,6 +4,7 @@ python stage2/compare.py [CONFIG.yaml] [key=value ...]
 """
 
 import json
+import platform
 import statistics
 import subprocess
 import sys
@@ -22,12 +23,28 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqgen.cli import run_program
-from vqgen.config import CompareConfig, DataConfig, SampleConfig, check_options
+from vqgen.config import (
+    CompareConfig,
+    DataConfig,
+    GANConfig,
+    SampleConfig,
+    Sections,
+    Stage1Config,
+    Stage2Config,
+    check_options,
+    load_config,
+    require,
+)
 from vqgen.data.images import ImageSet, load_images, some_rows
 from vqgen.errors import InputError
 from vqgen.evaluation import Report, cache_folder, evaluation_device, sample_figures, shown, writable_folder
 from vqgen.features import FeatureNetwork, cached_features, load_feature_network
-from vqgen.models.vqmodel import from_uint8, load_tokenizer, to_uint8
+from vqgen.models.dcgan import DCGANDiscriminator, DCGANGenerator
+from vqgen.models.discriminators import PatchDiscriminator
+from vqgen.models.prior import Prior
+from vqgen.models.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
+from vqgen.perceptual import PerceptualDistance
+from vqgen.quantizers import BASES, QUANTIZERS
 from vqgen.sampling import Sampler, classes_in_turn, load_sampler
 from vqgen.tracking import image_grid
 from vqgen.training import load_checkpoint
@@ -37,6 +54,14 @@ MODELS = {"dcgan": "DCGAN", "vqvae": "VQ-VAE + prior", "vqgan": "VQGAN + prior"}
 BATCH = 256  # images drawn at a time
 SPEED_ROUNDS = 5
 OPTIONS = ("temperature", "top_k", "top_p", "cfg_scale")
+SHARED = ("run_dir", "seed", "stage1", "train.max_steps", "train.max_seconds")  # and data.*, which all get
+REMEDY = "set seconds=, seed=, run_dir= or data.*= of the comparison"
+TOKENIZER_SECTIONS: Sections = {
+    "model": VQModel,
+    "model.quantizer": QUANTIZERS,
+    "model.quantizer.base": BASES,
+    "discriminator": PatchDiscriminator,
+}
 LOWER_IS_BETTER = ("perceptual", "rF", "FD", "FID", "KD", "KID")  # how the figures' names begin
 UNRANKED = ("usage", "parameters", "training seconds")
 ROWS, GAP = 6, 28  # of the picture's panels; pixels between them, which a title fits in
@@ -46,28 +71,41 @@ def main(config: CompareConfig) -> None:
     folder = writable_folder("run_dir", Path(config.run_dir))
     cache = cache_folder(config)
     data = DataConfig(**check_options(DataConfig, config.data, "data"))
-    train_set, held_out = load_images(data)  # before hours of training: what is wrong with them is said now
-
-    # The runs, by the programs that anyone would use: each goes on where it stopped.
-    settings = [f"data.{key}={json.dumps(value)}" for key, value in config.data.items() if value is not None]
-    settings += [f"tracking.{key}={value}" for key, value in asdict(config.tracking).items()]
-    for name in MODELS:
-        if name == "dcgan":
-            train("stage1/train_gan.py", folder / name, config, config.seconds, [*settings, *config.gan])
-            continue
-        stage1, stage2 = folder / name / "stage1", folder / name / "stage2"
-        tokenizer = [*settings, *config.tokenizer, *(config.vqgan if name == "vqgan" else [])]
-        train("stage1/train.py", stage1, config, config.seconds * (1 - config.prior_share), tokenizer)
-        prior = [f"stage1={stage1}", *settings[-2:], *config.prior]
-        train("stage2/train.py", stage2, config, config.seconds * config.prior_share, prior)
-    sampled = {name: folder / name if name == "dcgan" else folder / name / "stage2" for name in MODELS}
-
-    # The figures: of reconstructions by stage1/evaluate.py, of samples by the same functions as stage2/evaluate.py's.
+    # Before the training, as what is wrong with any of it should be said now: the images, both networks, the settings.
+    train_set, held_out = load_images(data)
     accelerator = evaluation_device()
-    samplers = {name: load_sampler(run, accelerator.device) for name, run in sampled.items()}
     network = load_feature_network(
         config.features, None, train_set, seed=config.seed, cache=cache, accelerator=accelerator
     )
+    if config.perceptual != "none":
+        PerceptualDistance(config.perceptual)
+    for cls, sections, given in (
+        (GANConfig, {"generator": DCGANGenerator, "discriminator": DCGANDiscriminator}, config.gan),
+        (Stage1Config, TOKENIZER_SECTIONS, [*config.tokenizer, *config.vqgan]),
+        (Stage2Config, {"model": Prior, "data": DataConfig}, config.prior),
+    ):
+        load_config(cls, given, sections)
+        for setting in given:
+            require(setting.split("=")[0] not in SHARED, f"{setting}: is the same for all three; {REMEDY}")
+
+    # The runs, by the programs that anyone would use: each goes on where it stopped.
+    settings = [f"data.{key}={json.dumps(value)}" for key, value in config.data.items() if value is not None]
+    tracking = [f"tracking.{key}={value}" for key, value in asdict(config.tracking).items()]
+    images = [train_set.fingerprint, train_set.crop]
+    for name in MODELS:
+        if name == "dcgan":
+            given = [*settings, *tracking, *config.gan]
+            train("stage1/train_gan.py", folder / name, config, config.seconds, given, images)
+            continue
+        stage1, stage2 = folder / name / "stage1", folder / name / "stage2"
+        given = [*settings, *tracking, *config.tokenizer, *(config.vqgan if name == "vqgan" else [])]
+        train("stage1/train.py", stage1, config, config.seconds * (1 - config.prior_share), given, images)
+        given, tokenizer = [f"stage1={stage1}", *tracking, *config.prior], load_tokenizer(stage1)[1]
+        train("stage2/train.py", stage2, config, config.seconds * config.prior_share, given, [*images, tokenizer])
+    sampled = {name: folder / name if name == "dcgan" else folder / name / "stage2" for name in MODELS}
+
+    # The figures: of reconstructions by stage1/evaluate.py, of samples by the same functions as stage2/evaluate.py's.
+    samplers = {name: load_sampler(run, accelerator.device) for name, run in sampled.items()}
     columns: dict[str, dict[str, float]] = {name: {} for name in MODELS}
     real: dict[str, float] = {}
     for name in ("vqvae", "vqgan"):
@@ -83,7 +121,8 @@ def main(config: CompareConfig) -> None:
         real |= {key: report.figures[key].floor for key in kept if report.figures[key].floor is not None}
     rates = cached(
         folder / "speed.json",
-        {name: sampler.checkpoint for name, sampler in samplers.items()},
+        {name: [sampler.checkpoint, drawing_options(sampler)] for name, sampler in samplers.items()}
+        | {"on": [str(accelerator.device), platform.node()]},
         lambda: images_per_second(samplers, accelerator.device),
     )
     for name, sampler in samplers.items():
@@ -100,11 +139,13 @@ def main(config: CompareConfig) -> None:
     print(f"{heading}\n\n{table}\n\n{folder / 'comparison.md'}; side by side: {folder / 'comparison.png'}")
 
 
-def train(program: str, run: Path, config: CompareConfig, seconds: float, settings: Sequence[str]) -> None:
-    """Runs a training program on its share of the time, unless it has done so already."""
+def train(
+    program: str, run: Path, config: CompareConfig, seconds: float, settings: Sequence[str], made_from: list[Any]
+) -> None:
+    """Runs a training program on its share of the time, unless it has done so already, from the same."""
     budget = ["train.max_steps=null", f"train.max_seconds={seconds:g}", f"seed={config.seed}"]
     command = [program, f"run_dir={run}", *budget, *settings]
-    cached(run / "finished.json", command, lambda: launch(command))
+    cached(run / "finished.json", [command, made_from], lambda: launch(command))
 
 
 def launch(command: Sequence[str]) -> None:
@@ -246,12 +287,13 @@ def picture(drawn: dict[str, Drawn], held_out: ImageSet, folder: Path, device: t
     columns = len(held_out.class_names) if 1 < len(held_out.class_names) <= 16 else 8
     wanted = classes_in_turn(ROWS * columns, range(len(held_out.class_names))).numpy()
     free = {c: iter(np.flatnonzero(held_out.class_ids == c)) for c in np.unique(wanted)}
-    rows = [next(free[c], None) for c in wanted]  # a class may have too few
-    real = held_out.__getitems__(np.array([row for row in rows if row is not None]))[0]
+    rows = np.array([next(free[c], -1) for c in wanted])  # a class may have too few
+    real = held_out.__getitems__(rows)[0]
+    real[rows < 0] = 255
     panels = {"real images": real}
     for name, part in drawn.items():
         panels[MODELS[name]] = part.__getitems__(np.arange(min(len(part), ROWS * columns)))[0]
-    x = held_out.__getitems__(some_rows(len(held_out), columns))[0]
+    x = held_out.__getitems__(np.linspace(0, len(held_out) - 1, columns, dtype=int))[0]
     lines = [x]
     for name in ("vqvae", "vqgan"):
         tokenizer = load_tokenizer(folder / name / "stage1")[0].to(device)

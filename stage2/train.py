@@ -45,7 +45,7 @@ from vqgen.training import (
 
 
 def main(config: Stage2Config) -> None:
-    going_back(train, config, "the learning rate")
+    going_back(train, config, "the learning rate", f"optim.lr={config.optim.lr}")
 
 
 def train(config: Stage2Config, rollbacks: int) -> None:
@@ -136,6 +136,9 @@ def train(config: Stage2Config, rollbacks: int) -> None:
     while True:
         share = budget.share(step, device)
         last = share >= 1
+        if last:
+            with tracker.closed_on(Diverged):
+                guard.finish()
         if step > first_step and (last or step % config.train.eval_every == 0):
             with budget.paused():
                 nll = prior_nll(ema.model, val_codes, config.train.eval_images, micro_batch, device)

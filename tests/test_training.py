@@ -512,6 +512,17 @@ def test_too_many_bad_steps_in_a_row_end_the_attempt():
     assert caught.value.rollbacks == 1
 
 
+def test_what_is_read_late_is_named_at_the_end():
+    said: list[str] = []
+    guard = FiniteGuard(9, 0, said.append, CPU)
+    guard.lag = 2  # as on a GPU
+    for step in range(5):
+        guard.check(step, rec_loss=torch.tensor(torch.nan if step in (1, 4) else 0.0))
+    assert [text[:6] for text in said] == ["step 1"]
+    guard.finish()
+    assert [text[:6] for text in said] == ["step 1", "step 4"]
+
+
 def test_going_back_lowers_until_it_helps_and_says_so(tmp_path, capsys):
     config = Stage1Config(run_dir=str(tmp_path))
     (tmp_path / "checkpoints/step_00000020").mkdir(parents=True)
@@ -522,7 +533,7 @@ def test_going_back_lowers_until_it_helps_and_says_so(tmp_path, capsys):
         if rollbacks < 3:
             raise Diverged("step 25: adv_loss not finite", rollbacks)
 
-    going_back(train, config, "the learning rate")
+    going_back(train, config, "the learning rate", "optim.lr")
     assert tried == [0, 1, 2, 3]
     assert "step 25: adv_loss not finite: going back to" in capsys.readouterr().out
 
@@ -537,7 +548,7 @@ def test_a_resumed_run_goes_on_from_its_own_number_of_rollbacks(tmp_path, capsys
         if rollbacks < 4:
             raise Diverged("step 25: loss not finite", rollbacks)
 
-    going_back(train, Stage1Config(run_dir=str(tmp_path)), "the learning rate")
+    going_back(train, Stage1Config(run_dir=str(tmp_path)), "the learning rate", "optim.lr")
     assert tried == [2, 3, 4]
     assert "1/16" in capsys.readouterr().out
 
@@ -548,7 +559,7 @@ def test_what_going_back_does_not_cure_is_one_line_with_the_remedy(tmp_path):
 
     config = Stage1Config(run_dir=str(tmp_path))
     with pytest.raises(InputError, match=r"no checkpoint yet; lower optim\.lr=0\.008"):
-        going_back(train, config, "the learning rate")
+        going_back(train, config, "the learning rate", "optim.lr=0.008")
     (tmp_path / "checkpoints/step_00000005").mkdir(parents=True)
     with pytest.raises(InputError, match=r"the last checkpoint is .*step_00000005; lower optim.lr"):
-        going_back(train, config, "the learning rate")
+        going_back(train, config, "the learning rate", "optim.lr=0.008")

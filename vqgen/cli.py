@@ -51,6 +51,11 @@ def run_program(
         config: Any = load_config(cls, arguments, sections)
         make_up_for_launcher()
         main(*positional, config)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            # All is done and closed, but gloo's threads may outlive the interpreter, which then aborts.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     except InputError as error:
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(5)  # what all processes find, the main one says first, and the launcher then ends the others

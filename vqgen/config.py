@@ -72,7 +72,7 @@ class PerceptualConfig:
     weight: float = 0.01
     """Its weight in the loss. Much more, and the decoder draws patterns that only the classifier takes for texture."""
     every: int = 4
-    """It is computed on every so many-th image of a batch: fewer cost less, and are the same on average."""
+    """It is computed on every so many-th image of a process's pass: fewer cost less, and are the same on average."""
     start: float = 0.5
     """Share of the run after which it counts; the steps before are cheaper."""
 
@@ -103,7 +103,8 @@ class AdversarialConfig:
     lecam: float = 0.0
     """Weight of LeCam's regularisation, for few images: 0.01, for example."""
     r1: float = 1.0
-    """Weight of the gradient penalty R1. With 0 the decoder learns noise that fools the discriminator, not texture."""
+    """Weight of the gradient penalty R1, tuned at 32 and 64 pixels; larger images want less. With 0 the decoder learns
+    noise that fools the discriminator, not texture."""
 
     def __post_init__(self) -> None:
         require(0 <= self.start <= 1, f"loss.adversarial.start={self.start}: is a share of the run, from 0 to 1")

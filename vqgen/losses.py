@@ -13,7 +13,7 @@ def discriminator_loss(name: str, real: Tensor, fake: Tensor) -> Tensor:
     """What D minimises, a scalar, given its logits of real and of generated images, of any shapes.
 
     `minimax` and `non_saturating`: -log D(x) - log(1 - D(G(z))), the GAN's eq. 1 (Goodfellow et al. 2014) with the sign
-    turned; `hinge`: Lim and Ye 2017, algorithm 1; `least_squares`: Mao et al. 2017, eq. 9.
+    turned; `hinge`: Lim and Ye 2017, algorithm 1, halved as in VQGAN's code; `least_squares`: Mao et al. 2017, eq. 9.
     """
     if name == "hinge":
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
@@ -48,6 +48,9 @@ def discriminator_accuracy(name: str, real: Tensor, fake: Tensor) -> Tensor:
 def r1_penalty(real: Tensor, x: Tensor) -> Tensor:
     """E |grad_x D(x)|^2 / 2, a scalar (Mescheder et al. 2018, eq. 9): D must not be steep around real images.
 
+    Of a patch discriminator, D(x) is the sum over the patches: the penalty grows with the image, and wants a smaller
+    weight there.
+
     Args:
         real: D's logits of x.
         x: real images (B, C, H, W), which must require a gradient.
@@ -63,7 +66,7 @@ class LeCam(nn.Module):
     The running means belong in the checkpoint.
 
     Args:
-        decay: of the running means, per step.
+        decay: of the running means, per pass.
     """
 
     real_mean: Tensor

@@ -1,6 +1,7 @@
 """What both training loops need around the step itself: schedule, data order, weight average, checkpoints."""
 
 import copy
+import gc
 import itertools
 import logging
 import math
@@ -30,7 +31,7 @@ logger = logging.getLogger("vqgen")
 FREE_SETTINGS = ["run_dir", "tracking", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints"]
 FREE_SETTINGS += ["data.workers"]
 
-MAX_ROLLBACKS = 5
+MAX_ROLLBACKS = 5  # a 32nd of what was set: what that does not cure has another cause
 CLOCK_EVERY = 10  # steps between looks at the clock where several processes must agree on it, as that makes them wait
 
 
@@ -326,6 +327,11 @@ class FiniteGuard:
             self._read(*self.pending.pop(0))
         return flags.amax().clamp(max=1)
 
+    def finish(self) -> None:
+        """Names the bad ones among the last steps, which no later step will."""
+        while self.pending:
+            self._read(*self.pending.pop(0))
+
     def _read(self, step: int, names: list[str], seen: Tensor, event: Any) -> None:
         if event is not None:
             event.synchronize()
@@ -338,7 +344,7 @@ class FiniteGuard:
             self.say(f"{what}; the update is skipped")
 
 
-def going_back(train: Callable[[Any, int], None], config: Any, lowered: str) -> None:
+def going_back(train: Callable[[Any, int], None], config: Any, lowered: str, to_lower: str) -> None:
     """Calls train(config, rollbacks), and again from the newest checkpoint each time it ends in `Diverged`.
 
     Going back is resuming. With the same settings it would end the same way, so train halves some for each rollback,
@@ -348,6 +354,7 @@ def going_back(train: Callable[[Any, int], None], config: Any, lowered: str) -> 
         train: the training program.
         config: its configuration.
         lowered: what it halves, in words.
+        to_lower: the settings that the user should lower if that is not enough.
 
     Raises:
         InputError: going back does not help, or there is no checkpoint to go back to.
@@ -357,7 +364,7 @@ def going_back(train: Callable[[Any, int], None], config: Any, lowered: str) -> 
         try:
             return train(config, rollbacks)
         except Diverged as error:
-            remedy = f"lower optim.lr={config.optim.lr}, and name another run_dir="
+            remedy = f"lower {to_lower}, and name another run_dir="
             checkpoint = newest_checkpoint(Path(config.run_dir))
             if checkpoint is None or error.rollbacks == MAX_ROLLBACKS:
                 kept = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
@@ -365,6 +372,7 @@ def going_back(train: Callable[[Any, int], None], config: Any, lowered: str) -> 
             rollbacks = error.rollbacks + 1
             if rank() == 0:
                 print(f"{error}: going back to {checkpoint} with {lowered} at 1/{2**rollbacks} of what is set")
+        gc.collect()  # or the failed attempt's models would lie beside those of the next
 
 
 def open_run(config: Any) -> None:

@@ -64,7 +64,7 @@ class ClassBatchNorm(nn.Module):
     """Batch normalisation with a gain and a bias for each class, and for none (de Vries et al. 2017).
 
     As a vector beside the noise the class took the noise's place: one image a class is varied enough to pass for a
-    batch, and training ended there. Here noise has half of each layer's say.
+    batch, and training ended there.
     """
 
     def __init__(self, width: int, num_classes: int):
