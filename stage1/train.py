@@ -14,10 +14,12 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from einops import rearrange
 from PIL import Image
 
+from vqgen.checkpoints import load_checkpoint, open_run, resumed_otherwise, save_checkpoint, written_whole
 from vqgen.cli import run_program
 from vqgen.config import Stage1Config, check_options, require
 from vqgen.data.images import ImageSet, load_images
 from vqgen.distributed import all_reduce_sum, rank, world_size
+from vqgen.faults import Stop
 from vqgen.losses import (
     WON_ACCURACY,
     LeCam,
@@ -44,15 +46,11 @@ from vqgen.training import (
     coin_flips,
     endless_batches,
     going_back,
-    load_checkpoint,
     lr_at,
     micro_batch_size,
-    open_run,
     parameter_groups,
     ramp_at,
-    save_checkpoint,
     seed_step,
-    written_whole,
 )
 
 REC_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
@@ -68,7 +66,7 @@ def main(config: Stage1Config) -> None:
     going_back(train, config, lowered, to_lower)
 
 
-def train(config: Stage1Config, rollbacks: int) -> None:
+def train(config: Stage1Config, rollbacks: int, stop: Stop) -> None:
     adv = config.loss.adversarial
     budget = Budget(config.train.max_steps, config.train.max_seconds)
     accelerator = Accelerator(
@@ -120,12 +118,12 @@ def train(config: Stage1Config, rollbacks: int) -> None:
     if disc is not None:
         disc, lecam = disc.to(device, memory_format=memory_format), lecam.to(device)
         disc_optimizer = torch.optim.AdamW(disc.parameters(), lr=adv.lr, betas=DISC_BETAS, weight_decay=0.0, fused=True)
-    step = 0
+    step = evaluated = 0
     run_dir = Path(config.run_dir)
     if state := load_checkpoint(run_dir):
         same = state["data"] == train_set.fingerprint
         require(same, f"{run_dir} was trained with other data than are there now; name another run_dir=")
-        step, budget.spent = state["step"], state["seconds"]
+        step, evaluated, budget.spent = state["step"], state["evaluated"], state["seconds"]
         model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
@@ -156,47 +154,61 @@ def train(config: Stage1Config, rollbacks: int) -> None:
     tracker.say(
         f"{run_dir}: {len(train_set)} training and {len(val_set)} held-out images, "
         f"{num_parameters / 1e6:.2f} M parameters, {world_size()} x {device.type}"
-        + (f"; going on from step {step}" if step else "")
+        + (f"; going on from step {step}{resumed_otherwise(state, accumulation)}" if state else "")
     )
     usage = CodeUsage(bare_model.quantizer.num_codebooks, bare_model.quantizer.codebook_size, device)
-    guard = FiniteGuard(config.train.max_bad_steps, rollbacks, tracker.say, device)
+    guard = FiniteGuard(config.train.max_bad_steps, rollbacks, tracker.say, device, stop)
     means, stopwatch, has_won = Means(), Stopwatch(device), False
-    first_step, window_step, window_start = step, step, budget.seconds
+    if state:
+        means.load_state_dict(state["means"], device)
+        usage.load_state_dict(state["usage"])
+        guard.in_a_row = state["bad_steps"]
+    saved, window_step, window_start = step, step, budget.seconds
+    stop.training = True
     budget.start()
 
     while True:
         share = budget.share(step, device)
-        last = share >= 1
-        if last:
+        last, stopping = share >= 1, stop.due
+        if last or stopping:
             with tracker.closed_on(Diverged):
                 guard.finish()
-        if step > first_step and (last or step % config.train.eval_every == 0):
+        if step > evaluated and (last or (step % config.train.eval_every == 0 and not stopping)):
+            evaluated = step
             with budget.paused():
                 figures = evaluate(ema.model, val_set, config.train.eval_images, micro_batch, device)
                 tracker.log(step, figures)
                 tracker.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
                 tracker.picture(step, "reconstructions", reconstructions(ema.model, val_set, device))
         healthy = guard.in_a_row == 0  # a checkpoint is what one can go back to
-        if step > first_step and (last or (healthy and step % config.train.checkpoint_every == 0)):
+        if step > saved and (last or stopping or (healthy and step % config.train.checkpoint_every == 0)):
             with budget.paused():
+                logged = {"means": means.state_dict(), "usage": usage.state_dict()}
                 if accelerator.is_main_process:
                     with written_whole(run_dir / "model") as folder:
                         ema.model.save_pretrained(folder)
                     state = {
                         "step": step,
+                        "evaluated": evaluated,
                         "seconds": budget.seconds,
+                        "processes": world_size(),
+                        "accumulation": accumulation,
                         "data": train_set.fingerprint,
                         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
                         "model": bare_model.state_dict(),
                         "ema": ema.model.state_dict(),
                         "optimizer": optimizer.state_dict(),
                         "rollbacks": rollbacks,
+                        "bad_steps": guard.in_a_row,
+                        **logged,
                     }
                     if disc is not None:
                         state["disc"], state["lecam"] = bare_disc.state_dict(), lecam.state_dict()
                         state["disc_optimizer"] = disc_optimizer.state_dict()
-                    save_checkpoint(run_dir, step, state, config.train.keep_checkpoints)
-        if last:
+                    tracker.flush()
+                    save_checkpoint(run_dir, step, state, config.train.keep_checkpoints, config.train.milestone_every)
+            saved = step
+        if last or stopping:
             break
 
         lowered = 0.5**rollbacks
@@ -297,6 +309,8 @@ def train(config: Stage1Config, rollbacks: int) -> None:
             shown = {name: metrics[name] for name in ("loss", "psnr", "usage", "images_per_second")}
             tracker.progress(step, share, budget.seconds * (1 / share - 1), **shown)
             window_step, window_start = step, budget.seconds
+    if not last:
+        tracker.say(f"{stop.reason}: stopped at step {step}; the same command goes on from there")
     tracker.close()
     accelerator.end_training()
 

@@ -12,10 +12,12 @@ from einops import rearrange
 from PIL import Image
 from torch import nn
 
+from vqgen.checkpoints import load_checkpoint, open_run, resumed_otherwise, save_checkpoint, written_whole
 from vqgen.cli import run_program
 from vqgen.config import GANConfig, check_options, require
 from vqgen.data.images import load_images
 from vqgen.distributed import rank, world_size
+from vqgen.faults import Stop
 from vqgen.losses import WON_ACCURACY, discriminator_accuracy, discriminator_loss, generator_loss
 from vqgen.models.dcgan import DCGANDiscriminator, DCGANGenerator, settle_batch_norm
 from vqgen.models.vqmodel import from_uint8
@@ -31,14 +33,10 @@ from vqgen.training import (
     coin_flips,
     endless_batches,
     going_back,
-    load_checkpoint,
     lr_at,
     micro_batch_size,
     mixed_seed,
-    open_run,
     parameter_groups,
-    save_checkpoint,
-    written_whole,
 )
 
 SETTLING_IMAGES = 1024  # that batch normalisation's statistics are of, in what is evaluated and saved
@@ -48,7 +46,7 @@ def main(config: GANConfig) -> None:
     going_back(train, config, "both learning rates", f"optim.lr={config.optim.lr} and disc_lr={config.disc_lr}")
 
 
-def train(config: GANConfig, rollbacks: int) -> None:
+def train(config: GANConfig, rollbacks: int, stop: Stop) -> None:
     budget = Budget(config.train.max_steps, config.train.max_seconds)
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
@@ -86,12 +84,12 @@ def train(config: GANConfig, rollbacks: int) -> None:
         for model in (generator, disc)
     )
     ema = WeightEMA(generator, config.train.ema)
-    step = 0
+    step = evaluated = 0
     run_dir = Path(config.run_dir)
     if state := load_checkpoint(run_dir):
         same = state["data"] == train_set.fingerprint
         require(same, f"{run_dir} was trained with other data than are there now; name another run_dir=")
-        step, budget.spent = state["step"], state["seconds"]
+        step, evaluated, budget.spent = state["step"], state["evaluated"], state["seconds"]
         rollbacks = max(rollbacks, state["rollbacks"])
         generator.load_state_dict(state["model"])
         disc.load_state_dict(state["disc"])
@@ -117,45 +115,60 @@ def train(config: GANConfig, rollbacks: int) -> None:
     tracker.say(
         f"{run_dir}: {len(train_set)} training images, {len(classes)} classes, {counts[0] / 1e6:.2f} M parameters "
         f"and {counts[1] / 1e6:.2f} M of the discriminator, {world_size()} x {device.type}"
-        + (f"; going on from step {step}" if step else "")
+        + (f"; going on from step {step}{resumed_otherwise(state, accumulation)}" if state else "")
     )
-    guards = [FiniteGuard(config.train.max_bad_steps, rollbacks, tracker.say, device) for _ in range(2)]
+    guards = [FiniteGuard(config.train.max_bad_steps, rollbacks, tracker.say, device, stop) for _ in range(2)]
     means, has_won = Means(), False
-    first_step, window_step, window_start = step, step, budget.seconds
+    if state:
+        means.load_state_dict(state["means"], device)
+        for guard, bad_steps in zip(guards, state["bad_steps"], strict=True):
+            guard.in_a_row = bad_steps
+    saved, window_step, window_start = step, step, budget.seconds
+    stop.training = True
     budget.start()
 
     while True:
         share = budget.share(step, device)
-        last = share >= 1
-        if last:
+        last, stopping = share >= 1, stop.due
+        if last or stopping:
             with tracker.closed_on(Diverged):
                 for guard in guards:
                     guard.finish()
-        evaluates = step > first_step and (last or step % config.train.eval_every == 0)
+        evaluates = step > evaluated and (last or (step % config.train.eval_every == 0 and not stopping))
         healthy = not any(guard.in_a_row for guard in guards)  # a checkpoint is what one can go back to
-        saves = step > first_step and (last or (healthy and step % config.train.checkpoint_every == 0))
+        saves = step > saved and (last or stopping or (healthy and step % config.train.checkpoint_every == 0))
         if evaluates or saves:
             with budget.paused():
                 class_ids = classes_in_turn(SETTLING_IMAGES, range(len(classes))).to(device)
                 settle_batch_norm(ema.model, latents(ema.model, class_ids, config.seed), class_ids)
-                if evaluates and accelerator.is_main_process:
-                    tracker.picture(step, "samples", samples(ema.model, config.seed, device))
+                if evaluates:
+                    evaluated = step
+                    if accelerator.is_main_process:
+                        tracker.picture(step, "samples", samples(ema.model, config.seed, device))
+                logged = {"means": means.state_dict()}
                 if saves and accelerator.is_main_process:
                     with written_whole(run_dir / "model") as folder:
                         ema.model.save_pretrained(folder / "generator")
                     state = {
                         "step": step,
+                        "evaluated": evaluated,
                         "seconds": budget.seconds,
+                        "processes": world_size(),
+                        "accumulation": accumulation,
                         "data": train_set.fingerprint,
                         "rollbacks": rollbacks,
+                        "bad_steps": [guard.in_a_row for guard in guards],
+                        **logged,
                         "model": bare_generator.state_dict(),
                         "disc": bare_disc.state_dict(),
                         "ema": ema.model.state_dict(),
                         "optimizer": optimizer.state_dict(),
                         "disc_optimizer": disc_optimizer.state_dict(),
                     }
-                    save_checkpoint(run_dir, step, state, config.train.keep_checkpoints)
-        if last:
+                    tracker.flush()
+                    save_checkpoint(run_dir, step, state, config.train.keep_checkpoints, config.train.milestone_every)
+            saved = step if saves else saved
+        if last or stopping:
             break
 
         lr = 0.5**rollbacks * lr_at(share, config.optim)
@@ -223,6 +236,8 @@ def train(config: GANConfig, rollbacks: int) -> None:
             shown = {name: metrics[name] for name in ("disc_loss", "gen_loss", "disc_accuracy", "images_per_second")}
             tracker.progress(step, share, budget.seconds * (1 / share - 1), **shown)
             window_step, window_start = step, budget.seconds
+    if not last:
+        tracker.say(f"{stop.reason}: stopped at step {step}; the same command goes on from there")
     tracker.close()
     accelerator.end_training()
 

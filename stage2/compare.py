@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
+from vqgen.checkpoints import load_checkpoint
 from vqgen.cli import run_program
 from vqgen.config import (
     CompareConfig,
@@ -47,7 +48,6 @@ from vqgen.perceptual import PerceptualDistance
 from vqgen.quantizers import BASES, QUANTIZERS
 from vqgen.sampling import Sampler, classes_in_turn, load_sampler
 from vqgen.tracking import image_grid
-from vqgen.training import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 MODELS = {"dcgan": "DCGAN", "vqvae": "VQ-VAE + prior", "vqgan": "VQGAN + prior"}

@@ -13,11 +13,13 @@ from accelerate import Accelerator
 from einops import rearrange
 from PIL import Image
 
+from vqgen.checkpoints import load_checkpoint, open_run, resumed_otherwise, save_checkpoint, written_whole
 from vqgen.cli import run_program
 from vqgen.config import DataConfig, SampleConfig, Stage2Config, check_options, read_yaml, require
 from vqgen.data.codes import encode_images
 from vqgen.data.images import load_images
 from vqgen.distributed import world_size
+from vqgen.faults import Stop
 from vqgen.likelihood import prior_nll, unigram_entropy
 from vqgen.models.prior import Prior
 from vqgen.models.vqmodel import VQModel, load_tokenizer
@@ -33,14 +35,10 @@ from vqgen.training import (
     coin_flips,
     endless_batches,
     going_back,
-    load_checkpoint,
     lr_at,
     micro_batch_size,
-    open_run,
     parameter_groups,
-    save_checkpoint,
     seed_step,
-    written_whole,
 )
 
 
@@ -48,7 +46,7 @@ def main(config: Stage2Config) -> None:
     going_back(train, config, "the learning rate", f"optim.lr={config.optim.lr}")
 
 
-def train(config: Stage2Config, rollbacks: int) -> None:
+def train(config: Stage2Config, rollbacks: int, stop: Stop) -> None:
     budget = Budget(config.train.max_steps, config.train.max_seconds)
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision, gradient_accumulation_steps=config.train.accumulation
@@ -95,12 +93,12 @@ def train(config: Stage2Config, rollbacks: int) -> None:
     )
     model = model.to(device)
     ema = WeightEMA(model, config.train.ema)
-    step = 0
+    step = evaluated = 0
     run_dir = Path(config.run_dir)
     if state := load_checkpoint(run_dir):
         for name, now in (("tokenizer", tokenizer_hash), ("data", fingerprint)):
             require(state[name] == now, f"{run_dir} was trained with another {name} than now; name another run_dir=")
-        step, budget.spent = state["step"], state["seconds"]
+        step, evaluated, budget.spent = state["step"], state["evaluated"], state["seconds"]
         rollbacks = max(rollbacks, state["rollbacks"])
         model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
@@ -125,21 +123,26 @@ def train(config: Stage2Config, rollbacks: int) -> None:
         f"{run_dir}: {len(train_codes)} training and {len(val_codes)} held-out sequences "
         f"of {layout.num_tokens} tokens, {len(bare_model.class_names)} classes, "
         f"{num_parameters / 1e6:.2f} M parameters, {world_size()} x {device.type}"
-        + (f"; going on from step {step}" if step else "")
+        + (f"; going on from step {step}{resumed_otherwise(state, accumulation)}" if state else "")
     )
     unigram = unigram_entropy(train_codes, layout)
     dims_per_token = tokenizer.channels * data.image_size**2 / layout.num_tokens
-    guard, means = FiniteGuard(config.train.max_bad_steps, rollbacks, tracker.say, device), Means()
-    first_step, window_step, window_start = step, step, budget.seconds
+    guard, means = FiniteGuard(config.train.max_bad_steps, rollbacks, tracker.say, device, stop), Means()
+    if state:
+        means.load_state_dict(state["means"], device)
+        guard.in_a_row = state["bad_steps"]
+    saved, window_step, window_start = step, step, budget.seconds
+    stop.training = True
     budget.start()
 
     while True:
         share = budget.share(step, device)
-        last = share >= 1
-        if last:
+        last, stopping = share >= 1, stop.due
+        if last or stopping:
             with tracker.closed_on(Diverged):
                 guard.finish()
-        if step > first_step and (last or step % config.train.eval_every == 0):
+        if step > evaluated and (last or (step % config.train.eval_every == 0 and not stopping)):
+            evaluated = step
             with budget.paused():
                 nll = prior_nll(ema.model, val_codes, config.train.eval_images, micro_batch, device)
                 figures = {
@@ -152,15 +155,19 @@ def train(config: Stage2Config, rollbacks: int) -> None:
                 if accelerator.is_main_process:
                     tracker.picture(step, "samples", samples(ema.model, tokenizer, config.seed, device))
         healthy = guard.in_a_row == 0  # a checkpoint is what one can go back to
-        if step > first_step and (last or (healthy and step % config.train.checkpoint_every == 0)):
+        if step > saved and (last or stopping or (healthy and step % config.train.checkpoint_every == 0)):
             with budget.paused():
+                logged = {"means": means.state_dict()}
                 if accelerator.is_main_process:
                     with written_whole(run_dir / "model") as folder:
                         ema.model.save_pretrained(folder / "prior")
                         tokenizer.save_pretrained(folder / "tokenizer")
                     state = {
                         "step": step,
+                        "evaluated": evaluated,
                         "seconds": budget.seconds,
+                        "processes": world_size(),
+                        "accumulation": accumulation,
                         "tokenizer": tokenizer_hash,
                         "data": fingerprint,
                         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
@@ -168,9 +175,13 @@ def train(config: Stage2Config, rollbacks: int) -> None:
                         "ema": ema.model.state_dict(),
                         "optimizer": optimizer.state_dict(),
                         "rollbacks": rollbacks,
+                        "bad_steps": guard.in_a_row,
+                        **logged,
                     }
-                    save_checkpoint(run_dir, step, state, config.train.keep_checkpoints)
-        if last:
+                    tracker.flush()
+                    save_checkpoint(run_dir, step, state, config.train.keep_checkpoints, config.train.milestone_every)
+            saved = step
+        if last or stopping:
             break
 
         lr = 0.5**rollbacks * lr_at(share, config.optim)
@@ -208,6 +219,8 @@ def train(config: Stage2Config, rollbacks: int) -> None:
                 step, share, budget.seconds * (1 / share - 1), loss=metrics["loss"], images_per_second=speed
             )
             window_step, window_start = step, budget.seconds
+    if not last:
+        tracker.say(f"{stop.reason}: stopped at step {step}; the same command goes on from there")
     tracker.close()
     accelerator.end_training()
 

@@ -1,9 +1,8 @@
-"""Schedules, data order, weight average and checkpoints: what makes a run repeatable and resumable."""
+"""Schedules, data order, weight average and steps gone wrong: what makes a run repeatable."""
 
 import itertools
 import re
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,10 @@ import torch
 from torch import nn
 
 from vqgen import training
-from vqgen.config import OptimConfig, Stage1Config, TrackingConfig, TrainConfig, read_yaml
+from vqgen.checkpoints import save_checkpoint
+from vqgen.config import OptimConfig, Stage1Config
 from vqgen.errors import InputError
+from vqgen.faults import Stop
 from vqgen.training import (
     BatchOrder,
     Budget,
@@ -23,16 +24,12 @@ from vqgen.training import (
     WeightEMA,
     coin_flips,
     going_back,
-    load_checkpoint,
     lr_at,
     micro_batch_size,
     mixed_seed,
-    open_run,
     parameter_groups,
     ramp_at,
-    save_checkpoint,
     seed_step,
-    written_whole,
 )
 
 CPU = torch.device("cpu")
@@ -307,136 +304,6 @@ def test_width_without_a_profile_is_refused(width):
         WeightEMA(nn.Linear(1, 1), width)
 
 
-# The run's folder
-
-
-def run_config(tmp_path: Path, **changes) -> Stage1Config:
-    return Stage1Config(run_dir=str(tmp_path / "run"), **changes)
-
-
-def test_open_run_writes_the_configuration_and_takes_the_same_again(tmp_path):
-    config = run_config(tmp_path, model={"patch_size": 2, "quantizer": {"decay": 0.5}})
-    open_run(config)
-    saved = read_yaml(tmp_path / "run" / "config.yaml")
-    assert (saved["seed"], saved["model"]) == (0, {"patch_size": 2, "quantizer": {"decay": 0.5}})
-    open_run(config)
-
-
-@pytest.mark.parametrize(
-    ("changes", "key", "there", "asked"),
-    [
-        ({"seed": 7}, "seed", "0", "7"),
-        ({"train": TrainConfig(batch_size=3)}, "train.batch_size", str(TrainConfig().batch_size), "3"),
-        ({"optim": OptimConfig(beta2=0.6)}, "optim.beta2", str(OptimConfig().beta2), "0.6"),
-        ({"model": {"quantizer": {"decay": 0.5}}}, "model.quantizer.decay", "None", "0.5"),
-    ],
-)
-def test_open_run_refuses_other_settings_by_key_and_values(tmp_path, changes, key, there, asked):
-    open_run(run_config(tmp_path))
-    before = (tmp_path / "run" / "config.yaml").read_bytes()
-    with pytest.raises(InputError) as caught:
-        open_run(run_config(tmp_path, **changes))
-    message = str(caught.value)
-    assert f"{key}={there}, but {key}={asked} " in message
-    assert "run_dir=" in message
-    assert len(message.splitlines()) == 1
-    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
-
-
-def test_open_run_lets_settings_differ_that_do_not_change_the_result(tmp_path):
-    open_run(run_config(tmp_path))
-    free = run_config(
-        tmp_path,
-        tracking=TrackingConfig("disabled", "other"),
-        train=TrainConfig(log_every=1, checkpoint_every=2, keep_checkpoints=3),
-    )
-    free.data.workers = 0
-    open_run(free)
-
-
-def test_open_run_takes_a_run_that_was_moved(tmp_path):
-    config = run_config(tmp_path)
-    open_run(config)
-    (tmp_path / "run").rename(tmp_path / "moved")
-    config.run_dir = str(tmp_path / "moved")
-    open_run(config)
-
-
-def test_open_run_says_where_it_cannot_write(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written"):
-        open_run(Stage1Config(run_dir=str(tmp_path / "file" / "run")))
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_written_whole_takes_the_place_of_the_old_folder(tmp_path):
-    for content in ("old", "new"):
-        with written_whole(tmp_path / "model") as folder:
-            (folder / content).write_text(content)
-    assert names(tmp_path) == ["model"]
-    assert names(tmp_path / "model") == ["new"]
-
-
-def test_written_whole_leaves_the_old_folder_where_the_writing_fails(tmp_path):
-    with written_whole(tmp_path / "model") as folder:
-        (folder / "a").write_text("old")
-
-    def fail_half_way() -> None:
-        with written_whole(tmp_path / "model") as folder:
-            (folder / "a").write_text("half")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="full"):
-        fail_half_way()
-    assert (tmp_path / "model" / "a").read_text() == "old"
-    with written_whole(tmp_path / "model") as folder:
-        (folder / "b").write_text("new")
-    assert names(tmp_path) == ["model"]
-    assert names(tmp_path / "model") == ["b"]
-
-
-def test_the_newest_checkpoints_stay_and_the_newest_is_loaded(tmp_path):
-    for step in (5, 10, 100):
-        save_checkpoint(tmp_path, step, {"step": step, "model": {"w": torch.full((2,), float(step))}}, keep=2)
-    assert names(tmp_path / "checkpoints") == ["step_00000010", "step_00000100"]
-    state = load_checkpoint(tmp_path)
-    assert state["step"] == 100
-    assert torch.equal(state["model"]["w"], torch.full((2,), 100.0))
-
-
-def test_a_half_written_checkpoint_is_ignored(tmp_path):
-    save_checkpoint(tmp_path, 5, {"step": 5}, keep=2)
-    half = tmp_path / "checkpoints" / "step_00000010.tmp"
-    half.mkdir()
-    (half / "state.pt").write_bytes(b"half")
-    assert load_checkpoint(tmp_path) == {"step": 5}
-    save_checkpoint(tmp_path, 10, {"step": 10}, keep=1)
-    assert names(tmp_path / "checkpoints") == ["step_00000010"]
-    assert load_checkpoint(tmp_path) == {"step": 10}
-
-
-def test_a_checkpoint_that_fails_leaves_those_before_it(tmp_path):
-    save_checkpoint(tmp_path, 5, {"step": 5}, keep=1)
-    with pytest.raises(Exception, match="pickle"):
-        save_checkpoint(tmp_path, 10, {"step": lambda: 10}, keep=1)
-    assert load_checkpoint(tmp_path) == {"step": 5}
-
-
-def test_the_last_checkpoint_is_kept_even_if_none_is_asked_for(tmp_path):
-    for step in (5, 10):
-        save_checkpoint(tmp_path, step, {"step": step}, keep=0)
-    assert names(tmp_path / "checkpoints") == ["step_00000010"]
-
-
-def test_no_checkpoint_is_none(tmp_path):
-    assert load_checkpoint(tmp_path) is None
-    (tmp_path / "checkpoints").mkdir()
-    assert load_checkpoint(tmp_path) is None
-
-
 def test_codebooks_are_copied_and_not_averaged():
     model = torch.nn.Module()
     model.codebook, model.weight = (torch.nn.Parameter(torch.zeros(3, 2)) for _ in range(2))
@@ -485,7 +352,7 @@ def test_the_ramp_rises_from_its_start():
 
 def test_a_step_that_is_not_finite_is_named_and_skipped_to_the_last_bit():
     said: list[str] = []
-    guard = FiniteGuard(3, 0, said.append, CPU)
+    guard = FiniteGuard(3, 0, said.append, CPU, Stop())
     layer = nn.Linear(2, 1)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
     for step, scale in enumerate([1.0, torch.inf, torch.nan, 1.0]):
@@ -503,7 +370,7 @@ def test_a_step_that_is_not_finite_is_named_and_skipped_to_the_last_bit():
 
 
 def test_too_many_bad_steps_in_a_row_end_the_attempt():
-    guard = FiniteGuard(2, 1, lambda text: None, CPU)
+    guard = FiniteGuard(2, 1, lambda text: None, CPU, Stop())
     good, bad = torch.tensor(0.0), torch.tensor(torch.nan)
     for step, value in enumerate([bad, good, bad]):
         guard.check(step, loss=value)
@@ -514,7 +381,7 @@ def test_too_many_bad_steps_in_a_row_end_the_attempt():
 
 def test_what_is_read_late_is_named_at_the_end():
     said: list[str] = []
-    guard = FiniteGuard(9, 0, said.append, CPU)
+    guard = FiniteGuard(9, 0, said.append, CPU, Stop())
     guard.lag = 2  # as on a GPU
     for step in range(5):
         guard.check(step, rec_loss=torch.tensor(torch.nan if step in (1, 4) else 0.0))
@@ -525,10 +392,10 @@ def test_what_is_read_late_is_named_at_the_end():
 
 def test_going_back_lowers_until_it_helps_and_says_so(tmp_path, capsys):
     config = Stage1Config(run_dir=str(tmp_path))
-    (tmp_path / "checkpoints/step_00000020").mkdir(parents=True)
+    save_checkpoint(tmp_path, 20, {}, keep=1)
     tried = []
 
-    def train(config, rollbacks):
+    def train(config, rollbacks, stop):
         tried.append(rollbacks)
         if rollbacks < 3:
             raise Diverged("step 25: adv_loss not finite", rollbacks)
@@ -539,10 +406,10 @@ def test_going_back_lowers_until_it_helps_and_says_so(tmp_path, capsys):
 
 
 def test_a_resumed_run_goes_on_from_its_own_number_of_rollbacks(tmp_path, capsys):
-    (tmp_path / "checkpoints/step_00000020").mkdir(parents=True)
+    save_checkpoint(tmp_path, 20, {}, keep=1)
     tried = []
 
-    def train(config, rollbacks):
+    def train(config, rollbacks, stop):
         rollbacks = max(rollbacks, 2)  # as the checkpoint has it
         tried.append(rollbacks)
         if rollbacks < 4:
@@ -554,12 +421,12 @@ def test_a_resumed_run_goes_on_from_its_own_number_of_rollbacks(tmp_path, capsys
 
 
 def test_what_going_back_does_not_cure_is_one_line_with_the_remedy(tmp_path):
-    def train(config, rollbacks):
+    def train(config, rollbacks, stop):
         raise Diverged("step 7: rec_loss not finite", rollbacks)
 
     config = Stage1Config(run_dir=str(tmp_path))
     with pytest.raises(InputError, match=r"no checkpoint yet; lower optim\.lr=0\.008"):
         going_back(train, config, "the learning rate", "optim.lr=0.008")
-    (tmp_path / "checkpoints/step_00000005").mkdir(parents=True)
+    save_checkpoint(tmp_path, 5, {}, keep=1)
     with pytest.raises(InputError, match=r"the last checkpoint is .*step_00000005; lower optim.lr"):
         going_back(train, config, "the learning rate", "optim.lr=0.008")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from vqgen.config import Sections, load_config, usage
 from vqgen.errors import InputError
+from vqgen.faults import end_with_launcher, end_workers, explained
 from vqgen.launch import make_up_for_launcher
 
 
@@ -35,10 +36,13 @@ def run_program(
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     if "transformers" in sys.modules:  # its bars for files of one part say nothing
         sys.modules["transformers"].utils.logging.disable_progress_bar()
+    end_with_launcher()
     arguments = sys.argv[1:]
     if "-h" in arguments or "--help" in arguments:
         print(usage(synopsis, cls, sections))
         return
+    config: Any = None
+    code: Any = 0
     try:
         arguments = _settings_from_flags(arguments)
         positional: list[str | None] = []
@@ -48,21 +52,36 @@ def run_program(
                 raise InputError(f"usage: {synopsis}")
             arguments = [argument for argument in arguments if "=" in argument]
             positional = [words[0] if words else None]
-        config: Any = load_config(cls, arguments, sections)
+        config = load_config(cls, arguments, sections)
         make_up_for_launcher()
         main(*positional, config)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            # All is done and closed, but gloo's threads may outlive the interpreter, which then aborts.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
     except InputError as error:
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(5)  # what all processes find, the main one says first, and the launcher then ends the others
         # A DataLoader's worker wraps the message in its traceback; the last line is the message.
-        line = str(error).strip().splitlines()[-1].removeprefix("vqgen.errors.InputError: ")
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        code = _fail(str(error).strip().splitlines()[-1].removeprefix("vqgen.errors.InputError: "), 2)
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as stop:
+        code = stop.code
+    except Exception as error:
+        line = explained(error, getattr(config, "train", None))
+        if line is None:
+            raise
+        code = _fail(line, 1)
+    end_workers()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # All is done and closed, but gloo's threads may outlive the interpreter, which then aborts.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def _fail(line: str, code: int) -> int:
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(5)  # what all processes find, the main one says first, and the launcher then ends the others
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    return code
 
 
 def _settings_from_flags(arguments: list[str]) -> list[str]:

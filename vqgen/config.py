@@ -176,13 +176,20 @@ class TrainConfig:
     """Steps between checkpoints; one is also written at the end."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
+    milestone_every: int | None = 10000
+    """The first checkpoint at or after each multiple of so many steps stays for good; null keeps none."""
+    max_hours: float | None = None
+    """Save and end after so many hours by the clock, start-up included; the same command then goes on."""
     max_bad_steps: int = 10
     """Steps in a row whose loss is not finite, and which are skipped, before the run goes back to a checkpoint."""
 
     def __post_init__(self) -> None:
         names = ("batch_size", "accumulation", "log_every", "eval_every", "eval_images", "checkpoint_every")
-        for name in (*names, "max_bad_steps"):
+        for name in (*names, "keep_checkpoints", "max_bad_steps"):
             require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("milestone_every", "max_hours"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"train.{name}={value}: must be above 0, or null")
 
 
 @dataclass

@@ -24,6 +24,15 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x
 
 
+def all_gather(x: Tensor) -> Tensor:
+    """x of each process, (world_size, *x.shape)."""
+    if world_size() == 1:
+        return x[None]
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.stack(parts)
+
+
 def from_main(value: float, device: torch.device) -> float:
     """The main process's value, on all of them; what a clock says must be agreed on before it decides anything."""
     if world_size() > 1:

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 import vqgen
+from vqgen.checkpoints import load_checkpoint
 from vqgen.config import DataConfig, TrackingConfig, check_options, read_yaml, require
 from vqgen.data.images import ImageSet, load_images
 from vqgen.errors import InputError
@@ -25,7 +26,6 @@ from vqgen.metrics import (
     kernel_distance,
     manifold_figures,
 )
-from vqgen.training import load_checkpoint
 
 FORMAT = 1  # of evaluation.json; a figure whose arithmetic changes makes it another
 FILE = "evaluation.json"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqgen.distributed import all_reduce_sum
+from vqgen.distributed import all_reduce_sum, rank
 from vqgen.features import Features
 
 KID_SUBSETS, KID_SUBSET_SIZE = 50, 1000
@@ -68,6 +68,15 @@ class CodeUsage:
         p = counts / counts.sum(dim=1, keepdim=True)
         entropy = -torch.xlogy(p, p).sum(dim=1)  # (Q,)
         return {"usage": (counts > 0).float().mean(), "entropy": entropy.mean(), "perplexity": entropy.exp().mean()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was counted since the last `compute`, over all processes, who all must ask."""
+        return {"counts": all_reduce_sum(self.counts.clone())}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes on from there, on any number of processes."""
+        if rank() == 0:
+            self.counts.copy_(state["counts"])
 
 
 # Two sets of images, by their features

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -39,10 +40,9 @@ class Tracker:
         self.run_dir = run_dir
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            lines = self.path.read_text(errors="replace").splitlines(keepends=True)
             beside = self.path.with_suffix(".tmp")
-            beside.write_text("".join(kept))
+            beside.write_text("".join(line for line in lines if _step_of(line) <= step))
             beside.rename(self.path)
         self.wandb = _Wandb(run_dir, config.tracking, asdict(config) | dict(facts))
         self.bar = tqdm(total=100, bar_format="{l_bar}{bar}| {desc}", leave=False, disable=None)
@@ -69,6 +69,12 @@ class Tracker:
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
         self.wandb.log(numbers, step)
+
+    def flush(self) -> None:
+        """Waits until the lines are on the disk, as what comes before a checkpoint is not logged again."""
+        if self.is_main and self.path.exists():
+            with open(self.path, "a") as file:
+                os.fsync(file.fileno())
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
         """Writes samples/NAME_STEP.png, and sends it to wandb."""
@@ -168,6 +174,14 @@ class _Wandb:
             self.run = None
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             logger.warning("wandb failed and is off for this run (%s); metrics.jsonl goes on", reason)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinite for a line that the end of a process or a machine left in pieces."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def image_grid(images: np.ndarray, columns: int, gap: int = 2) -> Image.Image:

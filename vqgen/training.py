@@ -1,16 +1,13 @@
-"""What both training loops need around the step itself: schedule, data order, weight average, checkpoints."""
+"""What the training loops need around the step itself: schedule, data order, weight average, steps gone wrong."""
 
 import copy
 import gc
 import itertools
-import logging
 import math
-import os
-import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vqgen.config import OptimConfig, read_yaml, save_config
+from vqgen.checkpoints import newest_checkpoint
+from vqgen.config import OptimConfig
 from vqgen.data.codes import TokenStore
 from vqgen.data.images import ImageSet
-from vqgen.distributed import all_reduce_sum, from_main, rank, world_size
+from vqgen.distributed import all_gather, all_reduce_sum, from_main, rank, world_size
 from vqgen.errors import InputError
-
-logger = logging.getLogger("vqgen")
-
-# Settings that change nothing about the result, so that a run may go on with other values of them.
-FREE_SETTINGS = ["run_dir", "tracking", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints"]
-FREE_SETTINGS += ["data.workers"]
+from vqgen.faults import Stop, ignore_signals
 
 MAX_ROLLBACKS = 5  # a 32nd of what was set: what that does not cure has another cause
 CLOCK_EVERY = 10  # steps between looks at the clock where several processes must agree on it, as that makes them wait
@@ -161,6 +154,7 @@ def endless_batches(
         batch_sampler=BatchOrder(len(dataset), micro_batch, first, seed),
         collate_fn=_as_is,
         num_workers=workers,
+        worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda",
     )
     return iter(loader)
@@ -242,6 +236,17 @@ class Means:
         self.sums, self.counts = {}, {}
         return means
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was added since the last `compute`, by each process, who all must ask."""
+        sums = all_gather(torch.stack(list(self.sums.values()))) if self.sums else torch.zeros(world_size(), 0)
+        return {"counts": dict(self.counts), "sums": sums}  # (world_size, n)
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Goes on from there: to the bit on as many processes, else with the mean of theirs."""
+        sums = state["sums"].to(device)
+        sums = sums[rank()] if len(sums) == world_size() else sums.mean(dim=0)
+        self.counts, self.sums = dict(state["counts"]), dict(zip(state["counts"], sums, strict=True))
+
 
 def accumulate(terms: dict[str, Tensor], values: dict[str, Tensor], passes: int) -> None:
     """Takes the values of one of so many passes into the terms of a step, which become their means."""
@@ -299,10 +304,14 @@ class FiniteGuard:
         rollbacks: how often the run went back before, for `Diverged`.
         say: prints a line.
         device: of the losses.
+        stop: is told at each step whether any process was asked to stop, as that takes no exchange of its own.
     """
 
-    def __init__(self, max_bad_steps: int, rollbacks: int, say: Callable[[str], None], device: torch.device):
+    def __init__(
+        self, max_bad_steps: int, rollbacks: int, say: Callable[[str], None], device: torch.device, stop: Stop
+    ):
         self.max_bad_steps, self.rollbacks, self.say, self.device = max_bad_steps, rollbacks, say, device
+        self.stop = stop
         self.lag = 2 if device.type == "cuda" else 0
         self.pending: list[tuple[int, list[str], Tensor, Any]] = []
         self.in_a_row = 0
@@ -313,7 +322,9 @@ class FiniteGuard:
         Raises:
             Diverged: this is the last of too many bad steps in a row.
         """
-        flags = all_reduce_sum(torch.stack([(~term.detach().isfinite()).float() for term in terms.values()]))
+        asked = torch.full((), float(self.stop.asked), device=self.device)
+        flags = torch.stack([*((~term.detach().isfinite()).float() for term in terms.values()), asked])
+        flags = all_reduce_sum(flags)
         event = None
         if self.device.type == "cuda":
             seen = torch.empty(len(flags), pin_memory=True)
@@ -325,7 +336,7 @@ class FiniteGuard:
         self.pending.append((step, list(terms), seen, event))
         if len(self.pending) > self.lag:
             self._read(*self.pending.pop(0))
-        return flags.amax().clamp(max=1)
+        return flags[:-1].amax().clamp(max=1)
 
     def finish(self) -> None:
         """Names the bad ones among the last steps, which no later step will."""
@@ -335,7 +346,9 @@ class FiniteGuard:
     def _read(self, step: int, names: list[str], seen: Tensor, event: Any) -> None:
         if event is not None:
             event.synchronize()
-        bad = [name for name, flag in zip(names, seen.tolist(), strict=True) if flag]
+        *flags, asked = seen.tolist()
+        self.stop.agreed |= asked > 0
+        bad = [name for name, flag in zip(names, flags, strict=True) if flag]
         self.in_a_row = self.in_a_row + 1 if bad else 0
         if bad:
             what = f"step {step}: {' and '.join(bad)} not finite"
@@ -344,8 +357,8 @@ class FiniteGuard:
             self.say(f"{what}; the update is skipped")
 
 
-def going_back(train: Callable[[Any, int], None], config: Any, lowered: str, to_lower: str) -> None:
-    """Calls train(config, rollbacks), and again from the newest checkpoint each time it ends in `Diverged`.
+def going_back(train: Callable[[Any, int, Stop], None], config: Any, lowered: str, to_lower: str) -> None:
+    """Calls train(config, rollbacks, stop), and again from the newest checkpoint each time it ends in `Diverged`.
 
     Going back is resuming. With the same settings it would end the same way, so train halves some for each rollback,
     its own or its checkpoint's.
@@ -358,91 +371,23 @@ def going_back(train: Callable[[Any, int], None], config: Any, lowered: str, to_
 
     Raises:
         InputError: going back does not help, or there is no checkpoint to go back to.
+        SystemExit: a signal stopped the run, and its exit code is not 0.
     """
-    rollbacks = 0
-    while True:
-        try:
-            return train(config, rollbacks)
-        except Diverged as error:
-            remedy = f"lower {to_lower}, and name another run_dir="
-            checkpoint = newest_checkpoint(Path(config.run_dir))
-            if checkpoint is None or error.rollbacks == MAX_ROLLBACKS:
-                kept = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-                raise InputError(f"{error}; {kept}; {remedy}") from error
-            rollbacks = error.rollbacks + 1
-            if rank() == 0:
-                print(f"{error}: going back to {checkpoint} with {lowered} at 1/{2**rollbacks} of what is set")
-        gc.collect()  # or the failed attempt's models would lie beside those of the next
-
-
-def open_run(config: Any) -> None:
-    """Makes the run's folder with its config.yaml, or checks that the one there was made by the same settings.
-
-    Raises:
-        InputError: the folder holds a run with other settings, or cannot be written.
-    """
-    run_dir = Path(config.run_dir)
-    path = run_dir / "config.yaml"
-    if not path.exists():
-        for name in ("checkpoints", "model"):
-            if (run_dir / name).exists():
-                raise InputError(f"run_dir={run_dir} has a {name} but no config.yaml, so it is no run; name another")
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            save_config(config, path)
-        except OSError as error:
-            raise InputError(f"run_dir={run_dir} cannot be written ({error.strerror}); name another") from error
-    there, asked = _flat(read_yaml(path)), _flat(asdict(config))
-    for key in sorted(there.keys() | asked.keys()):
-        free = any(key == name or key.startswith(f"{name}.") for name in FREE_SETTINGS)
-        if not free and there.get(key) != asked.get(key):
-            raise InputError(
-                f"{run_dir} holds a run with {key}={there.get(key)}, but {key}={asked.get(key)} is asked for; "
-                f"repeat its own settings to go on with it, or name another run_dir="
-            )
-
-
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """Yields a new folder to write to, which takes the place of `folder` once everything is in it and on the disk."""
-    beside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    yield beside
-    for path in beside.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)  # not removed before the new one stands in its place
-    beside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], keep: int) -> None:
-    """Writes checkpoints/step_XXXXXXXX, whole or not at all, and removes all but the newest `keep`."""
-    folder = run_dir / "checkpoints" / f"step_{step:08d}"
-    with written_whole(folder) as beside:
-        torch.save(state, beside / "state.pt")
-    for old in sorted(folder.parent.glob("step_????????"))[: -max(1, keep)]:
-        shutil.rmtree(old)
-
-
-def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
-    """The newest complete checkpoint's state, on the CPU; None if there is none."""
-    folder = newest_checkpoint(run_dir)
-    return None if folder is None else torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-
-
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The folder of the newest complete checkpoint; None if there is none."""
-    return max((run_dir / "checkpoints").glob("step_????????"), default=None)
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+    rollbacks, stop = 0, Stop(config.train.max_hours)
+    with stop.listening():
+        while True:
+            try:
+                train(config, rollbacks, stop)
+                break
+            except Diverged as error:
+                remedy = f"lower {to_lower}, and name another run_dir="
+                checkpoint = newest_checkpoint(Path(config.run_dir))
+                if checkpoint is None or error.rollbacks == MAX_ROLLBACKS:
+                    kept = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+                    raise InputError(f"{error}; {kept}; {remedy}") from error
+                rollbacks = error.rollbacks + 1
+                if rank() == 0:
+                    print(f"{error}: going back to {checkpoint} with {lowered} at 1/{2**rollbacks} of what is set")
+            gc.collect()  # or the failed attempt's models would lie beside those of the next
+    if stop.exit_code:
+        sys.exit(stop.exit_code)

@@ -1,0 +1,152 @@
+"""What ends a run early: a signal, the clock, or the machine it is on."""
+
+import errno
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from vqgen.distributed import world_size
+
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+GOES_ON = "the same command then goes on from the newest checkpoint"
+
+
+class Stop:
+    """The wish to end a run early and save it: SIGTERM, SIGINT, SIGUSR1, or the clock.
+
+    Until training begins there is nothing to save, and a signal ends the process at once; so does a second SIGINT.
+
+    Args:
+        max_hours: stop after so many hours by the clock; None is never.
+    """
+
+    def __init__(self, max_hours: float | None = None):
+        self.deadline = time.monotonic() + 3600 * (max_hours or float("inf"))
+        self.signal: signal.Signals | None = None
+        self.training = False
+        self.agreed = False  # set by what all processes exchange at each step
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes the signals inside."""
+        before = {number: signal.signal(number, self._take) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @property
+    def asked(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.signal is not None or time.monotonic() > self.deadline
+
+    @property
+    def due(self) -> bool:
+        """Whether to stop now, all processes at the same step."""
+        return self.asked if world_size() == 1 else self.agreed
+
+    @property
+    def reason(self) -> str:
+        """What asked for it, in a word or two."""
+        if self.signal is not None:
+            return self.signal.name
+        return "train.max_hours" if self.asked else "another process's wish"
+
+    @property
+    def exit_code(self) -> int:
+        """130 after SIGINT, as shells have it; else 0, since whoever sent the signal had it planned."""
+        return 130 if self.signal == signal.SIGINT else 0
+
+    def _take(self, number: int, frame: Any) -> None:
+        twice = self.signal == number == signal.SIGINT
+        self.signal = signal.Signals(number)
+        if twice:
+            end_workers()
+            os._exit(130)
+        if not self.training:
+            print(f"{self.reason} before the first step: nothing to save; the same command starts again", flush=True)
+            sys.exit(self.exit_code)
+
+
+def ignore_signals(worker: int) -> None:
+    """For processes that load data: they end with the one they load for, which needs them for the step it is in."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """Ends the processes that load data for this one, if there are any left."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would call their end an error
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+def end_with_launcher() -> None:
+    """Asks for SIGTERM when `accelerate launch` or torchrun ends, which need not pass on what ended them.
+
+    It is for Linux; elsewhere the processes of a launcher that was killed go on.
+    """
+    if sys.platform == "linux" and ("ACCELERATE_USE_CPU" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
+        import ctypes
+
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def explained(error: BaseException, train: Any = None) -> str | None:
+    """One line on what the machine did to a run, and what helps; None for anything else, which is then a bug.
+
+    Args:
+        error: what ended the run.
+        train: the `train` section of its configuration, if it has one.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU's memory is full: {_smaller_passes(train)}"
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    for link in chain:
+        text = str(link)
+        if isinstance(link, MemoryError) or "can't allocate memory" in text or "Cannot allocate memory" in text:
+            return f"memory is full: {_smaller_passes(train)}"
+        number = link.errno if isinstance(link, OSError) else None
+        if found := re.search(r"\(os error (\d+)\)", text):  # as safetensors says it
+            number = int(found[1])
+        if number in DISK_ERRORS:
+            where = f"{link.filename}: " if isinstance(link, OSError) and link.filename else ""
+            remedy = "make room" if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "put that right"
+            return f"{where}{os.strerror(number)}; {remedy}, and {GOES_ON}"
+        if "DataLoader worker" in text:
+            remedy = "if memory ran out, lower data.workers= or data.cache_gb="
+            return f"a process that loads data was killed ({text.splitlines()[0].rstrip('. ')}); {remedy}; {GOES_ON}"
+        if isinstance(link, RuntimeError) and re.search("closed by peer|reset by peer|Broken pipe|pair.cc", text):
+            return f"another process of this run has ended; its own message says why; {GOES_ON}"
+    return None
+
+
+def _smaller_passes(train: Any) -> str:
+    """What to set so that a pass takes less memory."""
+    if train is None:
+        return "lower batch_size="
+    parts = world_size() * train.accumulation
+    images = train.batch_size // parts
+    if images < 2:
+        return f"train.batch_size={train.batch_size} is one image a pass already; make the model or the images smaller"
+    smallest = next(n for n in range(2, images + 1) if images % n == 0)
+    return (
+        f"train.batch_size={train.batch_size} over {world_size()} process(es) and train.accumulation="
+        f"{train.accumulation} is {images} images a pass; set train.accumulation={train.accumulation * smallest}, "
+        f"or lower train.batch_size (another run_dir= if this run has checkpoints)"
+    )
