@@ -92,7 +92,8 @@ def save_checkpoint(
     """
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     with written_whole(folder) as beside:
-        torch.save(state, beside / "state.pt")
+        with (beside / "state.pt").open("wb") as file:  # torch's own would not say why it cannot write
+            torch.save(state, file)
         (beside / CHECKSUMS).write_text(f"{_sha256(beside / 'state.pt')}  state.pt\n")
     checkpoints = sorted(folder.parent.glob("step_????????"))
     kept = set(checkpoints[-max(1, keep) :])

@@ -63,11 +63,12 @@ def run_program(
     except SystemExit as stop:
         code = stop.code
     except Exception as error:
-        line = explained(error, getattr(config, "train", None))
+        line = explained(error, config)
         if line is None:
             raise
         code = _fail(line, 1)
-    end_workers()
+    finally:
+        end_workers()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # All is done and closed, but gloo's threads may outlive the interpreter, which then aborts.
         sys.stdout.flush()

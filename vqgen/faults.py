@@ -105,29 +105,29 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def explained(error: BaseException, train: Any = None) -> str | None:
+def explained(error: BaseException, config: Any = None) -> str | None:
     """One line on what the machine did to a run, and what helps; None for anything else, which is then a bug.
 
     Args:
         error: what ended the run.
-        train: the `train` section of its configuration, if it has one.
+        config: of the program; None if it did not come so far.
     """
     if isinstance(error, torch.OutOfMemoryError):
-        return f"the GPU's memory is full: {_smaller_passes(train)}"
+        return f"the GPU's memory is full: {_smaller_passes(config)}"
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     for link in chain:
         text = str(link)
         if isinstance(link, MemoryError) or "can't allocate memory" in text or "Cannot allocate memory" in text:
-            return f"memory is full: {_smaller_passes(train)}"
+            return f"memory is full: {_smaller_passes(config)}"
         number = link.errno if isinstance(link, OSError) else None
         if found := re.search(r"\(os error (\d+)\)", text):  # as safetensors says it
             number = int(found[1])
         if number in DISK_ERRORS:
-            where = f"{link.filename}: " if isinstance(link, OSError) and link.filename else ""
+            where = getattr(link, "filename", None) or getattr(config, "run_dir", None) or "writing"
             remedy = "make room" if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "put that right"
-            return f"{where}{os.strerror(number)}; {remedy}, and {GOES_ON}"
+            return f"{where}: {os.strerror(number)}; {remedy}, and {GOES_ON}"
         if "DataLoader worker" in text:
             remedy = "if memory ran out, lower data.workers= or data.cache_gb="
             return f"a process that loads data was killed ({text.splitlines()[0].rstrip('. ')}); {remedy}; {GOES_ON}"
@@ -136,10 +136,11 @@ def explained(error: BaseException, train: Any = None) -> str | None:
     return None
 
 
-def _smaller_passes(train: Any) -> str:
+def _smaller_passes(config: Any) -> str:
     """What to set so that a pass takes less memory."""
-    if train is None:
+    if not hasattr(config, "train"):
         return "lower batch_size="
+    train = config.train
     parts = world_size() * train.accumulation
     images = train.batch_size // parts
     if images < 2:
