@@ -20,6 +20,7 @@ from vqgen.config import Stage1Config, check_options, require
 from vqgen.data.images import ImageSet, load_images
 from vqgen.distributed import all_reduce_sum, rank, world_size
 from vqgen.faults import Stop
+from vqgen.fsdp import refuse_fsdp
 from vqgen.losses import (
     WON_ACCURACY,
     LeCam,
@@ -69,6 +70,7 @@ def main(config: Stage1Config) -> None:
 def train(config: Stage1Config, rollbacks: int, stop: Stop) -> None:
     adv = config.loss.adversarial
     budget = Budget(config.train.max_steps, config.train.max_seconds)
+    refuse_fsdp()
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
         gradient_accumulation_steps=config.train.accumulation,
@@ -163,6 +165,7 @@ def train(config: Stage1Config, rollbacks: int, stop: Stop) -> None:
         means.load_state_dict(state["means"], device)
         usage.load_state_dict(state["usage"])
         guard.in_a_row = state["bad_steps"]
+    del state  # as large as all of the above
     saved, window_step, window_start = step, step, budget.seconds
     stop.training = True
     budget.start()
@@ -183,28 +186,28 @@ def train(config: Stage1Config, rollbacks: int, stop: Stop) -> None:
         healthy = guard.in_a_row == 0  # a checkpoint is what one can go back to
         if step > saved and (last or stopping or (healthy and step % config.train.checkpoint_every == 0)):
             with budget.paused():
-                logged = {"means": means.state_dict(), "usage": usage.state_dict()}
+                state = {
+                    "step": step,
+                    "evaluated": evaluated,
+                    "seconds": budget.seconds,
+                    "processes": world_size(),
+                    "accumulation": accumulation,
+                    "data": train_set.fingerprint,
+                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
+                    "model": bare_model.state_dict(),
+                    "ema": ema.model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "rollbacks": rollbacks,
+                    "bad_steps": guard.in_a_row,
+                    "means": means.state_dict(),
+                    "usage": usage.state_dict(),
+                }
+                if disc is not None:
+                    state["disc"], state["lecam"] = bare_disc.state_dict(), lecam.state_dict()
+                    state["disc_optimizer"] = disc_optimizer.state_dict()
                 if accelerator.is_main_process:
                     with written_whole(run_dir / "model") as folder:
                         ema.model.save_pretrained(folder)
-                    state = {
-                        "step": step,
-                        "evaluated": evaluated,
-                        "seconds": budget.seconds,
-                        "processes": world_size(),
-                        "accumulation": accumulation,
-                        "data": train_set.fingerprint,
-                        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
-                        "model": bare_model.state_dict(),
-                        "ema": ema.model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "rollbacks": rollbacks,
-                        "bad_steps": guard.in_a_row,
-                        **logged,
-                    }
-                    if disc is not None:
-                        state["disc"], state["lecam"] = bare_disc.state_dict(), lecam.state_dict()
-                        state["disc_optimizer"] = disc_optimizer.state_dict()
                     tracker.flush()
                     save_checkpoint(run_dir, step, state, config.train.keep_checkpoints, config.train.milestone_every)
             saved = step

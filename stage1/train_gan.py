@@ -18,6 +18,7 @@ from vqgen.config import GANConfig, check_options, require
 from vqgen.data.images import load_images
 from vqgen.distributed import rank, world_size
 from vqgen.faults import Stop
+from vqgen.fsdp import refuse_fsdp
 from vqgen.losses import WON_ACCURACY, discriminator_accuracy, discriminator_loss, generator_loss
 from vqgen.models.dcgan import DCGANDiscriminator, DCGANGenerator, settle_batch_norm
 from vqgen.models.vqmodel import from_uint8
@@ -48,6 +49,7 @@ def main(config: GANConfig) -> None:
 
 def train(config: GANConfig, rollbacks: int, stop: Stop) -> None:
     budget = Budget(config.train.max_steps, config.train.max_seconds)
+    refuse_fsdp()
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
         gradient_accumulation_steps=config.train.accumulation,
@@ -123,6 +125,7 @@ def train(config: GANConfig, rollbacks: int, stop: Stop) -> None:
         means.load_state_dict(state["means"], device)
         for guard, bad_steps in zip(guards, state["bad_steps"], strict=True):
             guard.in_a_row = bad_steps
+    del state  # as large as all of the above
     saved, window_step, window_start = step, step, budget.seconds
     stop.training = True
     budget.start()
@@ -145,10 +148,7 @@ def train(config: GANConfig, rollbacks: int, stop: Stop) -> None:
                     evaluated = step
                     if accelerator.is_main_process:
                         tracker.picture(step, "samples", samples(ema.model, config.seed, device))
-                logged = {"means": means.state_dict()}
-                if saves and accelerator.is_main_process:
-                    with written_whole(run_dir / "model") as folder:
-                        ema.model.save_pretrained(folder / "generator")
+                if saves:
                     state = {
                         "step": step,
                         "evaluated": evaluated,
@@ -158,15 +158,20 @@ def train(config: GANConfig, rollbacks: int, stop: Stop) -> None:
                         "data": train_set.fingerprint,
                         "rollbacks": rollbacks,
                         "bad_steps": [guard.in_a_row for guard in guards],
-                        **logged,
+                        "means": means.state_dict(),
                         "model": bare_generator.state_dict(),
                         "disc": bare_disc.state_dict(),
                         "ema": ema.model.state_dict(),
                         "optimizer": optimizer.state_dict(),
                         "disc_optimizer": disc_optimizer.state_dict(),
                     }
-                    tracker.flush()
-                    save_checkpoint(run_dir, step, state, config.train.keep_checkpoints, config.train.milestone_every)
+                    if accelerator.is_main_process:
+                        with written_whole(run_dir / "model") as folder:
+                            ema.model.save_pretrained(folder / "generator")
+                        tracker.flush()
+                        save_checkpoint(
+                            run_dir, step, state, config.train.keep_checkpoints, config.train.milestone_every
+                        )
             saved = step if saves else saved
         if last or stopping:
             break

@@ -20,6 +20,7 @@ from vqgen.data.codes import encode_images
 from vqgen.data.images import load_images
 from vqgen.distributed import world_size
 from vqgen.faults import Stop
+from vqgen.fsdp import check_fsdp, gathered, load_optimizer, whole
 from vqgen.likelihood import prior_nll, unigram_entropy
 from vqgen.models.prior import Prior
 from vqgen.models.vqmodel import VQModel, load_tokenizer
@@ -51,6 +52,7 @@ def train(config: Stage2Config, rollbacks: int, stop: Stop) -> None:
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision, gradient_accumulation_steps=config.train.accumulation
     )
+    check_fsdp(accelerator)
     device, accumulation = accelerator.device, accelerator.gradient_accumulation_steps
     micro_batch = micro_batch_size(config.train.batch_size, accumulation)
 
@@ -102,13 +104,15 @@ def train(config: Stage2Config, rollbacks: int, stop: Stop) -> None:
         rollbacks = max(rollbacks, state["rollbacks"])
         model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
         if budget.share(step, device) >= 1:
             accelerator.print(f"{run_dir} is finished, at step {step}; name another run_dir= for another run")
             accelerator.end_training()
             return
     bare_model = model
     model, optimizer = accelerator.prepare(model, optimizer)
+    ema.shard_like(bare_model)
+    if state:
+        load_optimizer(optimizer, state["optimizer"])
     if state and accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
     model.train()
@@ -131,6 +135,7 @@ def train(config: Stage2Config, rollbacks: int, stop: Stop) -> None:
     if state:
         means.load_state_dict(state["means"], device)
         guard.in_a_row = state["bad_steps"]
+    del state  # as large as all of the above
     saved, window_step, window_start = step, step, budget.seconds
     stop.training = True
     budget.start()
@@ -143,8 +148,8 @@ def train(config: Stage2Config, rollbacks: int, stop: Stop) -> None:
                 guard.finish()
         if step > evaluated and (last or (step % config.train.eval_every == 0 and not stopping)):
             evaluated = step
-            with budget.paused():
-                nll = prior_nll(ema.model, val_codes, config.train.eval_images, micro_batch, device)
+            with budget.paused(), ema.whole() as averaged:
+                nll = prior_nll(averaged, val_codes, config.train.eval_images, micro_batch, device)
                 figures = {
                     "nll": nll,  # nats per token
                     "unigram_entropy": unigram,  # nats per token: what a prior that learned nothing but counts reaches
@@ -153,31 +158,30 @@ def train(config: Stage2Config, rollbacks: int, stop: Stop) -> None:
                 tracker.log(step, {f"val/{name}": value for name, value in figures.items()})
                 tracker.say(f"step {step}  " + "  ".join(f"val/{name} {v:.4g}" for name, v in figures.items()))
                 if accelerator.is_main_process:
-                    tracker.picture(step, "samples", samples(ema.model, tokenizer, config.seed, device))
+                    tracker.picture(step, "samples", samples(averaged, tokenizer, config.seed, device))
         healthy = guard.in_a_row == 0  # a checkpoint is what one can go back to
         if step > saved and (last or stopping or (healthy and step % config.train.checkpoint_every == 0)):
-            with budget.paused():
-                logged = {"means": means.state_dict()}
+            with budget.paused(), ema.whole() as averaged:
+                state = {
+                    "step": step,
+                    "evaluated": evaluated,
+                    "seconds": budget.seconds,
+                    "processes": world_size(),
+                    "accumulation": accumulation,
+                    "tokenizer": tokenizer_hash,
+                    "data": fingerprint,
+                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
+                    "model": whole(bare_model.state_dict()),
+                    "ema": averaged.state_dict(),
+                    "optimizer": whole(optimizer.state_dict()),
+                    "rollbacks": rollbacks,
+                    "bad_steps": guard.in_a_row,
+                    "means": means.state_dict(),
+                }
                 if accelerator.is_main_process:
                     with written_whole(run_dir / "model") as folder:
-                        ema.model.save_pretrained(folder / "prior")
+                        averaged.save_pretrained(folder / "prior")
                         tokenizer.save_pretrained(folder / "tokenizer")
-                    state = {
-                        "step": step,
-                        "evaluated": evaluated,
-                        "seconds": budget.seconds,
-                        "processes": world_size(),
-                        "accumulation": accumulation,
-                        "tokenizer": tokenizer_hash,
-                        "data": fingerprint,
-                        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
-                        "model": bare_model.state_dict(),
-                        "ema": ema.model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "rollbacks": rollbacks,
-                        "bad_steps": guard.in_a_row,
-                        **logged,
-                    }
                     tracker.flush()
                     save_checkpoint(run_dir, step, state, config.train.keep_checkpoints, config.train.milestone_every)
             saved = step
@@ -195,10 +199,11 @@ def train(config: Stage2Config, rollbacks: int, stop: Stop) -> None:
             class_ids = class_ids.masked_fill(dropped.to(device, non_blocking=True), -1)
             with accelerator.no_sync(model) if i < accumulation - 1 else nullcontext():
                 logits = model(tokens, class_ids)
-                loss = F.cross_entropy(rearrange(logits, "b n v -> (b n) v"), rearrange(tokens, "b n -> (b n)"))
+                logits = rearrange(logits.float(), "b n v -> (b n) v")  # FSDP's mixed precision does not widen them
+                loss = F.cross_entropy(logits, rearrange(tokens, "b n -> (b n)"))
                 accelerator.backward(loss)
             accumulate(terms, {"loss": loss}, accumulation)
-        terms["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+        terms["grad_norm"] = gathered(accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip))
         watched = ("loss", "grad_norm") if accelerator.scaler is None else ("loss",)  # a scaler skips such gradients
         with tracker.closed_on(Diverged):
             bad = guard.check(step, **{name: terms[name] for name in watched})

@@ -128,11 +128,11 @@ def explained(error: BaseException, config: Any = None) -> str | None:
             where = getattr(link, "filename", None) or getattr(config, "run_dir", None) or "writing"
             remedy = "make room" if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "put that right"
             return f"{where}: {os.strerror(number)}; {remedy}, and {GOES_ON}"
-        if "DataLoader worker" in text:
+        if "DataLoader worker" in text or isinstance(link, ConnectionError | EOFError):  # the pipe from one, cut off
             remedy = "if memory ran out, lower data.workers= or data.cache_gb="
-            return f"a process that loads data was killed ({text.splitlines()[0].rstrip('. ')}); {remedy}; {GOES_ON}"
+            return f"a process that loads data was killed ({text.partition('. It is')[0] or 'its pipe ended'}); {remedy}; {GOES_ON}"
         if isinstance(link, RuntimeError) and re.search("closed by peer|reset by peer|Broken pipe|pair.cc", text):
-            return f"another process of this run has ended; its own message says why; {GOES_ON}"
+            return f"another process of this run has ended; its own last line, or the launcher's, says why; {GOES_ON}"
     return None
 
 

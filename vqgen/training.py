@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from vqgen.checkpoints import newest_checkpoint
@@ -23,6 +24,7 @@ from vqgen.data.images import ImageSet
 from vqgen.distributed import all_gather, all_reduce_sum, from_main, rank, world_size
 from vqgen.errors import InputError
 from vqgen.faults import Stop, ignore_signals
+from vqgen.fsdp import gathered, shard_like
 
 MAX_ROLLBACKS = 5  # a 32nd of what was set: what that does not cure has another cause
 CLOCK_EVERY = 10  # steps between looks at the clock where several processes must agree on it, as that makes them wait
@@ -200,6 +202,7 @@ class WeightEMA:
         if not 0 <= width < 0.28:  # at 0.28 gamma would be zero: the plain mean of all weights so far
             raise InputError(f"train.ema={width}: must be at least 0 and below 0.28")
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.shards: list[Tensor] = []  # the averages where FSDP cuts the weights: the model's own are then empty
         self.gamma = np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max() if width else None  # EDM2, algorithm 2
 
     @torch.no_grad()
@@ -207,12 +210,31 @@ class WeightEMA:
         """Takes in the model's weights after step number `step`, counted from 1 (EDM2, eq. 127)."""
         weight = 1 - (1 - 1 / step) ** (self.gamma + 1) if self.gamma is not None else 1.0
         averages, weights = ([p.detach() for p in m.parameters()] for m in (self.model, model))
-        torch._foreach_lerp_(averages, weights, weight)
+        torch._foreach_lerp_(self.shards or averages, weights, weight)
         for (name, copied), parameter in zip(self.model.named_parameters(), model.parameters(), strict=True):
             if name.endswith("codebook"):
                 copied.copy_(parameter)
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)
+
+    def shard_like(self, model: nn.Module) -> None:
+        """Cuts the averages as FSDP has cut the model's weights, if it has; from then on `whole` has them whole."""
+        if any(isinstance(p, DTensor) for p in model.parameters()):
+            averages = (p.detach() for p in self.model.parameters())
+            self.shards = [shard_like(*pair) for pair in zip(averages, model.parameters(), strict=True)]
+            self._put_back()
+
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """The averaged model, whole on each process, so that one alone can use it. All must call it."""
+        for parameter, shard in zip(self.model.parameters(), self.shards, strict=False):
+            parameter.data = gathered(shard)
+        yield self.model
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for parameter, _ in zip(self.model.parameters(), self.shards, strict=False):
+            parameter.data = parameter.new_empty(0)
 
 
 class Means:

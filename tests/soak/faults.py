@@ -352,14 +352,8 @@ def machine(folder: Path, rng: random.Random) -> Iterator[Row]:
     )
 
     run_dir = folder / "memory"
-    big = [
-        "data.source=digits",
-        "train.batch_size=2000000",
-        "train.accumulation=2",
-        "data.workers=0",
-        "data.cache_gb=1",
-    ]
-    code, printed = run(given("gan", folder, run_dir, *big), log, limits="ulimit -v 7000000;")
+    big = ["stage1/train_gan.py", "train.batch_size=1000000", "train.accumulation=2", f"run_dir={run_dir}", *QUIET]
+    code, printed = run(big, log, limits="ulimit -v 7000000;")
     yield "memory that is full", "exit code 1, one line with what to set", f"exit code {code}, `{last_line(printed)}`"
 
     run_dir = folder / "rank"
@@ -416,7 +410,7 @@ def processes(folder: Path, rng: random.Random) -> Iterator[Row]:
 
     few = folder / "few"
     few.mkdir()
-    for i, image in enumerate(sorted((folder / "images").iterdir())[:4]):
+    for i, image in enumerate(sorted((folder / "images").rglob("*.png"))[:4]):
         shutil.copy(image, few / f"{i}.png")
     began = time.monotonic()
     data = [f"data.source={few}", "data.val_fraction=0.3", *steps, "train.batch_size=6"]

@@ -85,6 +85,7 @@ class Prior(nn.Module):
 
     def _set_up(self, lm: Any) -> None:
         self.lm = lm
+        self._no_split_modules = lm._no_split_modules  # the layers, which FSDP gathers one by one
         facts = lm.config.vqgen
         self.layout = CodeLayout(tuple(tuple(shape) for shape in facts["shapes"]), tuple(facts["codebook_sizes"]))
         self.class_names = list(facts["class_names"])
@@ -127,7 +128,8 @@ class Prior(nn.Module):
         prior = cls.__new__(cls)
         nn.Module.__init__(prior)
         try:
-            lm = AutoModelForCausalLM.from_pretrained(folder)
+            # Neither code nor pickles from the folder are run.
+            lm = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True)
         except (OSError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
             raise InputError(f"{folder} does not load as a prior: {_one_line(error)}") from error
         if not hasattr(lm.config, "vqgen"):

@@ -1,0 +1,41 @@
+"""PROGRAM [ARGUMENTS]: runs it with Accelerate led to believe that each process has a GPU, as it does FSDP only there.
+
+At the end, each process prints which modules are gathered one by one, and its shares of what training keeps.
+"""
+
+import gc
+import json
+import os
+import runpy
+import sys
+
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
+
+from vqgen.training import WeightEMA
+
+
+def end_training(accelerator: Accelerator) -> None:
+    (model,), (optimizer,) = accelerator._models, accelerator._optimizers
+    (average,) = (thing for thing in gc.get_objects() if type(thing) is WeightEMA)
+    kept = {
+        "weights": list(model.parameters()),
+        "averages": average.shards,
+        "optimizer": [x for of_one in optimizer.state.values() for x in of_one.values() if x.ndim],
+    }
+    shares = {
+        name: sum(x.to_local().numel() for x in tensors) / sum(x.numel() for x in tensors)
+        for name, tensors in kept.items()
+    }
+    units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    print(json.dumps({"units": units, "shares": shares, "left": sum(p.numel() for p in average.model.parameters())}))
+    plain_end(accelerator)
+
+
+plain_end, Accelerator.end_training = Accelerator.end_training, end_training
+PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")

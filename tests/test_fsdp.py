@@ -1,0 +1,73 @@
+"""FSDP on two CPU processes: the numbers and the checkpoints of one process, with half of the memory on each."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from programs import shell
+
+FSDP = (
+    "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
+    "--num_processes 2 --main_process_port 0 tests/fsdp_on_cpu.py"
+)
+
+
+def as_it_was(run: Path, step: int, copy: Path) -> Path:
+    """A copy of a run as it was at a step."""
+    shutil.copytree(run, copy)
+    for folder in (copy / "checkpoints").iterdir():
+        if folder.name > f"step_{step:08d}":
+            shutil.rmtree(folder)
+    return copy
+
+
+def check_same(one: Path, other: Path) -> None:
+    """Checks that two runs logged the same at each step and ended in the same state."""
+    a, b = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other))
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x | {"train/images_per_second": 0} == pytest.approx(y | {"train/images_per_second": 0}, rel=0, abs=1e-4)
+    a, b = (torch.load(run / "checkpoints/step_00000024/state.pt", weights_only=True) for run in (one, other))
+    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+    assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
+    of_each = [(a["optimizer"]["state"][i], b["optimizer"]["state"][i]) for i in a["optimizer"]["state"]]
+    for x, y in [(a["model"], b["model"]), (a["ema"], b["ema"]), *of_each]:
+        torch.testing.assert_close(dict(x), dict(y), rtol=0, atol=1e-4)
+
+
+def test_fsdp_goes_on_with_a_run_of_one_process_and_one_process_goes_on_with_that(program, runs, tmp_path):
+    plain, sharded, again = (tmp_path / name for name in ("plain", "sharded", "again"))
+    # Tied embeddings are one parameter by two names; of several passes only the last may reduce the gradients.
+    settings = (
+        f"configs/debug/stage2.yaml stage1={runs}/stage1 tracking.wandb=disabled model.tie_word_embeddings=true "
+        "train.accumulation=2 train.max_steps=24 train.eval_every=12 train.log_every=1 train.checkpoint_every=4 "
+        "train.keep_checkpoints=99"
+    )
+    assert program("stage2/train.py", *settings.split(), f"run_dir={plain}")[0] == 0
+
+    said = shell(f"{FSDP} stage2/train.py {settings} run_dir={as_it_was(plain, 4, sharded)}")
+    assert "2 x cpu; going on from step 4" in said
+    check_same(plain, sharded)
+    reports = [json.loads(line) for line in said.splitlines() if line.startswith('{"units"')]
+    assert len(reports) == 2
+    for report in reports:
+        assert report["units"] == ["", "lm.model.layers.0", "lm.model.layers.1"]
+        assert report["shares"] == pytest.approx({"weights": 0.5, "averages": 0.5, "optimizer": 0.5}, abs=0.01)
+        assert report["left"] == 0  # of the averaged weights, whole
+
+    code, said, _ = program("stage2/train.py", *settings.split(), f"run_dir={as_it_was(sharded, 16, again)}")
+    assert code == 0
+    assert "1 x cpu; going on from step 16" in said
+    check_same(plain, again)
+
+
+def test_fsdp_that_accelerate_does_not_do_is_refused(program, runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    settings = ("configs/debug/stage2.yaml", f"stage1={runs}/stage1", f"run_dir={tmp_path}/run")
+    code, _, said = program("stage2/train.py", *settings)
+    assert code == 2
+    assert "FSDP: needs fsdp_version 2, and a GPU for each process" in said
+    assert not (tmp_path / "run").exists()
