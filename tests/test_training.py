@@ -304,7 +304,7 @@ def test_average_is_a_frozen_copy_in_eval_mode():
 @pytest.mark.parametrize("width", [-0.1, 0.28, 1.0])
 def test_width_without_a_profile_is_refused(width):
     with pytest.raises(InputError, match=f"train.ema={width}"):
-        WeightEMA(nn.Linear(1, 1), width)
+        TrainConfig(ema=width)
 
 
 # The run's folder
