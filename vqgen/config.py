@@ -10,7 +10,6 @@ import difflib
 import functools
 import inspect
 import itertools
-import math
 import os
 import textwrap
 import typing
@@ -415,7 +414,7 @@ class CompareConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        require(0 < self.seconds < math.inf, f"seconds={self.seconds}: must be positive")
+        require(self.seconds > 0, f"seconds={self.seconds}: must be positive")
         require(0 < self.prior_share < 1, f"prior_share={self.prior_share}: is a share, above 0 and below 1")
         require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
         require(self.num_images > 1, f"num_images={self.num_images}: must be 2 or more")
@@ -621,6 +620,7 @@ def _as_dataclass(constructor: Constructor) -> type:
     return make_dataclass(getattr(constructor, "__name__", "Options"), members)
 
 
+@functools.cache
 def _meanings(schema: Constructor) -> dict[str, str]:
     """What each setting means: the string below a dataclass's field, or the line in a constructor's `Args:`."""
     meanings: dict[str, str] = {}
@@ -653,6 +653,8 @@ def _plain(config: Any) -> Any:
 def _first_line(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
         return f"{error.problem} in line {error.problem_mark.line + 1}"  # its text begins with what went well before
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
