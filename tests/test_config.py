@@ -295,6 +295,7 @@ def test_a_dot_in_a_files_key_is_explained(write):
         ("model.quantizer.decay", "model: {quantizer: {decay: .nan}}"),
         ("seed", f"seed: {2**64}"),
         ("train.max_steps", f"train: {{max_steps: 1{'0' * 400}}}"),
+        ("optim.grad_clip", f"optim: {{grad_clip: 1{'0' * 400}}}"),
         ("train.ema", "train: {ema: 0.28}"),
         ("train.batch_size", "train: {batch_size: 1000000000}"),
         ("train.keep_checkpoints", "train: {keep_checkpoints: -3}"),

@@ -561,6 +561,7 @@ def _is_open(sections: Sections, key: str) -> bool:
 
 
 def _merge(config: DictConfig, layer: Mapping[str, Any], prefix: str = "") -> DictConfig:
+    _check_values(layer, prefix)  # OmegaConf makes a float of an integer of any length, or tries to
     try:
         merged = typing.cast(DictConfig, OmegaConf.merge(config, layer))
         _check_values(_plain(merged), prefix)

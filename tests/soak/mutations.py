@@ -70,7 +70,23 @@ SECONDS = 60
 
 HUGE = 10**9
 NUMBERS = [-HUGE, -3, -1, -0.5, -1e-9, 0, 0.0, 1e-300, 1e-9, 0.5, 1, 1.0, 1.5, 2, 3, 5, 7.0, 100, 10**6, HUGE, 2**31]
-NUMBERS += [2**63, 2**64, 10**30, 10**400, 1e38, 1e300, float("nan"), float("inf"), -float("inf")]
+NUMBERS += [
+    4,
+    8,
+    16,
+    64,
+    0.1,
+    0.9,
+    2**63,
+    2**64,
+    10**30,
+    10**400,
+    1e38,
+    1e300,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+]
 TEXTS = ["", " ", "x", "digits", "none", "null", "nan", "1e-3", "1_000", "0x10", "1:30", "2026-01-01", "=", "a=b", "-"]
 TEXTS += [
     "ünïcödé 图像",
@@ -162,7 +178,7 @@ def mutated_configs(seed: int, count: int) -> Iterator[tuple[str, str]]:
     for i in range(count):
         program = [*PROGRAMS][i % len(PROGRAMS)]
         config = _starting_point(program, draw)
-        mutations = draw.choices([_value, _key, _section, _text], [8, 3, 2, 3], k=draw.choice([1, 1, 1, 2]))
+        mutations = draw.choices([_value, _key, _section, _text], [12, 3, 2, 3], k=draw.choice([1, 1, 1, 2]))
         for mutate in mutations:
             if mutate is not _text:
                 mutate(config, draw)
@@ -197,7 +213,8 @@ def _starting_point(program: str, draw: random.Random) -> dict[str, Any]:
 def _value(config: dict[str, Any], draw: random.Random) -> None:
     """Another value; of another type, or one that means nothing."""
     key = draw.choice(_paths(config))
-    values = draw.choices([NUMBERS, TEXTS, OTHERS, RAW], [8, 4, 3, 2])[0]
+    alike = [number for number in NUMBERS if type(number) is type(_get(config, key))]
+    values = draw.choices([alike or NUMBERS, NUMBERS, TEXTS, OTHERS, RAW], [6, 3, 3, 3, 2])[0]
     value = draw.choice(values)
     _put(config, key, _Raw(value) if values is RAW else value)
 
