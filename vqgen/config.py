@@ -578,7 +578,7 @@ def _check_values(values: Mapping[str, Any], prefix: str) -> None:
             _check_values(value, f"{key}.")
         for v in value if isinstance(value, list) else [value]:
             if isinstance(v, float):
-                require(abs(v) < 1e30, f"{key}={v}: must be a finite number, and below 1e30")
+                require(abs(v) <= 1e30, f"{key}={v}: must be a finite number, of 1e30 at most")
             elif isinstance(v, int):
                 require(abs(v) < 2**63, f"{key}={str(v)[:50]}: must be below 2^63")
             elif isinstance(v, str):
