@@ -60,7 +60,8 @@ def train(config: Stage2Config, rollbacks: int, stop: Stop) -> None:
     tokenizer, tokenizer_hash = load_tokenizer(Path(config.stage1))
     stage1_config = Path(config.stage1) / "config.yaml"
     stage1_data = read_yaml(stage1_config).get("data", {}) if stage1_config.is_file() else {}
-    config.data = {"channels": tokenizer.channels, **stage1_data, **config.data}
+    config.data = {**stage1_data, **config.data}
+    config.data["channels"] = config.data.get("channels") or tokenizer.channels
     require("source" in config.data, f"{config.stage1} does not say which images it is for; give data.source=")
     require(
         config.data["channels"] == tokenizer.channels,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from soak.mutations import PROGRAMS, mutated_configs
 
 from vqgen.config import (
     CompareConfig,
@@ -259,9 +260,95 @@ def test_a_second_file_is_refused(write):
     assert "second.yaml" in message
 
 
-@pytest.mark.parametrize("argument", ["a=[1,2", "seed={x", "seed=${nope}", "=3"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "seed: !!int x",
+        "seed: !!int ''",
+        "data: {flip: !!bool 3}",
+        "run_dir: !!timestamp x",
+        "seed: ???",
+        "model: {widths: [???]}",
+        f"seed: {'9' * 5000}",
+        f"seed: {'[' * 2000}{']' * 2000}",
+        "seed: !!python/object/apply:os.getpid []",
+    ],
+)
+def test_a_value_that_yaml_does_not_read_is_an_input_error(write, content):
+    assert error_of(load1, write(content, "broken.yaml")).startswith("broken.yaml: not a YAML file of settings: ")
+
+
+def test_what_is_no_yaml_is_named_by_its_line(write):
+    assert "duplicate key seed in line 3" in error_of(load1, write("seed: 1\nrun_dir: x\nseed: 2\n"))
+
+
+def test_a_dot_in_a_files_key_is_explained(write):
+    assert "a section is a line of its own" in error_of(load1, write("train.max_steps: 1"))
+
+
+@pytest.mark.parametrize(
+    ("key", "content"),
+    [
+        ("optim.lr", "optim: {lr: .nan}"),
+        ("train.max_seconds", "train: {max_seconds: .inf}"),
+        ("loss.adversarial.weight", "loss: {adversarial: {weight: 1e300}}"),
+        ("model.quantizer.decay", "model: {quantizer: {decay: .nan}}"),
+        ("seed", f"seed: {2**64}"),
+        ("train.max_steps", f"train: {{max_steps: 1{'0' * 400}}}"),
+        ("optim.grad_clip", f"optim: {{grad_clip: 1{'0' * 400}}}"),
+        ("train.ema", "train: {ema: 0.28}"),
+        ("train.batch_size", "train: {batch_size: 1000000000}"),
+        ("train.keep_checkpoints", "train: {keep_checkpoints: -3}"),
+        ("data.workers", "data: {workers: 1000000000}"),
+        ("model.widths", "model: {widths: {}}"),
+        ("model.widths", "model: {widths: [{a: 1}]}"),
+        ("model.widths", "model: {widths: [[8]]}"),
+        ("loss.perceptual.weights", "loss: {perceptual: {weights: [[a]]}}"),
+        ("run_dir", "run_dir: ''"),
+        ("run_dir", 'run_dir: "a\\0b"'),
+        ("run_dir", 'run_dir: "a\\nb"'),
+        ("run_dir", f"run_dir: {'x' * 256}"),
+        ("data.source", f"data: {{source: '{'*' * 5000}'}}"),
+        ("tracking.project", "tracking: {project: ' '}"),
+    ],
+)
+def test_what_no_setting_takes_is_refused_by_its_key(write, key, content):
+    assert error_of(load1, write(content)).startswith(key)
+
+
+def test_an_empty_section_changes_nothing(write):
+    assert load1(write("model: {}\noptim: {}\n")) == Stage1Config()
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "a=[1,2",
+        "seed={x",
+        "seed=${nope}",
+        "=3",
+        "seed=???",
+        "run_dir=???",
+        "run_dir=${nope}",
+        "run_dir=",
+        "optim.lr=nan",
+    ],
+)
 def test_a_broken_argument_is_an_input_error(argument):
     error_of(load1, argument)
+
+
+def test_a_mutated_file_is_a_configuration_or_an_input_error(write):
+    loaded, refused = [], []
+    for program, text in mutated_configs(seed=0, count=90):
+        cls, sections, _ = PROGRAMS[program]
+        name = write(text.encode("utf-8", "surrogateescape"))
+        try:
+            loaded.append(load_config(cls, [name], sections))
+        except InputError as error:
+            refused.append(str(error))
+    assert min(len(loaded), len(refused)) > 10
+    assert all(len(message.splitlines()) == 1 for message in refused)
 
 
 # The constructor as the schema

@@ -117,7 +117,7 @@ def test_accumulation_mixed_precision_flips_and_seconds(runs, program, tmp_path)
         "stage1/train.py", DEBUG["stage1"], f"run_dir={tmp_path}/1", *stage1, "train.max_seconds=1"
     )
     assert code == 0, errors
-    stage2 = ["train.accumulation=2", "train.mixed_precision=bf16", "train.max_steps=20"]
+    stage2 = ["train.accumulation=2", "train.mixed_precision=bf16", "train.max_steps=20", "data.channels=null"]
     code, _, errors = program(
         "stage2/train.py", DEBUG["stage2"], f"run_dir={tmp_path}/2", f"stage1={tmp_path}/1", *stage2
     )
@@ -236,6 +236,11 @@ BAD = {
     "no run": ("sample", "", "usage"),
     "other config": ("stage1", "run_dir={runs}/stage1 optim.lr=0.5", "optim.lr=0.5"),
     "batch and accumulation": ("stage1", "train.accumulation=3", "train.batch_size"),
+    "a size that is none": ("stage1", "model.encoder_blocks=-1", "model.encoder_blocks=-1: must be at least 0"),
+    "a prior of too many layers": ("stage2", "model.num_hidden_layers=1000000", "must be at most 1000"),
+    "an average of too many steps": ("stage1", "train.ema=0.5", "train.ema=0.5: must be at least 0 and below 0.28"),
+    "a home that nobody has": ("stage1", "data.source=~nobody-at-all/images", "Could not determine home directory"),
+    "too many shards": ("stage1", "data.source={tmp}/{{0..9999999999}}.tar", "no shard"),
     "no budget": ("stage1", "train.max_steps=null", "train.max_seconds"),
 }
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from vqgen import training
 from vqgen.checkpoints import save_checkpoint
-from vqgen.config import OptimConfig, Stage1Config
+from vqgen.config import OptimConfig, Stage1Config, TrainConfig
 from vqgen.errors import InputError
 from vqgen.faults import Stop
 from vqgen.training import (
@@ -301,7 +301,7 @@ def test_average_is_a_frozen_copy_in_eval_mode():
 @pytest.mark.parametrize("width", [-0.1, 0.28, 1.0])
 def test_width_without_a_profile_is_refused(width):
     with pytest.raises(InputError, match=f"train.ema={width}"):
-        WeightEMA(nn.Linear(1, 1), width)
+        TrainConfig(ema=width)
 
 
 def test_codebooks_are_copied_and_not_averaged():

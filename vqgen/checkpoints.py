@@ -36,12 +36,13 @@ def open_run(config: Any) -> None:
     """
     run_dir = Path(config.run_dir)
     path, model, checkpoints = run_dir / "config.yaml", run_dir / "model", run_dir / "checkpoints"
-    if (old := _old(model)).exists() and not model.exists():
+    exists = os.path.exists  # which, unlike Path.exists, is false for a name that is too long
+    if exists(old := _old(model)) and not exists(model):
         old.rename(model)  # what the end of a process between the two renames of written_whole leaves
     for folder in (checkpoints, model):
-        if folder.exists() and not path.exists():
+        if exists(folder) and not exists(path):
             raise InputError(f"run_dir={run_dir} has a {folder.name} but no config.yaml, so it is no run; name another")
-    if not (model.exists() or checkpoints.exists()):
+    if not exists(model) and not exists(checkpoints):
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             save_config(config, path)

@@ -10,9 +10,10 @@ import difflib
 import functools
 import inspect
 import itertools
-import math
+import os
 import textwrap
 import typing
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
@@ -25,6 +26,16 @@ from omegaconf.errors import OmegaConfBaseException
 from vqgen.errors import InputError
 
 C = TypeVar("C")
+
+# What OmegaConf and PyYAML raise for text that is no YAML: PyYAML converts what has a tag, as in `!!int x`, unchecked.
+YAML_ERRORS = (
+    yaml.YAMLError,
+    OmegaConfBaseException,
+    ValueError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
 
 VQGAN_SETTINGS = ["loss.perceptual.name=alex", "loss.adversarial.name=non_saturating"]
 
@@ -58,7 +69,7 @@ class DataConfig:
     """Processes a rank decodes images with, where the data set is not in memory."""
 
     def __post_init__(self) -> None:
-        require(self.workers >= 0, f"data.workers={self.workers}: must be 0 or more")
+        require_size("data.workers", self.workers, 256, least=0)
 
 
 @dataclass
@@ -79,7 +90,7 @@ class PerceptualConfig:
     def __post_init__(self) -> None:
         require(0 <= self.start <= 1, f"loss.perceptual.start={self.start}: is a share of the run, from 0 to 1")
         require(self.weight >= 0, f"loss.perceptual.weight={self.weight}: must be 0 or more")
-        require(self.every > 0, f"loss.perceptual.every={self.every}: must be at least 1")
+        require_size("loss.perceptual.every", self.every)
 
 
 @dataclass
@@ -184,12 +195,15 @@ class TrainConfig:
     """Steps in a row whose loss is not finite, and which are skipped, before the run goes back to a checkpoint."""
 
     def __post_init__(self) -> None:
-        names = ("batch_size", "accumulation", "log_every", "eval_every", "eval_images", "checkpoint_every")
-        for name in (*names, "keep_checkpoints", "max_bad_steps"):
-            require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)}: must be at least 1")
+        names = ("accumulation", "log_every", "eval_every", "eval_images", "checkpoint_every", "keep_checkpoints")
+        for name in (*names, "max_bad_steps"):
+            require_size(f"train.{name}", getattr(self, name))
+        require_size("train.batch_size", self.batch_size, 1 << 20)
         for name in ("milestone_every", "max_hours"):
             value = getattr(self, name)
             require(value is None or value > 0, f"train.{name}={value}: must be above 0, or null")
+        # At 0.28 the average would be the plain mean of all weights so far.
+        require(0 <= self.ema < 0.28, f"train.ema={self.ema}: must be at least 0 and below 0.28")
 
 
 @dataclass
@@ -407,7 +421,7 @@ class CompareConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        require(0 < self.seconds < math.inf, f"seconds={self.seconds}: must be positive")
+        require(self.seconds > 0, f"seconds={self.seconds}: must be positive")
         require(0 < self.prior_share < 1, f"prior_share={self.prior_share}: is a share, above 0 and below 1")
         require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
         require(self.num_images > 1, f"num_images={self.num_images}: must be 2 or more")
@@ -425,7 +439,8 @@ def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C
     """Reads `[CONFIG.yaml] [key=value ...]` into a configuration of class cls.
 
     Raises:
-        InputError: a file that is not there or not YAML, a key that does not exist, a value of the wrong type.
+        InputError: a file that is not there or not YAML, a key that does not exist, a value of the wrong type or one
+            that no setting takes.
     """
     files = [a for a in arguments if "=" not in a]
     if len(files) > 1:
@@ -438,20 +453,23 @@ def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C
         require(not expanded, f"{key} is given more than once; quote what the shell expands: '{key}=...{{0..9}}.tar'")
         try:
             layer = _plain(OmegaConf.from_dotlist([argument]))
-            if known.get(key, "").startswith("str") and text != "null":
+            if known.get(key, "").startswith("str") and text not in ("null", "???"):
                 layer = text  # as it is, whatever YAML would make of it
                 for part in reversed(key.split(".")):
                     layer = {part: layer}
             layers.append(layer)
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
+        except YAML_ERRORS as error:
             raise InputError(f"{argument}: {_first_line(error)}; write key=value, lists as [1,2]") from error
 
     config: DictConfig = OmegaConf.structured(cls)
     for layer in layers:
-        for key in _leaves(layer):
+        for key, value in _leaves(layer):
             if key in sections or any(k.startswith(f"{key}.") for k in known):
-                raise InputError(f"{key}: is a section; set its keys, as in {key}.KEY=VALUE (see --help)")
-            if key not in known and not _is_open(sections, key):
+                require(value == {}, f"{key}: is a section; set its keys, as in {key}.KEY=VALUE (see --help)")
+            elif key in known:  # OmegaConf takes any list for a list of numbers, if what is in it is no value
+                nested = value == {} or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value))
+                require(not nested, f"{key}={value}: is a {known[key]}, without sections or lists in it; see --help")
+            elif not _is_open(sections, key):
                 raise InputError(_no_such_key(key, list(known)))
         if layer.get("train", {}).get("mixed_precision") is False:
             layer["train"]["mixed_precision"] = "no"  # a bare `no` is false in YAML
@@ -531,7 +549,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such config file; give a .yaml, and settings as key=value")
     try:
         content = _plain(OmegaConf.load(path))
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except (*YAML_ERRORS, OSError) as error:
         raise InputError(f"{path}: not a YAML file of settings: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a YAML file of settings: expected `key: value` lines")
@@ -550,10 +568,33 @@ def _is_open(sections: Sections, key: str) -> bool:
 
 
 def _merge(config: DictConfig, layer: Mapping[str, Any], prefix: str = "") -> DictConfig:
+    _check_values(layer, prefix)  # OmegaConf makes a float of an integer of any length, or tries to
     try:
-        return typing.cast(DictConfig, OmegaConf.merge(config, layer))
+        merged = typing.cast(DictConfig, OmegaConf.merge(config, layer))
+        _check_values(_plain(merged), prefix)
+        return merged
     except OmegaConfBaseException as error:
         raise InputError(f"{prefix}{error.full_key}: {_first_line(error)}; see --help for what it takes") from error
+
+
+def _check_values(values: Mapping[str, Any], prefix: str) -> None:
+    """Refuses what no setting takes, whichever it is."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            _check_values(value, f"{key}.")
+        for v in value if isinstance(value, list) else [value]:
+            if isinstance(v, float):
+                require(abs(v) <= 1e30, f"{key}={v}: must be a finite number, of 1e30 at most")
+            elif isinstance(v, int):
+                require(abs(v) < 2**63, f"{key}={str(v)[:50]}: must be below 2^63")
+            elif isinstance(v, str):
+                require(bool(v.strip()), f"{key} is empty; give it a value, or leave it out")
+                lines = any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in v)
+                require(not lines, f"{key}={v!r}: holds a line break or another control character; leave it out")
+                pattern = any(character in v for character in "{*?[")  # may stand for many files
+                longest = len(os.fsencode(v)) if pattern else max(len(os.fsencode(part)) for part in v.split("/"))
+                require(longest <= (4095 if pattern else 255), f"{key}={v[:50]}...: is too long for a name or a path")
 
 
 def _no_such_key(key: str, known: Sequence[str]) -> str:
@@ -563,12 +604,15 @@ def _no_such_key(key: str, known: Sequence[str]) -> str:
     return f"{key}: no such key; " + (f"did you mean {near[0]}?" if near else "see --help for all of them")
 
 
-def _leaves(layer: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _leaves(layer: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key, as section.key, and its value: {} for an empty section."""
     for key, value in layer.items():
-        if isinstance(value, dict):
+        remedy = "in a file a section is a line of its own, and its keys are indented below it"
+        require("." not in str(key), f"{prefix}{key}: no such key, as it has a dot; {remedy}")
+        if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value
 
 
 def _as_dataclass(constructor: Constructor) -> type:
@@ -584,6 +628,7 @@ def _as_dataclass(constructor: Constructor) -> type:
     return make_dataclass(getattr(constructor, "__name__", "Options"), members)
 
 
+@functools.cache
 def _meanings(schema: Constructor) -> dict[str, str]:
     """What each setting means: the string below a dataclass's field, or the line in a constructor's `Args:`."""
     meanings: dict[str, str] = {}
@@ -608,11 +653,17 @@ def _meanings(schema: Constructor) -> dict[str, str]:
 
 
 def _plain(config: Any) -> Any:
-    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+    if not OmegaConf.is_config(config):
+        return config
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"{error.problem} in line {error.problem_mark.line + 1}"  # its text begins with what went well before
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def save_config(config: Any, path: Path) -> None:
@@ -626,3 +677,9 @@ def require(condition: bool, message: str) -> None:
     """Raises InputError with the message unless the condition holds."""
     if not condition:
         raise InputError(message)
+
+
+def require_size(key: str, value: int, most: int = 2**63, least: int = 1) -> None:
+    """Raises InputError for a whole number that is too small, or so large that it can only be a mistake."""
+    require(value >= least, f"{key}={value}: must be at least {least}")
+    require(value <= most, f"{key}={value}: must be at most {most}")

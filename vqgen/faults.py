@@ -130,7 +130,8 @@ def explained(error: BaseException, config: Any = None) -> str | None:
             return f"{where}: {os.strerror(number)}; {remedy}, and {GOES_ON}"
         if "DataLoader worker" in text or isinstance(link, ConnectionError | EOFError):  # the pipe from one, cut off
             remedy = "if memory ran out, lower data.workers= or data.cache_gb="
-            return f"a process that loads data was killed ({text.partition('. It is')[0] or 'its pipe ended'}); {remedy}; {GOES_ON}"
+            reason = text.partition(". ")[0] or "its pipe ended"
+            return f"a process that loads data was killed ({reason}); {remedy}; {GOES_ON}"
         if isinstance(link, RuntimeError) and re.search("closed by peer|reset by peer|Broken pipe|pair.cc", text):
             return f"another process of this run has ended; its own last line, or the launcher's, says why; {GOES_ON}"
     return None

@@ -195,12 +195,11 @@ class WeightEMA:
 
     Args:
         model: what to average.
-        width: standard deviation of that profile as a share of the run so far (EDM2's sigma_rel); 0 copies the model.
+        width: standard deviation of that profile as a share of the run so far (EDM2's sigma_rel), below 0.28, where
+            gamma would be zero; 0 copies the model.
     """
 
     def __init__(self, model: nn.Module, width: float):
-        if not 0 <= width < 0.28:  # at 0.28 gamma would be zero: the plain mean of all weights so far
-            raise InputError(f"train.ema={width}: must be at least 0 and below 0.28")
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.shards: list[Tensor] = []  # the averages where FSDP cuts the weights: the model's own are then empty
         self.gamma = np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max() if width else None  # EDM2, algorithm 2

@@ -707,6 +707,7 @@ def test_fingerprint_of_arrays_and_shards(tmp_path):
         ({"channels": 4}, "data.channels=4 is not known; use 1 or 3 or null"),
         ({"background": "blu"}, "data.background=blu is not a colour; use a name or #rrggbb"),
         ({"image_size": 0}, "data.image_size=0 is no number of pixels; use 32, for example"),
+        ({"image_size": 10**6}, "data.image_size=1000000: must be at most 32768"),
         ({"val_fraction": 1.0}, "data.val_fraction=1.0 is not from 0 to below 1; use 0.05, for example"),
     ],
 )

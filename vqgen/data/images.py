@@ -20,7 +20,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from importlib import resources
@@ -34,7 +34,7 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from vqgen.config import DataConfig
+from vqgen.config import DataConfig, require_size
 from vqgen.errors import InputError
 
 logger = logging.getLogger("vqgen")
@@ -49,6 +49,7 @@ IDX_NAMES = {  # array in an .npz: file of MNIST's
     "test_labels": "t10k-labels-idx1-ubyte",
 }
 PROBED_IMAGES = 64
+MAX_SIDE = 1 << 15
 HASHED_BYTES = 2 << 30  # reading more than this would hold up the start of a run
 REMEDY = "give a folder of images, an .npz, a .tar pattern, or digits"
 
@@ -269,6 +270,7 @@ def _check_settings(data: DataConfig) -> None:
             raise InputError(f"data.{key}={getattr(data, key)} is not known; use {known}")
     if data.image_size < 1:
         raise InputError(f"data.image_size={data.image_size} is no number of pixels; use 32, for example")
+    require_size("data.image_size", data.image_size, MAX_SIDE)
     if not 0 <= data.val_fraction < 1:
         raise InputError(f"data.val_fraction={data.val_fraction} is not from 0 to below 1; use 0.05, for example")
     try:
@@ -454,8 +456,8 @@ _Source = _Files | _Tar | _Arrays
 
 def _open_source(key: str, source: str) -> tuple[_Source, _Source | None]:
     """The part of a source to train on, and its held-out part if it has one of its own."""
-    path = Path(source).expanduser()
     try:
+        path = Path(source).expanduser()
         if source == "digits":
             with resources.as_file(resources.files("vqgen.data") / "embedded" / "digits.npz") as embedded:
                 return _array_parts(_read_npz(embedded), [embedded])
@@ -469,8 +471,8 @@ def _open_source(key: str, source: str) -> tuple[_Source, _Source | None]:
         if path.suffix == ".tar" or (not path.exists() and re.search(r"[{*?\[]", source)):
             return _Tar(_find_shards(path)), None
         raise InputError(f"{'a file of an unknown type' if path.exists() else 'no such file or folder'}; {REMEDY}")
-    except InputError as error:
-        raise InputError(f"{key}={source}: {error}") from error
+    except (InputError, OSError, RuntimeError) as error:  # also of what may not be looked at, and of ~nobody
+        raise InputError(f"{key}={source}: {error if isinstance(error, InputError) else _reason(error)}") from error
 
 
 @contextlib.contextmanager
@@ -550,16 +552,18 @@ def _find_shards(pattern: Path) -> list[Path]:
     return shards
 
 
-def _expand_braces(pattern: str) -> list[str]:
+def _expand_braces(pattern: str) -> Iterator[str]:
     braces = re.search(r"\{([^{}]*)\}", pattern)
     if braces is None:
-        return [pattern]
-    choices = braces[1].split(",")
+        yield pattern
+        return
+    choices: Iterable[str] = braces[1].split(",")
     if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", braces[1]):
         numbers = range(int(bounds[1]), int(bounds[2]) + 1)
-        choices = [str(number).zfill(len(bounds[1])) for number in numbers]
+        choices = (str(number).zfill(len(bounds[1])) for number in numbers)
     start, end = braces.span()
-    return [path for choice in choices for path in _expand_braces(pattern[:start] + choice + pattern[end:])]
+    for choice in choices:
+        yield from _expand_braces(pattern[:start] + choice + pattern[end:])
 
 
 def _index_shard(shard: Path) -> list[tuple[str, int, int, int]]:

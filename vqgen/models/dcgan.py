@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from vqgen.config import require
+from vqgen.config import require_size
 from vqgen.errors import InputError
 
 SETTLING_BATCH = 64
+MAX_WIDTH = 1 << 14
 
 
 class DCGANGenerator(nn.Module, PyTorchModelHubMixin):
@@ -41,8 +42,8 @@ class DCGANGenerator(nn.Module, PyTorchModelHubMixin):
         width: int = 32,
     ):
         super().__init__()
-        require(latent_dim > 0, f"generator.latent_dim={latent_dim}: must be at least 1")
-        require(width > 0, f"generator.width={width}: must be at least 1")
+        require_size("generator.latent_dim", latent_dim, MAX_WIDTH)
+        require_size("generator.width", width, MAX_WIDTH)
         self.class_names, self.latent_dim = list(class_names), latent_dim
         widths = [*reversed(_widths(image_size, width)), channels]
         self.first = nn.ConvTranspose2d(latent_dim, widths[0], 4, bias=False)
@@ -96,7 +97,7 @@ class DCGANDiscriminator(nn.Module):
 
     def __init__(self, image_size: int, channels: int, num_classes: int, width: int = 32):
         super().__init__()
-        require(width > 0, f"discriminator.width={width}: must be at least 1")
+        require_size("discriminator.width", width, MAX_WIDTH)
         widths = _widths(image_size, width)
         net: list[nn.Module] = [nn.Conv2d(channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for before, after in itertools.pairwise(widths):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from vqgen.config import require
+from vqgen.config import require, require_size
 
 
 class PatchDiscriminator(nn.Module):
@@ -34,8 +34,8 @@ class PatchDiscriminator(nn.Module):
         blur: bool = False,
     ):
         super().__init__()
-        require(layers > 0, f"discriminator.layers={layers}: must be at least 1")
-        require(width > 0, f"discriminator.width={width}: must be at least 1")
+        require_size("discriminator.layers", layers, 16)
+        require_size("discriminator.width", width, 1 << 14)
         self.layers = layers
         widths = [channels, *(width * min(2**i, 8) for i in range(layers + 1)), 1]
         net: list[nn.Module] = []

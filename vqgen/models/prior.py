@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vqgen.codes import CodeLayout
-from vqgen.config import require
+from vqgen.config import require, require_size
 from vqgen.errors import InputError
 
 # What transformers raises for settings that do not fit each other.
@@ -60,6 +60,8 @@ class Prior(nn.Module):
             "num_hidden_layers": num_hidden_layers,
             "num_attention_heads": num_attention_heads,
         }
+        for name, most in (("hidden_size", 1 << 16), ("num_hidden_layers", 1000), ("num_attention_heads", 1 << 16)):
+            require_size(f"model.{name}", sizes[name], most)
         config = _language_model_config(
             model_type,
             sizes | options,

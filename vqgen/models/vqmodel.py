@@ -12,10 +12,12 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from vqgen.codes import CodeLayout
-from vqgen.config import require
+from vqgen.config import require, require_size
 from vqgen.errors import InputError
 from vqgen.models.layers import ResBlock, num_groups
 from vqgen.quantizers import QuantizerOutput, build_quantizer
+
+MAX_WIDTH = 1 << 16
 
 
 class VQModel(nn.Module, PyTorchModelHubMixin):
@@ -44,8 +46,13 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
     ):
         super().__init__()
         require(channels in (1, 3), f"model.channels={channels}: must be 1 or 3")
-        require(patch_size > 0, f"model.patch_size={patch_size}: must be at least 1")
-        require(bool(widths) and min(widths) > 0, f"model.widths={list(widths)}: must be one or more channel counts")
+        require_size("model.patch_size", patch_size, 1024)
+        require_size("model.encoder_blocks", encoder_blocks, 1000, least=0)
+        require_size("model.decoder_blocks", decoder_blocks, 1000, least=0)
+        require(
+            0 < len(widths) <= 16 and 0 < min(widths) <= max(widths) <= MAX_WIDTH,
+            f"model.widths={list(widths)}: must be one or more channel counts, 16 of them and {MAX_WIDTH} at most",
+        )
         self.channels = channels
         self.stride = patch_size * 2 ** (len(widths) - 1)
         self.quantizer = build_quantizer(**(quantizer or {}))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vqgen.config import check_options, require
+from vqgen.config import check_options, require, require_size
 from vqgen.errors import InputError
 from vqgen.quantizers.common import Quantizer
 from vqgen.quantizers.ema import EMAQuantizer
@@ -23,6 +23,8 @@ BASES: dict[str, type[Quantizer]] = {
     "ibq": IBQ,
 }
 
+MOST = {"codebook_size": 1 << 31, "code_dim": 1 << 16, "kmeans_iterations": 1000, "num_quantizers": 1000}
+
 
 def complete_options(
     quantizers: Mapping[str, type[Quantizer]], where: str, name: str = "ema", **options: Any
@@ -40,9 +42,9 @@ def complete_options(
             raise InputError(f"{where}.{key}={options[key]}: {name} has no such option: {reason}")
     options = check_options(quantizer, options, where)
     for key, value in options.items():
-        if key in ("codebook_size", "code_dim"):
-            require(value > 0, f"{where}.{key}={value}: must be at least 1")
-        if key.endswith("_weight") or key in ("diversity", "kmeans_iterations"):
+        if key in MOST:
+            require_size(f"{where}.{key}", value, MOST[key], least=0 if key == "kmeans_iterations" else 1)
+        if key.endswith("_weight") or key == "diversity":
             require(value >= 0, f"{where}.{key}={value}: must be 0 or more")
         if key == "entropy_temperature":
             require(value > 0, f"{where}.{key}={value}: must be above 0")

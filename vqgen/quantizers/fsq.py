@@ -37,6 +37,7 @@ class FSQ(Quantizer):
             f"levels={list(levels)}: must be one or more, each above 2; lfq is for two levels a dimension",
         )
         self.codebook_size = prod(levels)
+        require(self.codebook_size <= 1 << 31, f"levels={list(levels)}: have a product above 2^31; use fewer or less")
         self.code_dim = len(levels)
         self.register_buffer("num_levels", torch.tensor(levels), persistent=False)
         basis = torch.tensor([prod(levels[:i]) for i in range(len(levels))])

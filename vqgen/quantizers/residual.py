@@ -41,7 +41,6 @@ class ResidualQuantizer(Quantizer):
     ):
         super().__init__()
         base = complete_options(BASES, "base", **(base or {}))
-        require(num_quantizers > 0, f"num_quantizers={num_quantizers}: must be at least 1")
         require(0 <= dropout <= 1, f"dropout={dropout}: must be between 0 and 1")
         require(not (dropout and num_quantizers == 1), f"dropout={dropout}: one level has nothing to drop; set it to 0")
         require_rotation_means_something(gradient, base.get("code_dim", 2), base.get("temperature", 0.0))
