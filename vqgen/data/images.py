@@ -61,6 +61,7 @@ HASHED_BYTES = 2 << 30  # reading more than this would hold up the start of a ru
 MAX_CLASSES = 1_000_000  # as all ids up to the largest get a name
 MAX_FILE_BYTES = 1 << 30
 LARGE_BYTES, LARGE_PIXELS = 1 << 26, 1 << 24  # images above either are in memory one at a time
+STRIP_PIXELS = 1 << 20
 REMEDY = "give a folder of images, an .npz, a .tar pattern, or digits"
 
 CONTAINER_ERRORS = (OSError, EOFError, ValueError, struct.error, zlib.error, zipfile.BadZipFile, tarfile.TarError)
@@ -411,10 +412,9 @@ def _flatten(image: Image.Image, background: str) -> Image.Image:
     with contextlib.suppress(DECODE_ERRORS):  # damage to its EXIF is none to its pixels
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":
-        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+        image = _to_8_bits(image)
     if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, ImageColor.getrgb(background)[:3])
-        image = Image.alpha_composite(canvas, image.convert("RGBA"))
+        image = _opaque(image, background)
     return _as("L" if image.mode in ("1", "L") else "RGB", image)
 
 
@@ -422,33 +422,46 @@ def _as(mode: str, image: Image.Image) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)  # which would copy it
 
 
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The image cut into strips, each with its top's place: what is computed from one never takes much memory."""
+    height = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, height):
+        yield top, image.crop((0, top, image.width, min(top + height, image.height)))
+
+
 def _is_coloured(image: Image.Image) -> bool:
-    """Whether an L or RGB image has a pixel that is not grey; looked for in strips, as arrays of large images weigh."""
-    if image.mode == "L":
-        return False
-    height = max(1, (1 << 20) // image.width)
-    strips = (
-        image.crop((0, top, image.width, min(top + height, image.height))) for top in range(0, image.height, height)
-    )
-    return any((pixels[..., :1] != pixels).any() for pixels in map(np.asarray, strips))
+    """Whether an L or RGB image has a pixel that is not grey."""
+    pixels = (np.asarray(strip) for _, strip in _strips(image))
+    return image.mode != "L" and any((part[..., :1] != part).any() for part in pixels)
 
 
-def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
-    """Grey values of 16 bits, 32 bits or floats as uint8, of the same shape.
+def _opaque(image: Image.Image, background: str) -> Image.Image:
+    """An image of mode RGB, on a colour."""
+    opaque = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        canvas = Image.new("RGBA", strip.size, ImageColor.getrgb(background)[:3])
+        opaque.paste(Image.alpha_composite(canvas, strip.convert("RGBA")).convert("RGB"), (0, top))
+    return opaque
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey values of 16 bits, 32 bits or floats as an image of mode L.
 
     No file says which float or which 32-bit integer is white. It is taken to be the least of the usual whites that no
     pixel exceeds, and only beyond those the brightest pixel, so that the images of a set are scaled alike.
     """
-    parts = np.array_split(pixels.ravel(), max(1, pixels.size >> 20))  # float64 of a large image would weigh
-    brightest = max(_finite(part).max() for part in parts)
-    whites = (1, 255, 65535) if pixels.dtype.kind == "f" else (65535,)
+    brightest = max(_finite(strip).max() for _, strip in _strips(image))
+    whites = (1, 255, 65535) if image.mode[0] == "F" else (65535,)
     white = next((white for white in whites if brightest <= white), brightest)
-    scaled = [np.rint(np.clip(_finite(part) / white, 0, 1) * 255).astype(np.uint8) for part in parts]
-    return np.concatenate(scaled).reshape(pixels.shape)
+    grey = Image.new("L", image.size)
+    for top, strip in _strips(image):
+        pixels = np.rint(np.clip(_finite(strip) / white, 0, 1) * 255).astype(np.uint8)
+        grey.paste(Image.fromarray(pixels), (0, top))
+    return grey
 
 
-def _finite(pixels: np.ndarray) -> np.ndarray:
-    return np.nan_to_num(pixels, posinf=0, neginf=0)
+def _finite(image: Image.Image) -> np.ndarray:
+    return np.nan_to_num(np.asarray(image), posinf=0, neginf=0)
 
 
 def _resize(image: Image.Image, data: DataConfig) -> Image.Image:
@@ -478,7 +491,11 @@ def _checked_size(num_bytes: int) -> int:
 
 def _open_image(content: bytes) -> Image.Image:
     # Without `formats`, Pillow tries all it knows: half as slow again, and one of them runs Ghostscript.
-    return Image.open(io.BytesIO(content), formats=FORMATS)
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    # Some decoders take whole rows only, and Pillow copies all it has of one with each block that it adds: a row of
+    # 10 million pixels would take minutes.
+    image.decodermaxblock = max(image.decodermaxblock, 8 * image.width)
+    return image
 
 
 # Sources: each has names, class_ids, class_names, files, num_bytes(row) and open(row)
