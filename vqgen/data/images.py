@@ -314,7 +314,7 @@ class ImageSet:
     def _read_at_or_after(self, i: int) -> tuple[np.ndarray, int]:
         """The first image that loads from i on, going round, and its index."""
         for j in ((i + step) % len(self) for step in range(len(self))):
-            pixels = self.read(j)
+            pixels = None if j in self._broken else self.read(j)  # what takes long to fail does so once
             if pixels is not None:
                 return pixels, j
         raise InputError(f"none of {len(self)} images loads, first: {self._describe(i)}; repair them or give others")
