@@ -18,6 +18,7 @@ from vqgen.checkpoints import load_checkpoint, open_run, resumed_otherwise, save
 from vqgen.cli import run_program
 from vqgen.config import Stage1Config, check_options, require
 from vqgen.data.images import ImageSet, load_images
+from vqgen.data.skipped import count_skipped
 from vqgen.distributed import all_reduce_sum, rank, world_size
 from vqgen.faults import Stop
 from vqgen.fsdp import refuse_fsdp
@@ -107,6 +108,8 @@ def train(config: Stage1Config, rollbacks: int, stop: Stop) -> None:
     if accelerator.is_main_process:
         open_run(config)
     accelerator.wait_for_everyone()
+    for images in (train_set, val_set):
+        images.report_skipped(Path(config.run_dir) / "skipped.txt")
 
     betas = (config.optim.beta1, config.optim.beta2)
     optimizer = torch.optim.AdamW(
@@ -312,6 +315,8 @@ def train(config: Stage1Config, rollbacks: int, stop: Stop) -> None:
             shown = {name: metrics[name] for name in ("loss", "psnr", "usage", "images_per_second")}
             tracker.progress(step, share, budget.seconds * (1 / share - 1), **shown)
             window_step, window_start = step, budget.seconds
+    if count := count_skipped(run_dir / "skipped.txt"):
+        tracker.say(f"{count} images did not load; {run_dir / 'skipped.txt'} names them")
     if not last:
         tracker.say(f"{stop.reason}: stopped at step {step}; the same command goes on from there")
     tracker.close()

@@ -16,6 +16,7 @@ from vqgen.checkpoints import load_checkpoint, open_run, resumed_otherwise, save
 from vqgen.cli import run_program
 from vqgen.config import GANConfig, check_options, require
 from vqgen.data.images import load_images
+from vqgen.data.skipped import count_skipped
 from vqgen.distributed import rank, world_size
 from vqgen.faults import Stop
 from vqgen.fsdp import refuse_fsdp
@@ -71,6 +72,7 @@ def train(config: GANConfig, rollbacks: int, stop: Stop) -> None:
     if accelerator.is_main_process:
         open_run(config)
     accelerator.wait_for_everyone()
+    train_set.report_skipped(Path(config.run_dir) / "skipped.txt")
 
     memory_format = torch.contiguous_format
     if device.type == "cuda":
@@ -241,6 +243,8 @@ def train(config: GANConfig, rollbacks: int, stop: Stop) -> None:
             shown = {name: metrics[name] for name in ("disc_loss", "gen_loss", "disc_accuracy", "images_per_second")}
             tracker.progress(step, share, budget.seconds * (1 / share - 1), **shown)
             window_step, window_start = step, budget.seconds
+    if count := count_skipped(run_dir / "skipped.txt"):
+        tracker.say(f"{count} images did not load; {run_dir / 'skipped.txt'} names them")
     if not last:
         tracker.say(f"{stop.reason}: stopped at step {step}; the same command goes on from there")
     tracker.close()

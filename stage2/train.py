@@ -18,6 +18,7 @@ from vqgen.cli import run_program
 from vqgen.config import DataConfig, SampleConfig, Stage2Config, check_options, read_yaml, require
 from vqgen.data.codes import encode_images
 from vqgen.data.images import load_images
+from vqgen.data.skipped import count_skipped
 from vqgen.distributed import world_size
 from vqgen.faults import Stop
 from vqgen.fsdp import check_fsdp, gathered, load_optimizer, whole
@@ -83,7 +84,13 @@ def train(config: Stage2Config, rollbacks: int, stop: Stop) -> None:
     codes_dir = Path(config.codes_dir or Path(config.stage1) / "codes")
     train_codes, val_codes = (
         encode_images(
-            images, tokenizer, codes_dir, tokenizer_hash=tokenizer_hash, mirror=mirror, accelerator=accelerator
+            images,
+            tokenizer,
+            codes_dir,
+            tokenizer_hash=tokenizer_hash,
+            mirror=mirror,
+            accelerator=accelerator,
+            skipped=Path(config.run_dir) / "skipped.txt",
         )
         for images, mirror in ((train_images, data.flip), (val_images, False))
     )
@@ -225,6 +232,8 @@ def train(config: Stage2Config, rollbacks: int, stop: Stop) -> None:
                 step, share, budget.seconds * (1 / share - 1), loss=metrics["loss"], images_per_second=speed
             )
             window_step, window_start = step, budget.seconds
+    if count := count_skipped(run_dir / "skipped.txt"):
+        tracker.say(f"{count} images did not load; {run_dir / 'skipped.txt'} names them")
     if not last:
         tracker.say(f"{stop.reason}: stopped at step {step}; the same command goes on from there")
     tracker.close()

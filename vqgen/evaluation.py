@@ -16,6 +16,7 @@ from accelerate import Accelerator
 import vqgen
 from vqgen.checkpoints import load_checkpoint
 from vqgen.config import DataConfig, TrackingConfig, check_options, read_yaml, require
+from vqgen.data.folders import user_cache_folder
 from vqgen.data.images import ImageSet, load_images
 from vqgen.errors import InputError
 from vqgen.features import FeatureNetwork, Features
@@ -365,7 +366,7 @@ def cache_folder(config: Any) -> Path:
     """
     if config.cache_dir is not None:
         return writable_folder("cache_dir", Path(config.cache_dir))
-    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqgen"
+    own = user_cache_folder()
     return writable_folder("cache_dir", own)
 
 

@@ -1,6 +1,9 @@
 """The token store: what is in it, and when it is made anew."""
 
+import errno
 import json
+import os
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +19,8 @@ from vqgen.config import DataConfig
 from vqgen.data import codes as codes_module
 from vqgen.data.codes import TokenStore, encode_images
 from vqgen.data.images import ImageSet, load_images
+from vqgen.data.skipped import read_skipped
+from vqgen.errors import InputError
 from vqgen.models.vqmodel import VQModel, from_uint8
 from vqgen.training import BatchOrder
 
@@ -53,7 +58,9 @@ def settings(folder: Path, **changes) -> DataConfig:
 def encode(tmp_path, accelerator):
     """Encodes the training images that some settings describe into a store below tmp_path / codes."""
 
-    def encode(data: DataConfig, model: VQModel | None = None, tokenizer_hash: str = "w", mirror: bool = False):
+    def encode(
+        data: DataConfig, model: VQModel | None = None, tokenizer_hash: str = "w", mirror: bool = False, skipped=None
+    ):
         images = load_images(data)[0]
         store = encode_images(
             images,
@@ -62,6 +69,7 @@ def encode(tmp_path, accelerator):
             tokenizer_hash=tokenizer_hash,
             mirror=mirror,
             accelerator=accelerator,
+            skipped=skipped,
         )
         return store, images
 
@@ -133,6 +141,22 @@ def test_images_that_do_not_load_are_left_out(encode, folder, caplog, cache_gb, 
     tokens, class_ids = everything(store)
     assert torch.equal(tokens[: len(good)], expected_tokens(images, good))
     assert class_ids.tolist() == images.class_ids[good].tolist() * (2 if mirror else 1)
+    assert any(f"left out 2 of {len(names)} images" in message for message in caplog.messages) == (cache_gb == 0)
+
+
+@pytest.mark.parametrize("cache_gb", [1.0, 0.0], ids=["images in memory", "images from disk"])
+def test_images_that_do_not_load_are_named_by_the_store_and_each_run_that_takes_it(encode, folder, tmp_path, cache_gb):
+    names = load_images(settings(folder))[0].names
+    for name in (names[1], names[-1]):
+        (folder / name).write_bytes(b"")
+    expected = {names[1]: "empty, or no image", names[-1]: "empty, or no image"}
+    for run in "ab":
+        encode(settings(folder, cache_gb=cache_gb), mirror=True, skipped=tmp_path / f"{run}.txt")
+        assert read_skipped(tmp_path / f"{run}.txt") == expected
+    (store,) = stores(tmp_path)
+    assert read_skipped(store / "skipped.txt") == expected
+    with pytest.raises(InputError, match=r"gone/skipped\.txt cannot be written \(No such file or directory\)"):
+        encode(settings(folder, cache_gb=cache_gb), mirror=True, skipped=tmp_path / "gone" / "skipped.txt")
 
 
 def test_a_data_loader_gives_batches_in_the_order_of_its_sampler(encode, folder):
@@ -215,3 +239,42 @@ def test_an_encoding_that_was_interrupted_is_not_taken_for_a_whole_one(encode, f
         encode(settings(folder), model)
     store, images = encode(settings(folder))
     assert torch.equal(everything(store)[0], expected_tokens(images))
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "class_ids.npy"])
+@pytest.mark.parametrize("damage", ["cut short", "empty", "other", "gone"])
+def test_a_store_that_does_not_load_is_made_again(encode, folder, tmp_path, caplog, name, damage):
+    expected = everything(encode(settings(folder))[0])
+    path = stores(tmp_path)[0] / name
+    content = {"cut short": path.read_bytes()[:-8], "empty": b"", "other": b"no array" * 100, "gone": None}[damage]
+    path.unlink() if content is None else path.write_bytes(content)
+    assert torch.equal(everything(encode(settings(folder))[0])[0], expected[0])
+    assert len(stores(tmp_path)) == 1
+    assert [("does not load" in message) for message in caplog.messages] == [True]
+    encode(settings(folder))
+    assert len(caplog.messages) == 1
+
+
+def test_nothing_is_left_of_an_encoding_that_failed(encode, folder, tmp_path, monkeypatch):
+    model = tokenizer()
+    monkeypatch.setattr(model, "encode", lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encode(settings(folder), model)
+    assert stores(tmp_path) == []
+
+
+def test_a_store_for_which_there_is_no_room_is_refused_at_once(encode, folder, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))  # holds for root, too
+    try:
+        with pytest.raises(InputError, match=rf"codes cannot be written \({os.strerror(errno.EFBIG)}\); name another"):
+            encode(settings(folder))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert stores(tmp_path) == []
+
+
+def test_the_room_for_a_store_is_there_before_it_is_written(tmp_path):
+    codes_module._reserve(tmp_path / "x.npy", np.uint16, (1000, 1000))
+    assert (tmp_path / "x.npy").stat().st_blocks * 512 >= 2_000_000
+    assert np.load(tmp_path / "x.npy", mmap_mode="r+").shape == (1000, 1000)

@@ -1,26 +1,38 @@
 """Every kind of image and of source, read into known pixels; what is broken, and what the message says."""
 
 import gzip
+import hashlib
 import io
 import json
 import logging
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as StillWaiting
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import SHARED, needs_shared
+from programs import ENVIRONMENT, ROOT, SHARED, needs_shared
+from soak.hostile import make_hostile, make_valid
 from torch.utils.data import DataLoader
 
 from vqgen.config import DataConfig
+from vqgen.data import folders as folders_module
 from vqgen.data import images as images_module
+from vqgen.data.folders import list_images, user_cache_folder
 from vqgen.data.images import ImageSet, load_images, load_set, some_rows
+from vqgen.data.skipped import SkippedFile, count_skipped, one_line, read_skipped
 from vqgen.errors import InputError
+
+pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\..*")  # as the loader has it, whose filter pytest sets aside
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -611,7 +623,6 @@ def test_no_image_loads(tmp_path, settings):
         load(tmp_path / "flat", **settings)[0].__getitems__([0])
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on tags that it skips
 def test_every_kind_of_damage_is_skipped(tmp_path, caplog):
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
@@ -630,6 +641,318 @@ def test_every_kind_of_damage_is_skipped(tmp_path, caplog):
     train, val = load(tmp_path / "damaged", channels=3)
     assert 0 < len(train) + len(val) < 320
     assert all(message.startswith("skipped ") for message in caplog.messages)
+
+
+def test_damage_to_the_exif_is_none_to_the_image(tmp_path):
+    image = Image.new("RGB", (8, 8), GREEN)
+    for k, exif in enumerate(
+        (b"Exif\0\0", b"Exif\0\0XX*\0\1", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0II*\0\4\0\0\0\xff")
+    ):
+        read = read_one(save(tmp_path / str(k) / "a" / "x.jpg", image, exif=exif, quality=100))
+        np.testing.assert_allclose(read[:, 4, 4], GREEN, atol=3)
+
+
+def test_channels_are_those_of_what_loads_where_the_sample_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(images_module, "PROBED_IMAGES", 2)
+    for k in range(1, 4):
+        save(tmp_path / "x" / f"{k}.png", RED)
+    for k in (0, 4):
+        (tmp_path / "x" / f"{k}.png").write_bytes(b"")
+    save(tmp_path / "held" / "x.png")
+    train, _ = load(tmp_path / "x", val_source=str(tmp_path / "held"))
+    assert (len(train), train.channels) == (3, 3)
+
+
+# Images from strangers
+
+
+@pytest.mark.parametrize("cache_gb", [1, 0])
+def test_each_hostile_file_is_counted_and_named_and_each_odd_one_loads(tmp_path, cache_gb):
+    root, report = tmp_path / "strangers", tmp_path / "skipped.txt"
+    valid, hostile = make_valid(root, 80, seed=0), make_hostile(root, 120, seed=0)
+    for _ in range(2):  # the second time as a run that goes on does it
+        train, val = load(root, cache_gb=cache_gb, image_size=16, channels=3)
+        assert int(train.fingerprint, 16) != int(val.fingerprint, 16)
+        for part in (train, val):
+            part.report_skipped(report)
+            if cache_gb == 0:
+                for _ in DataLoader(part, batch_size=5, collate_fn=identity, num_workers=2):
+                    pass
+            else:
+                assert {*part.names} <= {*valid}
+        reasons = read_skipped(report)
+        assert reasons.keys() == {one_line(name) for name in hostile}
+        assert all(reasons.values())
+        assert count_skipped(report) == len(hostile)
+    assert len(train) + len(val) == (len(valid) if cache_gb else len(valid) + len(hostile))
+
+
+def test_hostile_files_put_nothing_but_one_line_on_the_screen(tmp_path):
+    make_valid(tmp_path / "x", 40, seed=1)
+    make_hostile(tmp_path / "x", 80, seed=1)
+    save(tmp_path / "held" / "x.png")
+    code = f"""
+from vqgen.config import DataConfig
+from vqgen.data.images import load_images
+load_images(DataConfig(source={str(tmp_path / "x")!r}, val_source={str(tmp_path / "held")!r}, image_size=16))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.startswith("skipped 80 images that do not load, first: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_hostile_file_raises_one_line_if_asked_to(tmp_path):
+    for i, name in enumerate(make_hostile(tmp_path / "x", 60, seed=2)):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / "x" / name).rename(tmp_path / str(i) / name)
+        save(tmp_path / str(i) / "other.png")
+        parts = load(tmp_path / str(i), on_error="raise", cache_gb=0, channels=3)
+        (part,) = (part for part in parts if part.names == [name])
+        with pytest.raises(InputError, match=r"^an image does not load: .*data\.on_error=skip$") as error:
+            part.read(0)
+        assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_pipe_with_an_image_s_name_is_never_waited_for(folder):
+    os.mkfifo(folder / "cat" / "pipe.png")
+    (folder / "dog" / "zero.png").symlink_to("/dev/zero")
+    with (folder / "dog" / "vast.png").open("wb") as file:
+        file.truncate(1 << 41)
+    train, val = load(folder, val_fraction=0.3)
+    assert len(train) + len(val) == 20
+    assert sorted((train._broken | val._broken).values()) == [
+        "2,048.0 GiB, which is too large for an image", "a pipe, a socket or a device", "a pipe, a socket or a device"
+    ]  # fmt: skip
+    assert train.fingerprint != val.fingerprint
+
+
+def test_names_that_are_no_text_or_more_than_one_line(tmp_path, caplog):
+    names = [os.fsdecode(b"caf\xe9/\xff.png"), "two\nlines/a\tb.png", "back\\slash/x.png", "猫/一.png"]
+    for name in names:
+        save(tmp_path / "x" / name, RED)
+        save(tmp_path / "x" / name.replace(".png", ".jpg")).write_bytes(b"")
+    save(tmp_path / "held" / "猫" / "x.png")
+    train, val = load(tmp_path / "x", val_source=str(tmp_path / "held"))
+    assert train.names == sorted(names)
+    assert train.class_names == ["back\\slash", "caf\\udce9", "two\nlines", "猫"]
+    json.dumps(train.class_names, ensure_ascii=False).encode()
+    assert train.fingerprint != val.fingerprint
+    train.report_skipped(tmp_path / "skipped.txt")
+    written = read_skipped(tmp_path / "skipped.txt")
+    assert written.keys() == {
+        r"caf\udce9/\udcff.jpg", r"two\nlines/a\tb.jpg", r"back\\slash/x.jpg", "猫/一.jpg"
+    }  # fmt: skip
+    had_back = [name.encode("latin-1", "backslashreplace").decode("unicode_escape") for name in written]
+    assert sorted(had_back) == sorted(name.replace(".png", ".jpg") for name in names)
+    assert all("\n" not in message and message.isprintable() for message in caplog.messages)
+
+
+def test_skipped_images_of_another_source_are_told_apart(damaged, tmp_path):
+    (tmp_path / "held" / "cat" / "3.png").write_bytes(b"")
+    for part in load(damaged, val_source=str(tmp_path / "held")):
+        part.report_skipped(tmp_path / "skipped.txt")
+    names = read_skipped(tmp_path / "skipped.txt").keys()
+    assert names == {"cat/3.png", "cat/4.png", "dog/0.png", f"{tmp_path}/held/cat/3.png"}
+
+
+def test_a_list_of_skipped_images_that_cannot_be_written_ends_a_run_only_at_its_start(damaged, tmp_path):
+    settings = {"val_source": str(tmp_path / "held")}
+    (tmp_path / "file").touch()
+    train, _ = load(damaged, **settings)
+    with pytest.raises(InputError, match=r"/file/skipped\.txt cannot be written \(Not a directory\)"):
+        train.report_skipped(tmp_path / "file" / "skipped.txt")
+    train, _ = load(damaged, **settings, cache_gb=0)
+    train.report_skipped(tmp_path / "gone" / "skipped.txt")
+    assert train.__getitems__([3])[0][0, 0, 0, 0] == 5
+    assert count_skipped(tmp_path / "gone" / "skipped.txt") == 0
+
+
+def test_processes_and_threads_that_skip_the_same_images_name_each_once(tmp_path):
+    path = tmp_path / "skipped.txt"
+    code = f"""
+from pathlib import Path
+from vqgen.data.skipped import SkippedFile
+mine = SkippedFile(Path({str(path)!r}))
+for i in range(300):
+    mine.add({{f"{{i}}.png": "empty"}})
+"""
+    running = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT) for _ in range(2)]
+    ours = SkippedFile(path)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: ours.add({f"{i % 300}.png": "empty"}), range(900)))
+    assert [process.wait() for process in running] == [0, 0]
+    assert count_skipped(path) == len(read_skipped(path)) == 300
+
+
+# Large images
+
+
+def test_large_images_are_in_memory_one_at_a_time(folder, monkeypatch):
+    monkeypatch.setattr(images_module, "LARGE_PIXELS", 100)
+    save(folder / "cat" / "large.png", Image.new("L", (11, 10)))
+    train, _ = load(folder, channels=1, cache_gb=0, val_fraction=0)
+    large, small = train.names.index("cat/large.png"), train.names.index("cat/0.png")
+    with ThreadPoolExecutor(2) as pool:
+        with images_module._one_large:  # as by the thread that has another one
+            assert pool.submit(train.read, small).result(60) is not None
+            waiting = pool.submit(train.read, large)
+            with pytest.raises(StillWaiting):
+                waiting.result(0.2)
+        assert waiting.result(60) is not None
+
+
+def test_an_image_in_strips_is_the_same(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    images = {
+        "rgba.png": rng.integers(0, 256, (31, 20, 4), np.uint8),
+        "la.png": rng.integers(0, 256, (31, 20, 2), np.uint8),
+        "deep.png": rng.integers(0, 65536, (31, 20), np.uint16),
+        "float.tif": np.where(np.eye(31, 20), np.nan, rng.random((31, 20), np.float32) * 1000),
+        "int.tif": rng.integers(-10, 1 << 20, (31, 20), np.int32),
+    }
+    for name, pixels in images.items():
+        save(tmp_path / "x" / name, Image.fromarray(pixels.astype(np.float32) if name == "float.tif" else pixels))
+    palette = Image.fromarray(rng.integers(0, 256, (31, 20, 3), np.uint8)).quantize(16)
+    save(tmp_path / "x" / "palette.png", palette, transparency=3)
+    read = []
+    for strip_pixels in (1 << 20, 50):
+        monkeypatch.setattr(images_module, "STRIP_PIXELS", strip_pixels)
+        train, _ = load(tmp_path / "x", val_source="digits", channels=3, background="#306090")
+        assert len(train) == 6
+        read.append(train.__getitems__(range(6))[0])
+        assert load(tmp_path / "x", val_source="digits")[0].channels == 3
+    assert torch.equal(*read)
+
+
+def test_a_very_wide_image_takes_no_minutes(tmp_path):
+    wide = tmp_path / "a" / "wide.pgm"
+    wide.parent.mkdir()
+    wide.write_bytes(b"P5\n60000000 1\n255\n" + bytes(60_000_000))
+    start = time.monotonic()
+    assert read_one(wide).max() == 0
+    assert time.monotonic() - start < 10
+
+
+# Listing
+
+
+def test_links_to_folders_are_followed_but_no_folder_is_entered_below_itself(tmp_path):
+    root = tmp_path / "x"
+    save(root / "cat" / "1.png")
+    save(tmp_path / "elsewhere" / "2.png")
+    (root / "dog").symlink_to(tmp_path / "elsewhere")
+    (root / "cat" / "up").symlink_to("..")
+    (root / "cat" / "itself").symlink_to(".")
+    (tmp_path / "elsewhere" / "back").symlink_to(root)
+    (root / "loop").symlink_to("loop")
+    (root / "one").symlink_to("other")
+    (root / "other").symlink_to("one")
+    (root / "folder.png").mkdir()
+    save(root / "folder.png" / "3.png")
+    assert list_images(root) == ["cat/1.png", "dog/2.png", "folder.png/3.png"]
+
+
+def test_links_that_lead_to_a_folder_in_ever_more_ways_come_to_an_end(tmp_path, caplog):
+    for level in range(40):  # 2 to the power of 40 paths to the last
+        save(tmp_path / f"{level}" / "x.png")
+        for name in "ab" if level < 39 else "":
+            (tmp_path / f"{level}" / name).symlink_to(f"../{level + 1}")
+    names = list_images(tmp_path / "0")
+    assert len(names) == 1 + 2 + 4 + 8 + 36 * folders_module.MAX_VISITS
+    assert names == list_images(tmp_path / "0")
+    assert all("is linked to more than 16 times" in message for message in caplog.messages)
+
+
+def test_a_folder_that_cannot_be_listed_is_named_and_left_out(tmp_path, caplog):
+    save(tmp_path / "x" / "a.png")
+    at = os.open(tmp_path / "x", os.O_RDONLY)
+    for _ in range(20):  # a path of more than 4096 bytes, which no process can name at once
+        os.mkdir("d" * 250, dir_fd=at)
+        below = os.open("d" * 250, os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = below
+    os.close(at)
+    assert list_images(tmp_path / "x") == ["a.png"]
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(f"skipping a folder that cannot be listed: {'d' * 250}/")
+    assert caplog.messages[0].endswith("(File name too long)")
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch) -> Path:
+    """A folder of images in two folders, nothing in it new, so large that its listing is kept."""
+    monkeypatch.setattr(folders_module, "KEPT_FROM", 4)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("a/0", "a/1", "b/2", "3"):
+        save(tmp_path / "x" / f"{name}.png")
+    settle(tmp_path / "x")
+    return tmp_path / "x"
+
+
+def settle(root: Path) -> None:
+    """Makes as if nothing had changed for ten seconds."""
+    for path in (root, *(path for path in root.rglob("*") if path.is_dir())):
+        os.utime(path, ns=(0, time.time_ns() - 10**10))
+
+
+def listings() -> list[Path]:
+    return sorted((user_cache_folder() / "listings").glob("*"))
+
+
+def test_the_listing_of_a_large_folder_is_kept(kept):
+    names = ["3.png", "a/0.png", "a/1.png", "b/2.png"]
+    assert list_images(kept) == names
+    (path,) = listings()
+    content = path.read_bytes().partition(b"\n")[2].replace(b"b/2.png", b"b/9.png")
+    path.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    kept.parent.joinpath("link").symlink_to(kept)
+    assert list_images(kept.parent / "link") == [*names[:3], "b/9.png"]  # so this is where it comes from
+
+    for damage in (content, content[:-9], b"", b"\xff\n\xff", path.read_bytes().replace(b"9", b"8")):
+        path.write_bytes(damage)
+        assert list_images(kept) == names
+    save(kept / "b" / "4.png")
+    assert list_images(kept) == [*names, "b/4.png"]
+    (kept / "a" / "0.png").rename(kept / "a" / "5.png")
+    assert list_images(kept) == ["3.png", "a/1.png", "a/5.png", "b/2.png", "b/4.png"]
+
+
+def test_a_listing_that_may_not_last_is_not_kept(kept, monkeypatch):
+    save(kept / "b" / "new.png")
+    list_images(kept)
+    assert listings() == []
+    settle(kept)
+    (kept / "a" / "later").symlink_to(kept.parent / "later")
+    settle(kept)
+    list_images(kept)
+    assert listings() == []
+    save(kept.parent / "later" / "6.png")
+    assert "a/later/6.png" in list_images(kept)
+    settle(kept)
+    settle(kept.parent / "later")
+    list_images(kept)
+    assert len(listings()) == 1
+
+
+def test_a_cache_that_cannot_be_written_does_not_matter(kept, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("in its place")
+    assert len(list_images(kept)) == 4
+    assert len(list_images(kept)) == 4
+
+
+def test_ten_thousand_files_are_listed_in_seconds_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save(tmp_path / "0.png")
+    (tmp_path / "x").mkdir()
+    for k in range(10_000):
+        os.link(tmp_path / "0.png", tmp_path / "x" / f"{k}.png")
+    settle(tmp_path / "x")
+    start = time.monotonic()
+    train, val = load(tmp_path / "x", cache_gb=0)
+    assert time.monotonic() - start < 5
+    assert len(train) + len(val) == 10_000
+    assert len(listings()) == 1
 
 
 # Fingerprint
@@ -737,6 +1060,7 @@ def wrong_sources(root: Path) -> dict[str, str]:
     np.savez(root / "scalar.npz", images=np.uint8(3))
     np.savez(root / "few.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.zeros(2, int))
     np.savez(root / "half.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.zeros(3))
+    np.savez(root / "vast.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.array([0, 1, 1 << 40]))
     np.savez(root / "below.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.full(3, -2))
     (root / "cut.npz").write_bytes((root / "few.npz").read_bytes()[:300])
     for name, content in (("cut", b"\0\0\x08\3\0\0\0\1"), ("floats", b"\0\0\x0d\1\0\0\0\0"), ("no", b"")):
@@ -750,6 +1074,7 @@ def wrong_sources(root: Path) -> dict[str, str]:
     (root / "zipped.tar.gz").write_bytes(gzip.compress((root / "whole.tar").read_bytes()))
     (root / "zipped.tar").write_bytes(gzip.compress((root / "whole.tar").read_bytes()))
     write_shard(root / "label.tar", {"0": (0, b"cat"), "1": (1, b"0")})
+    write_shard(root / "vast.tar", {"0": (0, b"1099511627776"), "1": (1, b"0")})
     with tarfile.open(root / "bare.tar", "w") as tar:
         add_to_tar(tar, "0.txt", b"")
     for name, content in (("text", "cat, dog"), ("dict", "{}"), ("few", "[]")):
@@ -775,6 +1100,9 @@ def wrong_sources(root: Path) -> dict[str, str]:
         "scalar.npz": r"the images are uint8 \(\); give",
         "few.npz": r"the labels are int64 \(2,\); give 3 integers",
         "half.npz": r"the labels are float64 \(3,\); give 3 integers",
+        "vast.npz": r"one of the labels is 1099511627776; number the classes from 0, up to 999999",
+        "vast.tar": r"vast\.tar/0\.cls holds b'1099511627776'; make it an integer below 1000000",
+        "long" * 2000: "File name too long",
         "below.npz": r"the labels are int64 \(3,\); give 3 integers",
         "idx_cut": r"train-images-idx3-ubyte cannot be read \(",
         "idx_floats": r"cannot be read \(not an IDX file of unsigned bytes\)",

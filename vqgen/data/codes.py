@@ -1,5 +1,6 @@
 """The token store: a data set, encoded once by the tokenizer, memory-mapped from disk."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqgen.data.images import ImageSet
+from vqgen.data.skipped import SkippedFile, read_skipped
 from vqgen.distributed import from_main, rank, world_size
 from vqgen.errors import InputError
 from vqgen.models.vqmodel import VQModel, from_uint8
@@ -30,12 +32,17 @@ class TokenStore:
     """Token sequences with their class ids; a dataset of a `DataLoader` whose collate_fn returns its argument.
 
     Args:
-        folder: holds tokens.npy (n, N), uint16 or uint32, and class_ids.npy (n,).
+        folder: holds tokens.npy (n, N), uint16 or uint32, class_ids.npy (n,), and skipped.txt if images did not load.
+
+    Raises:
+        OSError, EOFError, ValueError: a file is not there or not whole.
     """
 
     def __init__(self, folder: Path):
         self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         class_ids = np.load(folder / "class_ids.npy")
+        if len(class_ids) != len(self.tokens):
+            raise ValueError(f"{len(self.tokens)} token sequences and {len(class_ids)} class ids")
         self.rows = np.flatnonzero(class_ids != LEFT_OUT)
         self.class_ids = class_ids[self.rows]  # (n,) int64
 
@@ -56,6 +63,7 @@ def encode_images(
     tokenizer_hash: str,
     mirror: bool,
     accelerator: Accelerator,
+    skipped: Path | None = None,
 ) -> TokenStore:
     """The images as tokens: from the store on disk if these very ones are there, else encoded now and kept.
 
@@ -66,39 +74,85 @@ def encode_images(
         tokenizer_hash: identifies the tokenizer.
         mirror: store each image and its mirror image.
         accelerator: of the processes that share the work.
+        skipped: a file to name the images in that do not load, now or when the store was made; see `SkippedFile`.
+
+    Raises:
+        InputError: the store or that file cannot be written.
     """
     made_from = {"tokenizer": tokenizer_hash, "data": images.fingerprint, "mirror": mirror, **images.crop}
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     folder, beside = cache / key, cache / f"{key}.{from_main(os.getpid(), accelerator.device):.0f}.tmp"
-    exists = bool(from_main(folder.exists(), accelerator.device))
+    exists = bool(from_main(accelerator.is_main_process and _is_whole(folder), accelerator.device))
     if not exists:
-        layout = model.code_layout(images.image_size)
-        count = len(images) * (2 if mirror else 1)
-        if accelerator.is_main_process:
-            shutil.rmtree(beside, ignore_errors=True)
-            try:
-                beside.mkdir(parents=True)
-            except OSError as error:
-                raise InputError(f"{cache} cannot be written ({error.strerror}); name another: codes_dir=") from error
-            dtype = np.uint16 if layout.vocab_size <= 1 << 16 else np.uint32
-            np.lib.format.open_memmap(beside / "tokens.npy", mode="w+", dtype=dtype, shape=(count, layout.num_tokens))
-            np.lib.format.open_memmap(beside / "class_ids.npy", mode="w+", dtype=np.int64, shape=(count,))
-            (beside / "made_from.json").write_text(json.dumps(made_from, indent=1))
+        try:
+            if accelerator.is_main_process:
+                layout = model.code_layout(images.image_size)
+                count = len(images) * (2 if mirror else 1)
+                dtype = np.uint16 if layout.vocab_size <= 1 << 16 else np.uint32
+                try:
+                    if folder.exists():  # though it does not load
+                        shutil.rmtree(folder)
+                    shutil.rmtree(beside, ignore_errors=True)
+                    beside.mkdir(parents=True)
+                    _reserve(beside / "tokens.npy", dtype, (count, layout.num_tokens))
+                    _reserve(beside / "class_ids.npy", np.int64, (count,))
+                    (beside / "made_from.json").write_text(json.dumps(made_from, indent=1))
+                except OSError as error:
+                    raise InputError(
+                        f"{cache} cannot be written ({error.strerror}); name another: codes_dir="
+                    ) from error
+            accelerator.wait_for_everyone()
+            images.report_skipped(beside / "skipped.txt")
+            _encode_share(images, model, beside, mirror)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                left_out = int((np.load(beside / "class_ids.npy")[: len(images)] == LEFT_OUT).sum())
+                if left_out:
+                    logger.warning(f"left out {left_out} of {len(images)} images that do not load")
+                try:
+                    beside.rename(folder)
+                except OSError:
+                    if not folder.exists():
+                        raise
+                    shutil.rmtree(beside)  # another run has made the same store meanwhile
+        except BaseException:
+            if accelerator.is_main_process:
+                shutil.rmtree(beside, ignore_errors=True)
+            raise
         accelerator.wait_for_everyone()
-        _encode_share(images, model, beside, mirror)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            left_out = int((np.load(beside / "class_ids.npy") == LEFT_OUT).sum())
-            if left_out:
-                logger.warning(f"left out {left_out} of {count} images that do not load")
-            try:
-                beside.rename(folder)
-            except OSError:
-                if not folder.exists():
-                    raise
-                shutil.rmtree(beside)  # another run has made the same store meanwhile
-        accelerator.wait_for_everyone()
+    if skipped is not None and accelerator.is_main_process:
+        try:
+            SkippedFile(skipped).add(read_skipped(folder / "skipped.txt"))
+        except OSError as error:
+            raise InputError(f"{skipped} cannot be written ({error.strerror}); make room, or name another") from error
     return TokenStore(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a store is there and loads."""
+    try:
+        TokenStore(folder)
+    except (OSError, EOFError, ValueError) as error:
+        if folder.exists():
+            logger.warning(f"{folder} does not load ({error}); encoding the images again")
+        return False
+    return True
+
+
+def _reserve(path: Path, dtype: type, shape: tuple[int, ...]) -> None:
+    """Makes an array's file with room on the disk for all of it: a full one would kill who writes to its memory map.
+
+    Raises:
+        OSError: there is not so much room.
+    """
+    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # not on a Mac
+        with path.open("r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system has no such thing
+                    raise
 
 
 @torch.no_grad()

@@ -16,8 +16,11 @@ import json
 import logging
 import os
 import re
+import stat
 import struct
 import tarfile
+import threading
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,11 +38,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqgen.config import DataConfig, require_size
+from vqgen.data.folders import EXTENSIONS, list_images
+from vqgen.data.skipped import SkippedFile, one_line
+from vqgen.distributed import rank
 from vqgen.errors import InputError
 
 logger = logging.getLogger("vqgen")
+# What Pillow finds odd in a file is no news for who did not make it; what it cannot read, it raises.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
 IDX_NAMES = {  # array in an .npz: file of MNIST's
@@ -51,11 +59,16 @@ IDX_NAMES = {  # array in an .npz: file of MNIST's
 PROBED_IMAGES = 64
 MAX_SIDE = 1 << 15
 HASHED_BYTES = 2 << 30  # reading more than this would hold up the start of a run
+MAX_CLASSES = 1_000_000  # as all ids up to the largest get a name
+MAX_FILE_BYTES = 1 << 30
+LARGE_BYTES, LARGE_PIXELS = 1 << 26, 1 << 24  # images above either are in memory one at a time
+STRIP_PIXELS = 1 << 20
 REMEDY = "give a folder of images, an .npz, a .tar pattern, or digits"
 
-READ_ERRORS = (OSError, EOFError, ValueError, struct.error, zlib.error)
-DECODE_ERRORS = (*READ_ERRORS, SyntaxError, LookupError, RuntimeError, Image.DecompressionBombError)  # Pillow's
-CONTAINER_ERRORS = (*READ_ERRORS, zipfile.BadZipFile, tarfile.TarError)
+CONTAINER_ERRORS = (OSError, EOFError, ValueError, struct.error, zlib.error, zipfile.BadZipFile, tarfile.TarError)
+DECODE_ERRORS = Exception  # there is none that no damage to an image could make Pillow raise
+
+_one_large = threading.RLock()  # held while a large image is in memory
 
 
 def load_images(data: DataConfig) -> tuple[ImageSet, ImageSet]:
@@ -69,7 +82,9 @@ def load_images(data: DataConfig) -> tuple[ImageSet, ImageSet]:
     """
     _check_settings(data)
     train, held_out = _open_source("data.source", data.source)
+    prefix = ""
     if data.val_source is not None:
+        prefix = f"{data.val_source}/"
         part, test_part = _open_source("data.val_source", data.val_source)
         held_out = test_part or part
     if held_out is not None:
@@ -81,7 +96,7 @@ def load_images(data: DataConfig) -> tuple[ImageSet, ImageSet]:
     else:
         raise InputError(f"data.source={data.source} is one image, with none left to hold out; give data.val_source")
     channels = data.channels or _probe_channels(train, train_rows, data.background)
-    return ImageSet(train, train_rows, data, channels), ImageSet(held_out, held_out_rows, data, channels)
+    return ImageSet(train, train_rows, data, channels), ImageSet(held_out, held_out_rows, data, channels, prefix)
 
 
 def load_set(key: str, data: DataConfig, image_size: int | None = None) -> tuple[ImageSet, ImageSet | None]:
@@ -99,7 +114,7 @@ def load_set(key: str, data: DataConfig, image_size: int | None = None) -> tuple
     source, held_out = _open_source(key, data.source)
     rows = np.arange(len(source.names))
     if image_size is None:
-        sizes = {source.open(row).size for row in _probed(rows) if _loads(source, row)}
+        sizes = {size for row in _probed(rows) if (size := _size(source, row)) is not None}
         if len(sizes) != 1 or len(set(*sizes)) != 1:
             found = " and ".join(f"{width}x{height}" for width, height in sorted(sizes)[:2]) or "broken"
             raise InputError(
@@ -130,6 +145,13 @@ class ImageSet:
 
     It serves as the dataset of a `DataLoader` whose `collate_fn` returns its argument, as a batch comes stacked.
 
+    Args:
+        source: has the images.
+        rows: which of them.
+        data: its settings.
+        channels: C, 1 or 3.
+        prefix: what their names begin with in a list of skipped images, where another set has the same names.
+
     Attributes:
         names: stable names: a path relative to the folder, the row of an array, or `shard.tar/key`.
         class_ids: (N,) int64, -1 for an image without a class.
@@ -141,15 +163,16 @@ class ImageSet:
         InputError: an image does not load and data.on_error=raise, or none loads.
     """
 
-    def __init__(self, source: _Source, rows: np.ndarray, data: DataConfig, channels: int):
+    def __init__(self, source: _Source, rows: np.ndarray, data: DataConfig, channels: int, prefix: str = ""):
         self.names = [source.names[row] for row in rows]
         self.class_ids = source.class_ids[rows]
         self.class_names = source.class_names
         self.channels = channels
         self.image_size = size = data.image_size
-        self._source, self._rows, self._data = source, rows, data
+        self._source, self._rows, self._data, self._prefix = source, rows, data, prefix
         self._identity = (self.names, self.class_ids)  # before any image is dropped: fingerprint needs them all
-        self._broken: dict[int, str] = {}  # index: name and reason
+        self._broken: dict[int, str] = {}  # index, of them all: reason
+        self._skipped: SkippedFile | None = None
         self._pixels: np.ndarray | None = None  # (N, C, H, W)
 
         if isinstance(source, _Arrays) and source.images.shape[1:] == (size, size, channels):
@@ -172,6 +195,22 @@ class ImageSet:
         size, data = self.image_size, self._data
         return {"image_size": size, "channels": self.channels, "resize": data.resize, "background": data.background}
 
+    def report_skipped(self, path: Path) -> None:
+        """Names the images that do not load in a file, with the reason: those found so far now, others when they are.
+
+        All processes call it, and before a `DataLoader` starts its workers. Each image is named once, by whichever
+        process finds it first.
+
+        Raises:
+            InputError: the file cannot be written, on the main process; later that is no reason to end.
+        """
+        self._skipped = SkippedFile(path)
+        try:
+            self._skipped.add({self._listed_name(i): self._broken[i] for i in sorted(self._broken)})
+        except OSError as error:
+            if rank() == 0:
+                raise InputError(f"{path} cannot be written ({_reason(error)}); make room, or name another") from error
+
     def read(self, i: int) -> np.ndarray | None:
         """Image i as uint8 (C, H, W), or None if it does not load; a warning names the first that does not.
 
@@ -183,7 +222,7 @@ class ImageSet:
         first = not self._broken
         pixels = self._decode(i)
         if pixels is None and first:
-            logger.warning(f"skipping images that do not load, first: {self._broken[i]}")
+            logger.warning(f"skipping images that do not load, first: {self._describe(i)}")
         return pixels
 
     def __getitems__(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
@@ -208,29 +247,47 @@ class ImageSet:
         """
         names, class_ids = self._identity
         digest = hashlib.sha256(json.dumps([names, self.class_names, class_ids.tolist()]).encode())
-        stats = [(path, path.stat()) for path in self._source.files if path.exists()]  # a dead link is a broken image
-        by_bytes = sum(stat.st_size for _, stat in stats) <= HASHED_BYTES
-        for path, stat in stats:
-            digest.update(f"{stat.st_size} {0 if by_bytes else stat.st_mtime_ns}\n".encode())
+        files = []
+        for path in self._source.files:
+            with contextlib.suppress(OSError):  # a dead link is a broken image
+                files.append((path, os.stat(path)))
+        files = [(path, info) for path, info in files if stat.S_ISREG(info.st_mode)]  # opening a pipe would wait
+        by_bytes = sum(info.st_size for _, info in files) <= HASHED_BYTES
+        for path, info in files:
+            digest.update(f"{info.st_size} {0 if by_bytes else info.st_mtime_ns}\n".encode())
             if by_bytes:
-                with path.open("rb") as file:
-                    while chunk := file.read(1 << 20):
+                with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+                    left = info.st_size  # what calls itself empty may be an endless file of the system's
+                    while left > 0 and (chunk := file.read(min(left, 1 << 20))):
                         digest.update(chunk)
+                        left -= len(chunk)
         return digest.hexdigest()
 
     def _decode(self, i: int) -> np.ndarray | None:
         """Image i as uint8 (C, H, W), or None if it does not load, with the reason in `_broken`."""
+        mode = "L" if self.channels == 1 else "RGB"
         try:
-            image = _flatten(self._source.open(self._rows[i]), self._data.background)
+            with _opened(self._source, self._rows[i]) as image:
+                pixels = np.asarray(_resize(_as(mode, _flatten(image, self._data.background)), self._data))
         except DECODE_ERRORS as error:
-            self._broken[i] = f"{self.names[i]} ({_reason(error)})"
+            found_before = i in self._broken
+            self._broken[i] = _reason(error)
             if self._data.on_error == "raise":
                 remedy = "repair or remove it, or set data.on_error=skip"
-                raise InputError(f"an image does not load: {self._broken[i]}; {remedy}") from error
+                raise InputError(f"an image does not load: {self._describe(i)}; {remedy}") from error
+            if self._skipped is not None and not found_before:
+                with contextlib.suppress(OSError):  # a full disk ends a run where it matters
+                    self._skipped.add({self._listed_name(i): self._broken[i]})
             return None
-        image = _resize(image.convert("L" if self.channels == 1 else "RGB"), self._data)
-        pixels = rearrange(np.asarray(image), "h w -> 1 h w" if self.channels == 1 else "h w c -> c h w")
-        return np.ascontiguousarray(pixels)
+        return np.ascontiguousarray(rearrange(pixels, "h w -> 1 h w" if self.channels == 1 else "h w c -> c h w"))
+
+    def _describe(self, i: int) -> str:
+        """A broken image's name and reason, for a message."""
+        return f"{one_line(self._identity[0][i])} ({self._broken[i]})"
+
+    def _listed_name(self, i: int) -> str:
+        """A broken image's name in the list of those skipped."""
+        return one_line(self._prefix + self._identity[0][i])
 
     def _decode_all(self) -> None:
         """Decodes every image into memory, and drops those that do not load."""
@@ -239,28 +296,29 @@ class ImageSet:
         blocks = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without the GIL
             decoded = chain.from_iterable(pool.map(lambda block: [self._decode(i) for i in block], blocks))
+            kept: list[int] = []
             for i, image in enumerate(tqdm(decoded, "decoding", count, unit=" images", leave=False, disable=None)):
                 if image is not None:
-                    pixels[i] = image
+                    pixels[len(kept)] = image
+                    kept.append(i)
 
         if self._broken:
-            first = self._broken[min(self._broken)]
+            first = self._describe(min(self._broken))
             if len(self._broken) == count:
                 raise InputError(f"none of {count} images loads, first: {first}; repair them or give others")
             images = "image that does" if len(self._broken) == 1 else "images that do"
             logger.warning(f"skipped {len(self._broken)} {images} not load, first: {first}")
-            kept = np.delete(np.arange(count), list(self._broken))
             self.names = [self.names[i] for i in kept]
-            self.class_ids, pixels = self.class_ids[kept], pixels[kept]
-        self._pixels = pixels
+            self.class_ids = self.class_ids[kept]
+        self._pixels = pixels[: len(kept)]
 
     def _read_at_or_after(self, i: int) -> tuple[np.ndarray, int]:
         """The first image that loads from i on, going round, and its index."""
         for j in ((i + step) % len(self) for step in range(len(self))):
-            pixels = self.read(j)
+            pixels = None if j in self._broken else self.read(j)  # what takes long to fail does so once
             if pixels is not None:
                 return pixels, j
-        raise InputError(f"none of {len(self)} images loads, first: {self._broken[i]}; repair them or give others")
+        raise InputError(f"none of {len(self)} images loads, first: {self._describe(i)}; repair them or give others")
 
 
 def _check_settings(data: DataConfig) -> None:
@@ -305,28 +363,45 @@ def _probed(rows: np.ndarray) -> np.ndarray:
     return rows[np.unique(np.linspace(0, len(rows) - 1, PROBED_IMAGES, dtype=int))]
 
 
-def _loads(source: _Source, row: int) -> bool:
+@contextlib.contextmanager
+def _opened(source: _Source, row: int) -> Iterator[Image.Image]:
+    """An image of a source, which is not decoded yet. Of the large ones only one at a time is open."""
+    with contextlib.ExitStack() as stack:
+        if source.num_bytes(row) > LARGE_BYTES:
+            stack.enter_context(_one_large)
+        image = source.open(row)
+        if image.width * image.height > LARGE_PIXELS:
+            stack.enter_context(_one_large)
+        yield image
+
+
+def _size(source: _Source, row: int) -> tuple[int, int] | None:
+    """Width and height of an image; None if it does not open."""
     try:
-        source.open(row)
+        with _opened(source, row) as image:
+            return image.size
     except DECODE_ERRORS:
-        return False
-    return True
+        return None
 
 
 def _probe_channels(source: _Source, rows: np.ndarray, background: str) -> int:
     """1 if a sample of the images is grey, also where it is stored as RGB; else 3."""
     probed = _probed(rows)
-    broken = []
-    for row in probed:
+    num_loaded, first = 0, ""
+    for number, row in enumerate(chain(probed, rows)):
+        if number >= len(probed) and num_loaded:  # if none of the sample loads, one more decides
+            break
         try:
-            pixels = np.asarray(_flatten(source.open(row), background).convert("RGB"))
+            with _opened(source, row) as image:
+                coloured = _is_coloured(_flatten(image, background))
         except DECODE_ERRORS as error:
-            broken.append(f"{source.names[row]} ({_reason(error)})")
+            first = first or f"{one_line(source.names[row])} ({_reason(error)})"
         else:
-            if (pixels != pixels[..., :1]).any():
+            if coloured:
                 return 3
-    if len(broken) == len(probed):
-        raise InputError(f"none of {len(probed)} images loads, first: {broken[0]}; repair them or give others")
+            num_loaded += 1
+    if not num_loaded:
+        raise InputError(f"none of {len(rows)} images loads, first: {first}; repair them or give others")
     return 1
 
 
@@ -335,25 +410,60 @@ def _probe_channels(source: _Source, rows: np.ndarray, background: str) -> int:
 
 def _flatten(image: Image.Image, background: str) -> Image.Image:
     """Any image as it is meant to look: upright, opaque, 8 bits; of mode L or RGB."""
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    with contextlib.suppress(DECODE_ERRORS):  # damage to its EXIF is none to its pixels
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":
-        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+        image = _to_8_bits(image)
     if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, ImageColor.getrgb(background)[:3])
-        image = Image.alpha_composite(canvas, image.convert("RGBA"))
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+        image = _opaque(image, background)
+    return _as("L" if image.mode in ("1", "L") else "RGB", image)
 
 
-def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
-    """Grey values of 16 bits, 32 bits or floats as uint8, of the same shape.
+def _as(mode: str, image: Image.Image) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)  # which would copy it
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The image cut into strips, each with its top's place: what is computed from one never takes much memory."""
+    height = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, height):
+        yield top, image.crop((0, top, image.width, min(top + height, image.height)))
+
+
+def _is_coloured(image: Image.Image) -> bool:
+    """Whether an L or RGB image has a pixel that is not grey."""
+    pixels = (np.asarray(strip) for _, strip in _strips(image))
+    return image.mode != "L" and any((part[..., :1] != part).any() for part in pixels)
+
+
+def _opaque(image: Image.Image, background: str) -> Image.Image:
+    """An image of mode RGB, on a colour."""
+    opaque = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        canvas = Image.new("RGBA", strip.size, ImageColor.getrgb(background)[:3])
+        opaque.paste(Image.alpha_composite(canvas, strip.convert("RGBA")).convert("RGB"), (0, top))
+    return opaque
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey values of 16 bits, 32 bits or floats as an image of mode L.
 
     No file says which float or which 32-bit integer is white. It is taken to be the least of the usual whites that no
     pixel exceeds, and only beyond those the brightest pixel, so that the images of a set are scaled alike.
     """
-    pixels = np.nan_to_num(pixels, posinf=0, neginf=0)
-    whites = (1, 255, 65535) if pixels.dtype.kind == "f" else (65535,)
-    white = next((white for white in whites if pixels.max() <= white), pixels.max())
-    return np.rint(np.clip(pixels / white, 0, 1) * 255).astype(np.uint8)
+    brightest = max(_finite(strip).max() for _, strip in _strips(image))
+    whites = (1, 255, 65535) if image.mode[0] == "F" else (65535,)
+    white = next((white for white in whites if brightest <= white), brightest)
+    grey = Image.new("L", image.size)
+    for top, strip in _strips(image):
+        pixels = np.rint(np.clip(_finite(strip) / white, 0, 1) * 255).astype(np.uint8)
+        grey.paste(Image.fromarray(pixels), (0, top))
+    return grey
+
+
+def _finite(image: Image.Image) -> np.ndarray:
+    return np.nan_to_num(np.asarray(image), posinf=0, neginf=0)
 
 
 def _resize(image: Image.Image, data: DataConfig) -> Image.Image:
@@ -372,15 +482,25 @@ def _reason(error: BaseException) -> str:
         return "empty, or no image"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return one_line((str(error).strip() or type(error).__name__).splitlines()[0][:200])
+
+
+def _checked_size(num_bytes: int) -> int:
+    if num_bytes > MAX_FILE_BYTES:
+        raise OSError(f"{num_bytes / 2**30:,.1f} GiB, which is too large for an image")
+    return num_bytes
 
 
 def _open_image(content: bytes) -> Image.Image:
     # Without `formats`, Pillow tries all it knows: half as slow again, and one of them runs Ghostscript.
-    return Image.open(io.BytesIO(content), formats=FORMATS)
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    # Some decoders take whole rows only, and Pillow copies all it has of one with each block that it adds: a row of
+    # 10 million pixels would take minutes.
+    image.decodermaxblock = max(image.decodermaxblock, 8 * image.width)
+    return image
 
 
-# Sources: each has names, class_ids, class_names, files and open(row)
+# Sources: each has names, class_ids, class_names, files, num_bytes(row) and open(row)
 
 
 class _Files:
@@ -392,17 +512,27 @@ class _Files:
         paths = [name.removeprefix(top).split("/") for name in self.names]
         loose = [path[0] for path in paths if len(path) == 1]
         if 0 < len(loose) < len(paths):
-            logger.warning(f"{root / top}: no classes, as images lie beside the folders, such as {loose[0]}")
-        self.class_names = [] if loose else sorted({path[0] for path in paths})
-        ids = {name: i for i, name in enumerate(self.class_names)}
+            logger.warning(f"{root / top}: no classes, as images lie beside the folders, such as {one_line(loose[0])}")
+        folders = [] if loose else sorted({path[0] for path in paths})
+        ids = {name: i for i, name in enumerate(folders)}
+        # They go into files and onto screens that take no bytes that are no text.
+        self.class_names = [name.encode("utf-8", "backslashreplace").decode() for name in folders]
         self.class_ids = np.array([ids.get(path[0], -1) for path in paths], np.int64)
 
     @property
-    def files(self) -> list[Path]:
-        return [self.root / name for name in self.names]
+    def files(self) -> list[str]:
+        return [os.path.join(self.root, name) for name in self.names]
+
+    def num_bytes(self, row: int) -> int:
+        info = os.stat(self.root / self.names[row])
+        if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for a writer
+            raise OSError("a pipe, a socket or a device")
+        return _checked_size(info.st_size)
 
     def open(self, row: int) -> Image.Image:
-        return _open_image((self.root / self.names[row]).read_bytes())
+        num_bytes = self.num_bytes(row)
+        with open(self.root / self.names[row], "rb") as file:
+            return _open_image(file.read(num_bytes))
 
 
 class _Tar:
@@ -425,6 +555,9 @@ class _Tar:
                 raise InputError(f"{path} is not a list of all {len(self.class_names)} class names; make it one")
             self.class_names = [str(name) for name in names]
 
+    def num_bytes(self, row: int) -> int:
+        return _checked_size(int(self.places[row, 2]))
+
     def open(self, row: int) -> Image.Image:
         number, offset, size = self.places[row]
         with self.files[number].open("rb") as file:  # anew each time: a shared file position would suit no threads
@@ -441,11 +574,16 @@ class _Arrays:
         labels = np.full(len(images), -1) if labels is None else labels
         if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < -1:
             raise InputError(f"the labels are {labels.dtype} {labels.shape}; give {len(images)} integers, 0 or more")
+        if labels.max() >= MAX_CLASSES:
+            raise InputError(f"one of the labels is {labels.max()}; number the classes from 0, up to {MAX_CLASSES - 1}")
         self.files = files
         self.images = images.reshape(*images.shape[:3], -1)  # (N, H, W, C)
         self.names = [str(row) for row in range(len(images))]
         self.class_ids = labels.astype(np.int64)
         self.class_names = _number_names(self.class_ids)
+
+    def num_bytes(self, row: int) -> int:
+        return self.images[row].nbytes
 
     def open(self, row: int) -> Image.Image:
         return Image.fromarray(self.images[row].squeeze(2) if self.images.shape[3] == 1 else self.images[row])
@@ -485,19 +623,8 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _folder_parts(root: Path) -> tuple[_Source, _Source | None]:
-    names = []
-    parents = [""]
     with _reading(root):
-        while parents:
-            parent = parents.pop()
-            for entry in os.scandir(root / parent):
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    parents.append(f"{parent}{entry.name}/")
-                elif entry.name.lower().endswith(EXTENSIONS):
-                    names.append(parent + entry.name)
-    names.sort()
+        names = list_images(root)
     if not names:
         remedy = f"give {root / '*.tar'} for its shards" if any(root.glob("*.tar")) else REMEDY
         raise InputError(f"no image in this folder (looked for {' '.join(EXTENSIONS)}); {remedy}")
@@ -584,9 +711,10 @@ def _index_shard(shard: Path) -> list[tuple[str, int, int, int]]:
             class_id = b"-1"
             if label := members.get(".cls"):
                 file.seek(label.offset_data)
-                class_id = file.read(label.size)
-                if not re.fullmatch(rb"\s*(-1|\d+)\s*", class_id):
-                    raise InputError(f"{shard.name}/{label.name} holds {class_id[:20]!r}; make it an integer")
+                class_id = file.read(min(label.size, 100))
+                if not re.fullmatch(rb"\s*(-1|\d+)\s*", class_id) or int(class_id) >= MAX_CLASSES:
+                    remedy = f"make it an integer below {MAX_CLASSES}"
+                    raise InputError(f"{shard.name}/{one_line(label.name)} holds {class_id[:20]!r}; {remedy}")
             found.append((key, image.offset_data, image.size, int(class_id)))
     return found
 

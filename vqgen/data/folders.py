@@ -1,0 +1,121 @@
+"""Which image files a folder holds; what holds many is listed once, as on a slow disk that takes minutes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import time
+from collections import Counter
+from pathlib import Path
+
+from vqgen.data.skipped import one_line
+
+logger = logging.getLogger("vqgen")
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
+MAX_VISITS = 16  # of one folder: links can lead to it in more ways than could ever be listed
+KEPT_FROM = 10_000  # images; of fewer the listing is not worth keeping
+SETTLED_NS = 2 * 10**9  # what changes so soon after another change may show the same time of modification
+
+
+def user_cache_folder() -> Path:
+    """vqgen/ in the user's cache folder, there or not.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqgen"
+
+
+def list_images(root: Path) -> list[str]:
+    """The paths of all image files below a folder, relative to it, sorted; hidden ones are left out.
+
+    Links are followed, but no folder is entered below itself. A folder that cannot be listed is left out with a
+    warning. The listing of a large folder is kept in the user's cache folder, for as long as no folder in it changes.
+
+    Raises:
+        OSError: the root cannot be listed.
+    """
+    kept = _read_listing(root)
+    if kept is not None:
+        return kept
+    started = time.time_ns()
+    names: list[str] = []
+    signatures: dict[str, list[int]] = {}  # of each folder, when it was listed
+    lasting = True  # whether changes would show in the signatures
+    visits: Counter[tuple[int, ...]] = Counter()
+    to_list: list[tuple[str, frozenset[tuple[int, ...]]]] = [("", frozenset())]  # folders, and what they lie in
+    while to_list:
+        parent, above = to_list.pop()
+        path = os.path.join(root, parent)
+        try:
+            signatures[parent] = _signature(path)
+            identity = tuple(signatures[parent][:2])
+            visits[identity] += 1
+            if identity in above or visits[identity] > MAX_VISITS:
+                if visits[identity] == MAX_VISITS + 1:
+                    logger.warning(f"{one_line(path)} is linked to more than {MAX_VISITS} times; left out from here on")
+                continue
+            with os.scandir(path) as found:
+                entries = list(found)
+        except OSError as error:
+            if not parent:
+                raise
+            logger.warning(f"skipping a folder that cannot be listed: {one_line(parent)} ({error.strerror})")
+            lasting = False
+            continue
+        folders = []
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            try:
+                is_folder = entry.is_dir()
+                dead = not is_folder and entry.is_symlink() and not entry.is_file()
+            except OSError:  # links in a circle
+                is_folder, dead = False, True
+            if is_folder:
+                folders.append(f"{parent}{entry.name}/")
+            elif entry.name.lower().endswith(EXTENSIONS):
+                names.append(parent + entry.name)
+            lasting = lasting and not dead  # a folder may appear at its other end
+        to_list += [(folder, above | {identity}) for folder in sorted(folders, reverse=True)]
+    names.sort()
+    newest = max(mtime for *_, mtime in signatures.values())
+    if lasting and len(names) >= KEPT_FROM and newest < started - SETTLED_NS:
+        _write_listing(root, names, signatures)
+    return names
+
+
+def _signature(path: str) -> list[int]:
+    """Which folder it is, and when a name in it last came or went."""
+    stat = os.stat(path)
+    return [stat.st_dev, stat.st_ino, stat.st_mtime_ns]
+
+
+def _listing_file(root: Path) -> Path:
+    key = "\0".join([os.path.realpath(root), *EXTENSIONS])
+    return user_cache_folder() / "listings" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.json"
+
+
+def _read_listing(root: Path) -> list[str] | None:
+    """The names that are kept of a folder, unless a folder in it has changed, or the file is damaged."""
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        checksum, _, content = _listing_file(root).read_bytes().partition(b"\n")
+        if checksum.decode() == hashlib.sha256(content).hexdigest():
+            kept = json.loads(content)
+            if all(_signature(os.path.join(root, name)) == known for name, known in kept["folders"].items()):
+                return kept["names"]
+    return None
+
+
+def _write_listing(root: Path, names: list[str], signatures: dict[str, list[int]]) -> None:
+    content = json.dumps({"folders": signatures, "names": names}).encode()
+    with contextlib.suppress(OSError, RuntimeError):  # then it is listed anew next time
+        path = _listing_file(root)
+        beside = path.with_suffix(f".{os.getpid()}.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+        beside.rename(path)
