@@ -57,6 +57,9 @@ from vqgen.training import (
 
 REC_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
 DISC_BETAS = (0.5, 0.9)  # VQGAN's
+# A hundred times Adam's own: real and generated pull the last bias equally far, and what is left of its gradient,
+# which is rounding alone, would move it by whole steps, another way on another number of processes.
+DISC_EPS = 1e-6
 R1_EVERY = 4  # steps, with so many times the weight (StyleGAN2's lazy regularisation)
 
 
@@ -122,7 +125,9 @@ def train(config: Stage1Config, rollbacks: int, stop: Stop) -> None:
         perceptual = perceptual.to(device, memory_format=memory_format)
     if disc is not None:
         disc, lecam = disc.to(device, memory_format=memory_format), lecam.to(device)
-        disc_optimizer = torch.optim.AdamW(disc.parameters(), lr=adv.lr, betas=DISC_BETAS, weight_decay=0.0, fused=True)
+        disc_optimizer = torch.optim.AdamW(
+            disc.parameters(), lr=adv.lr, betas=DISC_BETAS, eps=DISC_EPS, weight_decay=0.0, fused=True
+        )
     step = evaluated = 0
     run_dir = Path(config.run_dir)
     if state := load_checkpoint(run_dir):

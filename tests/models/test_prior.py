@@ -1,6 +1,7 @@
 """The prior: what its logits may depend on, and that it is a plain transformers checkpoint."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -162,6 +163,27 @@ def test_another_language_model_is_refused(tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="not one that vqgen trained"):
         Prior.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("trap", ["pickled weights", "code beside the weights"])
+def test_nothing_in_a_folder_is_run(tmp_path, trap):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    folder = tmp_path / "prior"
+    small().save_pretrained(folder)
+    if trap == "pickled weights":
+        (folder / "model.safetensors").unlink()
+        torch.save({"weight": Trap()}, folder / "pytorch_model.bin")
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    with pytest.raises(InputError, match="does not load as a prior"):
+        Prior.from_pretrained(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("damage", ["no weights", "truncated weights", "broken config", "config of a tokenizer"])
