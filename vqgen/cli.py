@@ -61,7 +61,7 @@ def run_program(
     except KeyboardInterrupt:
         code = 130
     except SystemExit as stop:
-        code = stop.code
+        code = stop.code or 0
     except Exception as error:
         line = explained(error, config)
         if line is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vqgen.distributed import world_size
+from vqgen.distributed import rank, world_size
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
@@ -75,7 +75,8 @@ class Stop:
             end_workers()
             os._exit(130)
         if not self.training:
-            print(f"{self.reason} before the first step: nothing to save; the same command starts again", flush=True)
+            if rank() == 0:  # not by print, which the signal may have interrupted
+                os.write(1, f"{self.reason} before the first step: the same command starts again\n".encode())
             sys.exit(self.exit_code)
 
 
