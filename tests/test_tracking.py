@@ -123,6 +123,11 @@ def test_offline_makes_a_real_run_in_the_run_folder_and_goes_on_with_it(run, cap
 
     resumed = run("offline", step=1)
     assert resumed.wandb.run.id == run_id
+    resumed.close()
+    wandb.teardown()
+    # The file of the same run that is synced last has all of it.
+    (again,) = (path for path in first.run_dir.glob("wandb/offline-run-*") if path != folder)
+    assert b"val/psnr" in (again / f"run-{run_id}.wandb").read_bytes()
     assert warnings(caplog) == []
 
 

@@ -147,6 +147,10 @@ class _Wandb:
             settings=wandb.Settings(silent=True, console="off", init_timeout=60),
         )
         if mode == "offline":
+            # `wandb sync` may let a later file of a run replace an earlier one, so each holds the run from its start.
+            lines = (run_dir / "metrics.jsonl").read_text().splitlines() if (run_dir / "metrics.jsonl").exists() else []
+            for values in map(json.loads, lines):
+                self.run.log(values, step=values.pop("step"))
             print(f"wandb: offline; to send this run to the site later: wandb sync {Path(self.run.settings.sync_dir)}")
 
     def log(self, numbers: dict[str, Any], step: int) -> None:
