@@ -14,7 +14,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from einops import rearrange
 from PIL import Image
 
-from vqgen.checkpoints import load_checkpoint, open_run, resumed_otherwise, save_checkpoint, written_whole
+from vqgen.checkpoints import how_resumed, load_checkpoint, open_run, save_checkpoint, written_whole
 from vqgen.cli import run_program
 from vqgen.config import Stage1Config, check_options, require
 from vqgen.data.images import ImageSet, load_images
@@ -128,12 +128,12 @@ def train(config: Stage1Config, rollbacks: int, stop: Stop) -> None:
         disc_optimizer = torch.optim.AdamW(
             disc.parameters(), lr=adv.lr, betas=DISC_BETAS, eps=DISC_EPS, weight_decay=0.0, fused=True
         )
-    step = evaluated = 0
+    step = evaluated = logged = 0
     run_dir = Path(config.run_dir)
     if state := load_checkpoint(run_dir):
         same = state["data"] == train_set.fingerprint
         require(same, f"{run_dir} was trained with other data than are there now; name another run_dir=")
-        step, evaluated, budget.spent = state["step"], state["evaluated"], state["seconds"]
+        step, evaluated, logged, budget.spent = (state[key] for key in ("step", "evaluated", "logged", "seconds"))
         model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
@@ -159,12 +159,12 @@ def train(config: Stage1Config, rollbacks: int, stop: Stop) -> None:
     batches = endless_batches(train_set, micro_batch, first=taken, seed=config.seed, workers=workers, device=device)
     num_parameters = sum(p.numel() for p in bare_model.parameters())
     tracker = Tracker(
-        run_dir, config, step=step, is_main=accelerator.is_main_process, facts={"num_parameters": num_parameters}
+        run_dir, config, logged=logged, is_main=accelerator.is_main_process, facts={"num_parameters": num_parameters}
     )
     tracker.say(
         f"{run_dir}: {len(train_set)} training and {len(val_set)} held-out images, "
         f"{num_parameters / 1e6:.2f} M parameters, {world_size()} x {device.type}"
-        + (f"; going on from step {step}{resumed_otherwise(state, accumulation)}" if state else "")
+        + how_resumed(state, accumulation, by_pass="the codebook, which moves at each pass")
     )
     usage = CodeUsage(bare_model.quantizer.num_codebooks, bare_model.quantizer.codebook_size, device)
     guard = FiniteGuard(config.train.max_bad_steps, rollbacks, tracker.say, device, stop)
@@ -172,7 +172,6 @@ def train(config: Stage1Config, rollbacks: int, stop: Stop) -> None:
     if state:
         means.load_state_dict(state["means"], device)
         usage.load_state_dict(state["usage"])
-        guard.in_a_row = state["bad_steps"]
     del state  # as large as all of the above
     saved, window_step, window_start = step, step, budget.seconds
     stop.training = True
@@ -181,7 +180,8 @@ def train(config: Stage1Config, rollbacks: int, stop: Stop) -> None:
     while True:
         share = budget.share(step, device)
         last, stopping = share >= 1, stop.due
-        if last or stopping:
+        save_due = last or stopping or step % config.train.checkpoint_every == 0
+        if save_due:
             with tracker.closed_on(Diverged):
                 guard.finish()
         if step > evaluated and (last or (step % config.train.eval_every == 0 and not stopping)):
@@ -192,7 +192,7 @@ def train(config: Stage1Config, rollbacks: int, stop: Stop) -> None:
                 tracker.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
                 tracker.picture(step, "reconstructions", reconstructions(ema.model, val_set, device))
         healthy = guard.in_a_row == 0  # a checkpoint is what one can go back to
-        if step > saved and (last or stopping or (healthy and step % config.train.checkpoint_every == 0)):
+        if step > saved and save_due and (healthy or last):
             with budget.paused():
                 state = {
                     "step": step,
@@ -206,7 +206,6 @@ def train(config: Stage1Config, rollbacks: int, stop: Stop) -> None:
                     "ema": ema.model.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "rollbacks": rollbacks,
-                    "bad_steps": guard.in_a_row,
                     "means": means.state_dict(),
                     "usage": usage.state_dict(),
                 }
@@ -216,7 +215,7 @@ def train(config: Stage1Config, rollbacks: int, stop: Stop) -> None:
                 if accelerator.is_main_process:
                     with written_whole(run_dir / "model") as folder:
                         ema.model.save_pretrained(folder)
-                    tracker.flush()
+                    state["logged"] = tracker.flush()
                     save_checkpoint(run_dir, step, state, config.train.keep_checkpoints, config.train.milestone_every)
             saved = step
         if last or stopping:
@@ -241,7 +240,7 @@ def train(config: Stage1Config, rollbacks: int, stop: Stop) -> None:
         for i in range(accumulation):
             x = from_uint8(next(batches)[0].to(device, non_blocking=True, memory_format=memory_format))  # (B, C, H, W)
             if config.data.flip:
-                mirrored = coin_flips(0.5, micro_batch, config.seed, step * accumulation + i)
+                mirrored = coin_flips(0.5, micro_batch, config.seed, step, i, accumulation)
                 x = torch.where(mirrored.to(device, non_blocking=True)[:, None, None, None], x.flip(-1), x)
             losses: dict[str, torch.Tensor] = {}
             with accelerator.no_sync(model) if i < accumulation - 1 else nullcontext():
@@ -323,7 +322,7 @@ def train(config: Stage1Config, rollbacks: int, stop: Stop) -> None:
     if count := count_skipped(run_dir / "skipped.txt"):
         tracker.say(f"{count} images did not load; {run_dir / 'skipped.txt'} names them")
     if not last:
-        tracker.say(f"{stop.reason}: stopped at step {step}; the same command goes on from there")
+        tracker.say(f"{stop.reason}: stopped at step {step}; the same command goes on from step {saved}")
     tracker.close()
     accelerator.end_training()
 

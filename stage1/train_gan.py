@@ -12,12 +12,12 @@ from einops import rearrange
 from PIL import Image
 from torch import nn
 
-from vqgen.checkpoints import load_checkpoint, open_run, resumed_otherwise, save_checkpoint, written_whole
+from vqgen.checkpoints import how_resumed, load_checkpoint, open_run, save_checkpoint, written_whole
 from vqgen.cli import run_program
 from vqgen.config import GANConfig, check_options, require
 from vqgen.data.images import load_images
 from vqgen.data.skipped import count_skipped
-from vqgen.distributed import rank, world_size
+from vqgen.distributed import world_size
 from vqgen.faults import Stop
 from vqgen.fsdp import refuse_fsdp
 from vqgen.losses import WON_ACCURACY, discriminator_accuracy, discriminator_loss, generator_loss
@@ -38,6 +38,7 @@ from vqgen.training import (
     lr_at,
     micro_batch_size,
     mixed_seed,
+    own_part,
     parameter_groups,
 )
 
@@ -88,12 +89,12 @@ def train(config: GANConfig, rollbacks: int, stop: Stop) -> None:
         for model in (generator, disc)
     )
     ema = WeightEMA(generator, config.train.ema)
-    step = evaluated = 0
+    step = evaluated = logged = 0
     run_dir = Path(config.run_dir)
     if state := load_checkpoint(run_dir):
         same = state["data"] == train_set.fingerprint
         require(same, f"{run_dir} was trained with other data than are there now; name another run_dir=")
-        step, evaluated, budget.spent = state["step"], state["evaluated"], state["seconds"]
+        step, evaluated, logged, budget.spent = (state[key] for key in ("step", "evaluated", "logged", "seconds"))
         rollbacks = max(rollbacks, state["rollbacks"])
         generator.load_state_dict(state["model"])
         disc.load_state_dict(state["disc"])
@@ -114,19 +115,17 @@ def train(config: GANConfig, rollbacks: int, stop: Stop) -> None:
     batches = endless_batches(train_set, micro_batch, first=taken, seed=config.seed, workers=workers, device=device)
     counts = [sum(p.numel() for p in model.parameters()) for model in (bare_generator, bare_disc)]
     tracker = Tracker(
-        run_dir, config, step=step, is_main=accelerator.is_main_process, facts={"num_parameters": counts[0]}
+        run_dir, config, logged=logged, is_main=accelerator.is_main_process, facts={"num_parameters": counts[0]}
     )
     tracker.say(
         f"{run_dir}: {len(train_set)} training images, {len(classes)} classes, {counts[0] / 1e6:.2f} M parameters "
         f"and {counts[1] / 1e6:.2f} M of the discriminator, {world_size()} x {device.type}"
-        + (f"; going on from step {step}{resumed_otherwise(state, accumulation)}" if state else "")
+        + how_resumed(state, accumulation, by_pass="batch normalisation", by_process="batch normalisation on CPUs")
     )
     guards = [FiniteGuard(config.train.max_bad_steps, rollbacks, tracker.say, device, stop) for _ in range(2)]
     means, has_won = Means(), False
     if state:
         means.load_state_dict(state["means"], device)
-        for guard, bad_steps in zip(guards, state["bad_steps"], strict=True):
-            guard.in_a_row = bad_steps
     del state  # as large as all of the above
     saved, window_step, window_start = step, step, budget.seconds
     stop.training = True
@@ -135,13 +134,14 @@ def train(config: GANConfig, rollbacks: int, stop: Stop) -> None:
     while True:
         share = budget.share(step, device)
         last, stopping = share >= 1, stop.due
-        if last or stopping:
+        save_due = last or stopping or step % config.train.checkpoint_every == 0
+        if save_due:
             with tracker.closed_on(Diverged):
                 for guard in guards:
                     guard.finish()
         evaluates = step > evaluated and (last or (step % config.train.eval_every == 0 and not stopping))
         healthy = not any(guard.in_a_row for guard in guards)  # a checkpoint is what one can go back to
-        saves = step > saved and (last or stopping or (healthy and step % config.train.checkpoint_every == 0))
+        saves = step > saved and save_due and (healthy or last)
         if evaluates or saves:
             with budget.paused():
                 class_ids = classes_in_turn(SETTLING_IMAGES, range(len(classes))).to(device)
@@ -159,7 +159,6 @@ def train(config: GANConfig, rollbacks: int, stop: Stop) -> None:
                         "accumulation": accumulation,
                         "data": train_set.fingerprint,
                         "rollbacks": rollbacks,
-                        "bad_steps": [guard.in_a_row for guard in guards],
                         "means": means.state_dict(),
                         "model": bare_generator.state_dict(),
                         "disc": bare_disc.state_dict(),
@@ -170,7 +169,7 @@ def train(config: GANConfig, rollbacks: int, stop: Stop) -> None:
                     if accelerator.is_main_process:
                         with written_whole(run_dir / "model") as folder:
                             ema.model.save_pretrained(folder / "generator")
-                        tracker.flush()
+                        state["logged"] = tracker.flush()
                         save_checkpoint(
                             run_dir, step, state, config.train.keep_checkpoints, config.train.milestone_every
                         )
@@ -192,10 +191,10 @@ def train(config: GANConfig, rollbacks: int, stop: Stop) -> None:
             x = from_uint8(x.to(device, non_blocking=True, memory_format=memory_format))  # (B, C, H, W)
             drawn.append(class_ids.to(device, non_blocking=True))
             if config.data.flip:
-                mirrored = coin_flips(0.5, micro_batch, config.seed, step * accumulation + i)
+                mirrored = coin_flips(0.5, micro_batch, config.seed, step, i, accumulation)
                 x = torch.where(mirrored.to(device, non_blocking=True)[:, None, None, None], x.flip(-1), x)
             with torch.no_grad():
-                fakes = bare_generator(noise(config, micro_batch, step, i, 0, device), drawn[i])
+                fakes = bare_generator(noise(config, micro_batch, step, i, accumulation, 0, device), drawn[i])
             with accelerator.no_sync(disc) if i < accumulation - 1 else nullcontext():
                 real, fake = disc(x, drawn[i]), disc(fakes, drawn[i])  # apart, each normalised by its own batch
                 disc_loss = discriminator_loss(config.loss, real, fake)
@@ -213,7 +212,7 @@ def train(config: GANConfig, rollbacks: int, stop: Stop) -> None:
         bare_disc.requires_grad_(False)
         for i in range(accumulation):
             with accelerator.no_sync(generator) if i < accumulation - 1 else nullcontext():
-                fakes = generator(noise(config, micro_batch, step, i, 1, device), drawn[i])
+                fakes = generator(noise(config, micro_batch, step, i, accumulation, 1, device), drawn[i])
                 gen_loss = generator_loss(config.loss, bare_disc(fakes, drawn[i]))
                 accelerator.backward(gen_loss)
             accumulate(terms, {"gen_loss": gen_loss}, accumulation)
@@ -246,16 +245,18 @@ def train(config: GANConfig, rollbacks: int, stop: Stop) -> None:
     if count := count_skipped(run_dir / "skipped.txt"):
         tracker.say(f"{count} images did not load; {run_dir / 'skipped.txt'} names them")
     if not last:
-        tracker.say(f"{stop.reason}: stopped at step {step}; the same command goes on from there")
+        tracker.say(f"{stop.reason}: stopped at step {step}; the same command goes on from step {saved}")
     tracker.close()
     accelerator.end_training()
 
 
-def noise(config: GANConfig, micro_batch: int, step: int, i: int, turn: int, device: torch.device) -> torch.Tensor:
+def noise(
+    config: GANConfig, micro_batch: int, step: int, i: int, accumulation: int, turn: int, device: torch.device
+) -> torch.Tensor:
     """This process's noise (micro_batch, latent_dim) for pass i of a step, in D's turn (0) or G's (1)."""
-    source = torch.Generator().manual_seed(mixed_seed(config.seed, step, i, turn))
-    z = torch.randn(world_size() * micro_batch, config.generator["latent_dim"], generator=source)
-    z = z[rank() * micro_batch : (rank() + 1) * micro_batch]
+    source = torch.Generator().manual_seed(mixed_seed(config.seed, step, turn))
+    z = torch.randn(accumulation * world_size() * micro_batch, config.generator["latent_dim"], generator=source)
+    z = own_part(z, micro_batch, i)
     return (z.pin_memory() if device.type == "cuda" else z).to(device, non_blocking=True)
 
 

@@ -5,6 +5,7 @@ python stage2/compare.py [CONFIG.yaml] [key=value ...]
 
 import json
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -145,7 +146,13 @@ def train(
     """Runs a training program on its share of the time, unless it has done so already, from the same."""
     budget = ["train.max_steps=null", f"train.max_seconds={seconds:g}", f"seed={config.seed}"]
     command = [program, f"run_dir={run}", *budget, *settings]
-    cached(run / "finished.json", [command, made_from], lambda: launch(command))
+
+    def until_done() -> None:
+        launch(command)
+        spent = load_checkpoint(run)["seconds"]
+        require(spent >= seconds, f"{run} was stopped after {spent:.0f} of {seconds:.0f} s; repeat the command")
+
+    cached(run / "finished.json", [command, made_from], until_done)
 
 
 def launch(command: Sequence[str]) -> None:
@@ -155,9 +162,18 @@ def launch(command: Sequence[str]) -> None:
         InputError: it failed, and has said why.
     """
     print(f"python {' '.join(command)}", flush=True)
-    done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]])
-    if done.returncode:
-        raise InputError(f"{command[0]} ended with exit code {done.returncode}; put right what it says, and repeat")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]]) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # SIGINT or SIGTERM: the program saves before it ends
+            process.terminate()
+            process.wait()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if code:
+        raise InputError(f"{command[0]} ended with exit code {code}; put right what it says, and repeat")
 
 
 def reconstruction_report(run: Path, config: CompareConfig) -> Report:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from einops import rearrange
 from PIL import Image
 
-from vqgen.checkpoints import load_checkpoint, open_run, resumed_otherwise, save_checkpoint, written_whole
+from vqgen.checkpoints import how_resumed, load_checkpoint, open_run, save_checkpoint, written_whole
 from vqgen.cli import run_program
 from vqgen.config import DataConfig, SampleConfig, Stage2Config, check_options, read_yaml, require
 from vqgen.data.codes import encode_images
@@ -103,12 +103,12 @@ def train(config: Stage2Config, rollbacks: int, stop: Stop) -> None:
     )
     model = model.to(device)
     ema = WeightEMA(model, config.train.ema)
-    step = evaluated = 0
+    step = evaluated = logged = 0
     run_dir = Path(config.run_dir)
     if state := load_checkpoint(run_dir):
         for name, now in (("tokenizer", tokenizer_hash), ("data", fingerprint)):
             require(state[name] == now, f"{run_dir} was trained with another {name} than now; name another run_dir=")
-        step, evaluated, budget.spent = state["step"], state["evaluated"], state["seconds"]
+        step, evaluated, logged, budget.spent = (state[key] for key in ("step", "evaluated", "logged", "seconds"))
         rollbacks = max(rollbacks, state["rollbacks"])
         model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
@@ -129,20 +129,18 @@ def train(config: Stage2Config, rollbacks: int, stop: Stop) -> None:
     batches = endless_batches(train_codes, micro_batch, first=taken, seed=config.seed, workers=0, device=device)
     num_parameters = sum(p.numel() for p in bare_model.parameters())
     tracker = Tracker(
-        run_dir, config, step=step, is_main=accelerator.is_main_process, facts={"num_parameters": num_parameters}
+        run_dir, config, logged=logged, is_main=accelerator.is_main_process, facts={"num_parameters": num_parameters}
     )
     tracker.say(
         f"{run_dir}: {len(train_codes)} training and {len(val_codes)} held-out sequences "
         f"of {layout.num_tokens} tokens, {len(bare_model.class_names)} classes, "
-        f"{num_parameters / 1e6:.2f} M parameters, {world_size()} x {device.type}"
-        + (f"; going on from step {step}{resumed_otherwise(state, accumulation)}" if state else "")
+        f"{num_parameters / 1e6:.2f} M parameters, {world_size()} x {device.type}" + how_resumed(state, accumulation)
     )
     unigram = unigram_entropy(train_codes, layout)
     dims_per_token = tokenizer.channels * data.image_size**2 / layout.num_tokens
     guard, means = FiniteGuard(config.train.max_bad_steps, rollbacks, tracker.say, device, stop), Means()
     if state:
         means.load_state_dict(state["means"], device)
-        guard.in_a_row = state["bad_steps"]
     del state  # as large as all of the above
     saved, window_step, window_start = step, step, budget.seconds
     stop.training = True
@@ -151,7 +149,8 @@ def train(config: Stage2Config, rollbacks: int, stop: Stop) -> None:
     while True:
         share = budget.share(step, device)
         last, stopping = share >= 1, stop.due
-        if last or stopping:
+        save_due = last or stopping or step % config.train.checkpoint_every == 0
+        if save_due:
             with tracker.closed_on(Diverged):
                 guard.finish()
         if step > evaluated and (last or (step % config.train.eval_every == 0 and not stopping)):
@@ -168,7 +167,7 @@ def train(config: Stage2Config, rollbacks: int, stop: Stop) -> None:
                 if accelerator.is_main_process:
                     tracker.picture(step, "samples", samples(averaged, tokenizer, config.seed, device))
         healthy = guard.in_a_row == 0  # a checkpoint is what one can go back to
-        if step > saved and (last or stopping or (healthy and step % config.train.checkpoint_every == 0)):
+        if step > saved and save_due and (healthy or last):
             with budget.paused(), ema.whole() as averaged:
                 state = {
                     "step": step,
@@ -183,15 +182,15 @@ def train(config: Stage2Config, rollbacks: int, stop: Stop) -> None:
                     "ema": averaged.state_dict(),
                     "optimizer": whole(optimizer.state_dict()),
                     "rollbacks": rollbacks,
-                    "bad_steps": guard.in_a_row,
                     "means": means.state_dict(),
                 }
                 if accelerator.is_main_process:
                     with written_whole(run_dir / "model") as folder:
                         averaged.save_pretrained(folder / "prior")
                         tokenizer.save_pretrained(folder / "tokenizer")
-                    tracker.flush()
+                    state["logged"] = tracker.flush()
                     save_checkpoint(run_dir, step, state, config.train.keep_checkpoints, config.train.milestone_every)
+                del state  # or the average, which FSDP gathered for it, would stay in memory
             saved = step
         if last or stopping:
             break
@@ -203,7 +202,7 @@ def train(config: Stage2Config, rollbacks: int, stop: Stop) -> None:
         seed_step(config.seed, step)
         for i in range(accumulation):
             tokens, class_ids = (part.to(device, non_blocking=True) for part in next(batches))  # (B, N), (B,)
-            dropped = coin_flips(config.class_dropout, micro_batch, config.seed, step * accumulation + i)
+            dropped = coin_flips(config.class_dropout, micro_batch, config.seed, step, i, accumulation)
             class_ids = class_ids.masked_fill(dropped.to(device, non_blocking=True), -1)
             with accelerator.no_sync(model) if i < accumulation - 1 else nullcontext():
                 logits = model(tokens, class_ids)
@@ -235,7 +234,7 @@ def train(config: Stage2Config, rollbacks: int, stop: Stop) -> None:
     if count := count_skipped(run_dir / "skipped.txt"):
         tracker.say(f"{count} images did not load; {run_dir / 'skipped.txt'} names them")
     if not last:
-        tracker.say(f"{stop.reason}: stopped at step {step}; the same command goes on from there")
+        tracker.say(f"{stop.reason}: stopped at step {step}; the same command goes on from step {saved}")
     tracker.close()
     accelerator.end_training()
 

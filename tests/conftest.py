@@ -13,6 +13,14 @@ from programs import ROOT, shell
 torch.set_num_threads(1)  # as programs.ENVIRONMENT has it: sums in another order are other bits
 
 
+LONGEST = ["test_readme.py", "test_configs.py", "test_gan.py", "test_evaluate.py", "test_end_to_end.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that none of them is left for the end, where one process would run it alone."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture
 def program(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """Runs a program in this process, as its file run with these arguments; returns exit code, output and errors."""

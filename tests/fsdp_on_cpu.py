@@ -9,6 +9,7 @@ import os
 import runpy
 import sys
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
@@ -30,7 +31,10 @@ def end_training(accelerator: Accelerator) -> None:
         for name, tensors in kept.items()
     }
     units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
-    print(json.dumps({"units": units, "shares": shares, "left": sum(p.numel() for p in average.model.parameters())}))
+    shape = model.lm.get_input_embeddings().weight.shape
+    plain = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    whole = sum(x.untyped_storage().nbytes() for x in plain if x.shape == shape)
+    print(json.dumps({"units": units, "shares": shares, "whole": whole}))
     plain_end(accelerator)
 
 

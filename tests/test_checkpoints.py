@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vqgen.checkpoints import load_checkpoint, newest_checkpoint, open_run, save_checkpoint, written_whole
+from vqgen.checkpoints import how_resumed, load_checkpoint, newest_checkpoint, open_run, save_checkpoint, written_whole
 from vqgen.config import OptimConfig, Stage1Config, TrackingConfig, TrainConfig, read_yaml
 from vqgen.errors import InputError
 
@@ -177,15 +177,48 @@ def flip(path: Path, place: int) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_used(tmp_path, caplog, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caplog, damage):
     for step in (1, 2):
         save_checkpoint(tmp_path, step, {"step": step, "w": torch.arange(500.0)}, keep=2)
     DAMAGES[damage](tmp_path / "checkpoints/step_00000002")
     assert load_checkpoint(tmp_path)["step"] == 1
     assert "step_00000002 is damaged" in caplog.text
-    assert names(tmp_path / "checkpoints") == ["step_00000001", "step_00000002.damaged"]
+    assert names(tmp_path / "checkpoints") == ["step_00000001", "step_00000002"]  # looking changes nothing
+
+
+def test_damaged_checkpoints_are_set_aside_and_do_not_count(tmp_path):
+    for step in (1, 2, 4):
+        save_checkpoint(tmp_path, step, {"step": step}, keep=3)
+    for step in (2, 4):
+        flip(tmp_path / f"checkpoints/step_{step:08d}/state.pt", 200)
+    assert load_checkpoint(tmp_path)["step"] == 1
     save_checkpoint(tmp_path, 2, {"step": 2}, keep=1)
+    assert names(tmp_path / "checkpoints") == ["step_00000002", "step_00000004.damaged"]
     assert load_checkpoint(tmp_path)["step"] == 2
+
+
+def test_a_disk_that_does_not_answer_is_no_damage(tmp_path):
+    save_checkpoint(tmp_path, 1, {"step": 1}, keep=1)
+    sums = tmp_path / "checkpoints/step_00000001/SHA256SUMS"
+    sums.unlink()
+    sums.symlink_to(sums)  # reading it is an OSError, and not that it is missing
+    with pytest.raises(OSError, match="symbolic links"):
+        load_checkpoint(tmp_path)
+
+
+def test_checkpoints_are_in_the_order_of_their_steps_also_beyond_eight_digits(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        save_checkpoint(tmp_path, step, {"step": step}, keep=2)
+    assert load_checkpoint(tmp_path)["step"] == 100_000_000
+
+
+def test_how_a_run_goes_on_is_said_with_what_it_cannot_keep():
+    state = {"step": 5, "processes": 1, "accumulation": 2}
+    assert how_resumed(None, 2) == ""
+    assert how_resumed(state, 2) == "; going on from step 5"
+    said = how_resumed(state, 4, by_pass="the codebook")
+    assert said.startswith("; going on from step 5 by 1 x 4 passes a step after 1 x 2: the same batches; ")
+    assert said.endswith(", and the codebook")
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew_by_itself(tmp_path):

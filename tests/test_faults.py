@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from programs import ENVIRONMENT, ROOT, launch_two
 from safetensors.torch import save_file
+from torch.utils.data import DataLoader
 
 from vqgen.checkpoints import newest_checkpoint
 from vqgen.config import GANConfig, SampleConfig, Stage1Config, TrainConfig
@@ -47,7 +48,8 @@ def metrics(run: Path) -> list[dict]:
 def check_same_state(a: Path, b: Path) -> None:
     """Checks that two runs ended in the same state to the bit, but for what a clock says."""
     a, b = (torch.load(newest_checkpoint(run) / "state.pt", weights_only=True) for run in (a, b))
-    assert a.pop("seconds") > 0 < b.pop("seconds")
+    for key in ("seconds", "logged"):  # how many characters the speed takes
+        assert a.pop(key) > 0 < b.pop(key)
     for name in {"data", "tokenizer"} & a.keys():
         assert a.pop(name) == b.pop(name)
     torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -63,7 +65,7 @@ def at_step(monkeypatch):
         def check_and_do(guard, now, **terms):
             if now == step and not done:
                 done.append(now)
-                do()
+                do(guard)
             return check(guard, now, **terms)
 
         done: list[int] = []
@@ -78,10 +80,10 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(runs, pro
     assert program(*settings(name, runs, whole))[0] == 0
     # Before an evaluation that is due, in the middle of a window of metrics, and right after a checkpoint.
     for step, number, code in ((8, signal.SIGTERM, 0), (12, signal.SIGINT, 130), (21, signal.SIGUSR1, 0)):
-        at_step(step, lambda number=number: os.kill(os.getpid(), number))
+        at_step(step, lambda guard, number=number: os.kill(os.getpid(), number))
         found, output, errors = program(*settings(name, runs, stopped))
         assert (found, errors) == (code, "")
-        assert f"{number.name}: stopped at step {step + 1}; the same command goes on from there" in output
+        assert f"{number.name}: stopped at step {step + 1}; the same command goes on from step {step + 1}" in output
         assert newest_checkpoint(stopped).name == f"step_{step + 1:08d}"
     code, output, _ = program(*settings(name, runs, stopped))
     assert code == 0
@@ -90,12 +92,43 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(runs, pro
     check_same_state(stopped, whole)
 
 
-def test_the_clock_stops_a_run_too(program, tmp_path):
-    arguments = ["stage1/train.py", "configs/debug/stage1.yaml", QUIET, "train.max_steps=1000000"]
-    code, output, _ = program(*arguments, f"run_dir={tmp_path}/run", "train.max_hours=0.0005")
+def test_the_clock_stops_a_run_too(program, at_step, tmp_path):
+    def time_is_up(guard) -> None:
+        assert 3000 < guard.stop.deadline - time.monotonic() < 3600
+        guard.stop.deadline = time.monotonic()
+
+    at_step(7, time_is_up)
+    arguments = ["stage1/train.py", "configs/debug/stage1.yaml", QUIET, "train.max_hours=1"]
+    code, output, _ = program(*arguments, f"run_dir={tmp_path}/run")
     assert code == 0
-    assert "train.max_hours: stopped at step" in output
-    assert newest_checkpoint(tmp_path / "run") is not None
+    assert "train.max_hours: stopped at step 8; the same command goes on from step 8" in output
+    assert newest_checkpoint(tmp_path / "run").name == "step_00000008"
+
+
+def test_a_run_that_is_stopped_among_bad_steps_goes_back_to_a_good_one(program, at_step, monkeypatch, tmp_path):
+    """Its weight makes gradients overflow from step 30 on, where it begins; lowered far enough, they do not."""
+    arguments = ["stage1/train.py", "configs/debug/stage1.yaml", QUIET, "discriminator.width=8", "train.max_steps=40"]
+    arguments += ["loss.adversarial.name=hinge", "loss.adversarial.adaptive=false", "loss.adversarial.weight=1e21"]
+    arguments += ["loss.adversarial.start=0.75", "loss.adversarial.ramp=0", "discriminator.norm=none"]
+    arguments += ["train.max_bad_steps=4", "train.eval_every=100", f"run_dir={tmp_path}/run"]
+    at_step(31, lambda guard: os.kill(os.getpid(), signal.SIGTERM))
+    code, output, _ = program(*arguments)
+    assert code == 0
+    assert "SIGTERM: stopped at step 32; the same command goes on from step 20" in output
+    assert newest_checkpoint(tmp_path / "run").name == "step_00000020"
+    code, output, errors = program(*arguments)
+    assert code == 0, errors
+    assert "going back to" in output
+    assert newest_checkpoint(tmp_path / "run").name == "step_00000040"
+
+
+def test_what_comes_after_a_signal_is_not_the_reason():
+    stop = Stop()
+    stop.training = True
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # as the launcher ends, of the same Ctrl-C
+    assert (stop.reason, stop.exit_code) == ("SIGINT", 130)
 
 
 def test_a_second_sigint_ends_at_once_and_one_before_the_first_step_too():
@@ -142,7 +175,7 @@ def test_a_killed_data_worker_is_one_line_and_leaves_no_process(program, at_step
     def workers() -> list[psutil.Process]:
         return [child for child in psutil.Process().children() if child not in before]
 
-    at_step(3, lambda: workers()[0].kill())
+    at_step(3, lambda guard: workers()[0].kill())
     data = [f"data.source={tmp_path}/images", "data.cache_gb=0", "data.workers=2", "train.batch_size=4"]
     code, _, errors = program(
         "stage1/train.py",
@@ -185,7 +218,15 @@ def test_faults_of_the_machine_are_told_in_one_line_and_bugs_are_not(tmp_path):
         raise PermissionError(13, "Permission denied", "runs/a/checkpoints")
     assert explained(denied.value, config).startswith("runs/a/checkpoints: Permission denied; put that right")
 
-    for bug in (KeyError("x"), RuntimeError("mat1 and mat2 shapes cannot be multiplied"), FileNotFoundError(2, "x")):
+    for text in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"):
+        assert "set train.accumulation=4" in explained(RuntimeError(text), config)
+    with pytest.raises(IndexError) as in_a_worker:
+        next(iter(DataLoader([0], num_workers=1, collate_fn=lambda batch: batch[1])))
+    assert explained(in_a_worker.value, config) is None
+    bugs = [EOFError("No data left in file"), KeyError("x"), FileNotFoundError(2, "x")]
+    bugs += [RuntimeError("mat1 and mat2 shapes cannot be multiplied")]
+    bugs[1].__context__ = denied.value  # raised while that was handled
+    for bug in bugs:
         assert explained(bug, config) is None
 
 

@@ -55,7 +55,7 @@ def test_fsdp_goes_on_with_a_run_of_one_process_and_one_process_goes_on_with_tha
     for report in reports:
         assert report["units"] == ["", "lm.model.layers.0", "lm.model.layers.1"]
         assert report["shares"] == pytest.approx({"weights": 0.5, "averages": 0.5, "optimizer": 0.5}, abs=0.01)
-        assert report["left"] == 0  # of the averaged weights, whole
+        assert report["whole"] == 0  # bytes of embeddings that are not cut
 
     code, said, _ = program("stage2/train.py", *settings.split(), f"run_dir={as_it_was(sharded, 16, again)}")
     assert code == 0

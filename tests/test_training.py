@@ -165,11 +165,20 @@ def test_a_batch_may_be_larger_than_the_data_set():
 
 
 def test_coin_flips_are_the_same_however_many_processes_share_them(as_rank):
-    whole = coin_flips(0.5, 12, seed=1, i=7)
+    whole = coin_flips(0.5, 12, seed=1, step=7)
     parts = []
     for rank in range(3):
         as_rank(rank, 3)
-        parts.append(coin_flips(0.5, 4, seed=1, i=7))
+        parts.append(coin_flips(0.5, 4, seed=1, step=7))
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_coin_flips_are_the_same_however_many_passes_a_step_has(as_rank):
+    whole, parts = coin_flips(0.5, 12, seed=1, step=7), []
+    for i in range(3):
+        for rank in range(2):
+            as_rank(rank, 2)
+            parts.append(coin_flips(0.5, 2, 1, 7, i, 3))
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -177,7 +186,7 @@ def test_coin_flips_come_up_as_often_as_asked_and_anew_for_each_batch():
     assert coin_flips(0.1, 10000, 0, 0).float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert not coin_flips(0.0, 100, 0, 0).any()
     assert coin_flips(1.0, 100, 0, 0).all()
-    draws = [tuple(coin_flips(0.5, 64, seed, i).tolist()) for seed in range(3) for i in range(3)]
+    draws = [tuple(coin_flips(0.5, 64, seed, step).tolist()) for seed in range(3) for step in range(3)]
     assert len(set(draws)) == 9
 
 

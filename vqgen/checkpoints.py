@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def open_run(config: Any) -> None:
     for folder in (checkpoints, model):
         if exists(folder) and not exists(path):
             raise InputError(f"run_dir={run_dir} has a {folder.name} but no config.yaml, so it is no run; name another")
-    if not exists(model) and not exists(checkpoints):
+    if not exists(model) and not _all_checkpoints(run_dir):
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             save_config(config, path)
@@ -96,14 +96,17 @@ def save_checkpoint(
         with (beside / "state.pt").open("wb") as file:  # torch's own would not say why it cannot write
             torch.save(state, file)
         (beside / CHECKSUMS).write_text(f"{_sha256(beside / 'state.pt')}  state.pt\n")
-    checkpoints = sorted(folder.parent.glob("step_????????"))
-    kept = set(checkpoints[-max(1, keep) :])
+    checkpoints = _all_checkpoints(run_dir)
+    done = [path for path in checkpoints if _step(path) <= step]
+    for path in set(checkpoints) - set(done):  # what the run would have gone on from, if it were whole
+        path.rename(path.with_name(path.name + ".damaged"))
+    kept = set(done[-max(1, keep) :])
     if milestone_every:
-        first = {int(path.name[5:]) // milestone_every: path for path in reversed(checkpoints)}
+        first = {_step(path) // milestone_every: path for path in reversed(done)}
         kept |= {path for number, path in first.items() if number > 0}
     for path in folder.parent.glob("step_*"):  # what an ended process was writing, too
         if path not in kept and path.suffix != ".damaged":
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # on a network a reader's open file may stay a while
     return folder
 
 
@@ -113,56 +116,70 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
     return None if folder is None else torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
 
 
-def resumed_otherwise(state: dict[str, Any], accumulation: int) -> str:
-    """What to say where a run goes on with other processes or another accumulation than it was saved by."""
+def how_resumed(state: dict[str, Any] | None, accumulation: int, *, by_pass: str = "", by_process: str = "") -> str:
+    """Where a run goes on, and what it cannot keep on other processes or with another accumulation than before.
+
+    Args:
+        state: its checkpoint's; None if there is none.
+        accumulation: passes a step now.
+        by_pass: what in it depends on the passes of a step.
+        by_process: what in it depends on the processes.
+    """
+    if state is None:
+        return ""
+    text = f"; going on from step {state['step']}"
     before, now = (state["processes"], state["accumulation"]), (world_size(), accumulation)
     if before == now:
-        return ""
-    text = (
-        f", by {now[0]} x {now[1]} passes a step after {before[0]} x {before[1]}: the same batches, "
-        f"and the same numbers but for rounding and what is drawn inside the model, such as dropout"
-    )
-    return text + ("; codebooks, which move at each pass, will differ" if before[1] != now[1] else "")
+        return text
+    differ = by_pass if before[1] != now[1] else by_process
+    text += f" by {now[0]} x {now[1]} passes a step after {before[0]} x {before[1]}: the same batches; the same numbers"
+    return f"{text} but for rounding, what is drawn inside the model{f', and {differ}' if differ else ''}"
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint whose checksum holds, the same on all processes; None if there is none yet.
 
-    Those that are damaged are named, and set aside as step_XXXXXXXX.damaged.
+    Those that are damaged are named.
 
     Raises:
         InputError: all that are there are damaged.
+        OSError: one cannot be read, which is no damage to it.
     """
-    newest = None
+    newest, damaged = None, False
     if rank() == 0:
-        damaged = 0
-        for folder in sorted((run_dir / "checkpoints").glob("step_????????"), reverse=True):
+        for folder in reversed(_all_checkpoints(run_dir)):
             if (damage := _damage(folder)) is None:
                 newest = folder
                 break
-            logger.warning(f"{folder} is damaged ({damage}): it is set aside, and the one before it used")
-            damaged += 1
-            aside = folder.with_name(folder.name + ".damaged")
-            with suppress(OSError):  # one who only reads may not rename
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
-        if newest is None and (damaged or any((run_dir / "checkpoints").glob("step_????????.damaged"))):
+            if folder.exists():  # else it was removed meanwhile, by the run that it is of
+                logger.warning(f"{folder} is damaged ({damage}): the one before it is used")
+                damaged = True
+        if newest is None and damaged:
             remedy = "remove the folder to start anew, or name another run_dir="
             raise InputError(f"all checkpoints in {run_dir / 'checkpoints'} are damaged; {remedy}")
     return object_from_main(newest)
+
+
+def _all_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints that are there, damaged or not, oldest first."""
+    found = (run_dir / "checkpoints").glob("step_*")
+    return sorted((path for path in found if path.name[5:].isdecimal()), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:])
 
 
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if its file is as it was written."""
     try:
         checksum, _, name = (folder / CHECKSUMS).read_text("ascii").strip().partition("  ")
-        if name == "state.pt" and checksum == _sha256(folder / name):
-            return None
-        return f"its file is not what {CHECKSUMS} says"
+        whole = name == "state.pt" and checksum == _sha256(folder / name)
+        return None if whole else f"its file is not what {CHECKSUMS} says"
     except UnicodeDecodeError:
         return f"{CHECKSUMS} does not read"
-    except OSError as error:
-        return f"{Path(error.filename or folder).name}: {error.strerror}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
 
 
 def _sha256(path: Path) -> str:

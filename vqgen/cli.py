@@ -63,6 +63,7 @@ def run_program(
     except SystemExit as stop:
         code = stop.code or 0
     except Exception as error:
+        end_workers()  # first, as the end of another of them would raise here too
         line = explained(error, config)
         if line is None:
             raise

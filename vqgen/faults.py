@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,11 @@ from vqgen.distributed import rank, world_size
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
+PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}  # say nothing about what was read
+DISK_ERRORS = FULL | UNWRITABLE | PASSING | {errno.EIO}
+NO_MEMORY = "can't allocate memory|Cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED|CUDA error: out of memory"
 GOES_ON = "the same command then goes on from the newest checkpoint"
 
 
@@ -70,7 +75,7 @@ class Stop:
 
     def _take(self, number: int, frame: Any) -> None:
         twice = self.signal == number == signal.SIGINT
-        self.signal = signal.Signals(number)
+        self.signal = self.signal or signal.Signals(number)  # the launcher's end, which follows, is not the reason
         if twice:
             end_workers()
             os._exit(130)
@@ -113,29 +118,34 @@ def explained(error: BaseException, config: Any = None) -> str | None:
         error: what ended the run.
         config: of the program; None if it did not come so far.
     """
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"the GPU's memory is full: {_smaller_passes(config)}"
     chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
+    while isinstance(chain[-1], RuntimeError) and (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)  # torch's own names no reason where a file cannot be written
     for link in chain:
         text = str(link)
-        if isinstance(link, MemoryError) or "can't allocate memory" in text or "Cannot allocate memory" in text:
-            return f"memory is full: {_smaller_passes(config)}"
+        first_line = text.partition("\n")[0]
+        if isinstance(link, torch.OutOfMemoryError | MemoryError) or re.search(NO_MEMORY, text):
+            return f"memory is full ({first_line[:80] or 'MemoryError'}): {_smaller_passes(config)}"
         number = link.errno if isinstance(link, OSError) else None
         if found := re.search(r"\(os error (\d+)\)", text):  # as safetensors says it
             number = int(found[1])
         if number in DISK_ERRORS:
             where = getattr(link, "filename", None) or getattr(config, "run_dir", None) or "writing"
-            remedy = "make room" if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "put that right"
+            remedy = "make room" if number in FULL else "put that right"
             return f"{where}: {os.strerror(number)}; {remedy}, and {GOES_ON}"
-        if "DataLoader worker" in text or isinstance(link, ConnectionError | EOFError):  # the pipe from one, cut off
+        died = re.search(r"DataLoader worker \(pid|Pin memory thread exited", text) is not None
+        if died or (isinstance(link, ConnectionError | EOFError) and _is_of_a_pipe(link)):
             remedy = "if memory ran out, lower data.workers= or data.cache_gb="
-            reason = text.partition(". ")[0] or "its pipe ended"
+            reason = first_line.partition(". ")[0] or "its pipe ended"
             return f"a process that loads data was killed ({reason}); {remedy}; {GOES_ON}"
         if isinstance(link, RuntimeError) and re.search("closed by peer|reset by peer|Broken pipe|pair.cc", text):
             return f"another process of this run has ended; its own last line, or the launcher's, says why; {GOES_ON}"
     return None
+
+
+def _is_of_a_pipe(error: BaseException) -> bool:
+    """Whether an error comes from the pipe between two processes of Python's."""
+    return any("multiprocessing" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _smaller_passes(config: Any) -> str:

@@ -28,22 +28,19 @@ class Tracker:
     Args:
         run_dir: the run's folder.
         config: the run's configuration, with a `tracking` section.
-        step: where the run starts or goes on; later lines of an interrupted run are dropped.
+        logged: how many bytes of metrics.jsonl are the run's, as `flush` said; what came after them is dropped.
         is_main: whether this is the main process.
         facts: what wandb should know beside the configuration, such as the number of parameters.
     """
 
-    def __init__(self, run_dir: Path, config: Any, *, step: int, is_main: bool, facts: Mapping[str, Any]):
+    def __init__(self, run_dir: Path, config: Any, *, logged: int, is_main: bool, facts: Mapping[str, Any]):
         self.is_main = is_main
         if not is_main:
             return
         self.run_dir = run_dir
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
-            lines = self.path.read_text(errors="replace").splitlines(keepends=True)
-            beside = self.path.with_suffix(".tmp")
-            beside.write_text("".join(line for line in lines if _step_of(line) <= step))
-            beside.rename(self.path)
+            os.truncate(self.path, min(logged, self.path.stat().st_size))
         self.wandb = _Wandb(run_dir, config.tracking, asdict(config) | dict(facts))
         self.bar = tqdm(total=100, bar_format="{l_bar}{bar}| {desc}", leave=False, disable=None)
 
@@ -70,11 +67,11 @@ class Tracker:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
         self.wandb.log(numbers, step)
 
-    def flush(self) -> None:
-        """Waits until the lines are on the disk, as what comes before a checkpoint is not logged again."""
-        if self.is_main and self.path.exists():
-            with open(self.path, "a") as file:
-                os.fsync(file.fileno())
+    def flush(self) -> int:
+        """Waits until the lines are on the disk, as those before a checkpoint do not come again; how many bytes."""
+        with open(self.path, "a") as file:
+            os.fsync(file.fileno())
+            return file.tell()
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
         """Writes samples/NAME_STEP.png, and sends it to wandb."""
@@ -178,14 +175,6 @@ class _Wandb:
             self.run = None
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             logger.warning("wandb failed and is off for this run (%s); metrics.jsonl goes on", reason)
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of metrics; infinite for a line that the end of a process or a machine left in pieces."""
-    try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (ValueError, TypeError, KeyError):
-        return math.inf
 
 
 def image_grid(images: np.ndarray, columns: int, gap: int = 2) -> Image.Image:

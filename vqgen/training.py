@@ -171,15 +171,22 @@ def mixed_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
 
 
-def coin_flips(probability: float, micro_batch: int, seed: int, i: int) -> Tensor:
-    """(micro_batch,) bool: this process's part of the flips for global micro-batch i.
+def coin_flips(probability: float, micro_batch: int, seed: int, step: int, i: int = 0, accumulation: int = 1) -> Tensor:
+    """(micro_batch,) bool: this process's part of a step's flips, for pass i.
 
-    Drawn for the whole global micro-batch, on the CPU, from the seed and i alone: the same for any number of
-    processes, and no random state to save.
+    Drawn for the whole step, on the CPU, from the seed and the step alone: the same for any number of processes and
+    passes, and no random state to save.
     """
-    generator = torch.Generator().manual_seed(mixed_seed(seed, i))
-    flips = torch.rand(world_size() * micro_batch, generator=generator) < probability
-    return flips[rank() * micro_batch : (rank() + 1) * micro_batch]
+    generator = torch.Generator().manual_seed(mixed_seed(seed, step))
+    flips = torch.rand(accumulation * world_size() * micro_batch, generator=generator) < probability
+    return own_part(flips, micro_batch, i)
+
+
+def own_part(x: Tensor, micro_batch: int, i: int) -> Tensor:
+    """The part of a whole step's examples, (accumulation * world_size * micro_batch, ...), that pass i of this process
+    has, as `BatchOrder` shares them out."""
+    start = (i * world_size() + rank()) * micro_batch
+    return x[start : start + micro_batch]
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -26,6 +26,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from programs import ENVIRONMENT, ROOT, launch_two
 
+from vqgen.faults import SIGNALS
+
 QUIET = ["tracking.wandb=disabled"]
 # Workers, accumulation, mirror images, drawn codes, and every loss there is, with a line of metrics every 3 steps.
 PROGRAMS = {
@@ -114,7 +116,7 @@ def equal(a: object, b: object) -> bool:
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b) or (a.shape == b.shape and bool((a.isnan() & b.isnan() | (a == b)).all()))
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a if key != "seconds")
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a if key not in ("seconds", "logged"))
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b
@@ -153,13 +155,11 @@ def kill(folder: Path, rng: random.Random, kills: int) -> Iterator[Row]:
     for name, processes, count in [*((name, 1, kills) for name in PROGRAMS), ("stage1", 2, 3)]:
         whole = folder / f"whole-{name}-{processes}"
         launcher = "python" if processes == 1 else launch_two()
-        span = 0.0
-        if not checkpoints(whole):
-            process = start(given(name, folder, whole), log, launcher)
-            wait_for(lambda: " x cpu" in log.read_text(), process)
-            began = time.monotonic()
-            checked(process.wait(), log.read_text())
-            span = time.monotonic() - began
+        process = start(given(name, folder, whole), log, launcher)
+        wait_for(lambda: " x cpu" in log.read_text(), process)
+        began = time.monotonic()
+        checked(process.wait(), log.read_text())
+        span = time.monotonic() - began
         done = saving = ended = same = 0
         finished = False
         while done < count or not finished:
@@ -242,11 +242,10 @@ def made(folder: Path, run_name: str, name: str, *more: str) -> Path:
 def stop(folder: Path, rng: random.Random) -> Iterator[Row]:
     """Signals to end a run, and the clock."""
     whole = {name: made(folder, f"stop-whole-{name}", name) for name in PROGRAMS}
-    log = folder / "log"
-    cases = [
-        (name, number, "python") for name in PROGRAMS for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    ]
-    cases += [("stage1", signal.SIGTERM, "accelerate launch"), ("stage2", signal.SIGTERM, launch_two())]
+    log, to_launcher = folder / "log", "accelerate launch"
+    cases = [(name, number, "python") for number in SIGNALS for name in PROGRAMS]
+    cases += [("stage1", number, to_launcher) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    cases += [("stage2", signal.SIGTERM, launch_two())]
     for name, number, launcher in cases:
         run_dir = folder / f"stop-{name}-{number.name}-{launcher.split()[-1]}"
         process = start(given(name, folder, run_dir), log, launcher)
@@ -258,16 +257,18 @@ def stop(folder: Path, rng: random.Random) -> Iterator[Row]:
         while working_on(run_dir):
             time.sleep(0.01)
         seconds, step = time.monotonic() - sent, int(checkpoints(run_dir)[-1].name[5:])
-        said = f"{number.name}: stopped at step {step}; the same command goes on" in log.read_text()
+        said = f"stopped at step {step}; the same command goes on from step {step}" in log.read_text()
         found = f"exit code {code}, all gone after {seconds:.1f} s at step {step}{'' if said else ', nothing said'}"
-        if launcher != launch_two() and "num_processes 2" not in launcher:
+        what, expected = f"{number.name}, {name}", f"exit code {130 if number == signal.SIGINT else 0}"
+        if launcher != "python":
+            what, expected = f"{number.name} to `accelerate launch`, {name}", "all end"
+        if launcher in ("python", to_launcher):
             checked(*run(given(name, folder, run_dir), log))
             found += f", resumed to the same bits: {same_run(whole[name], run_dir)}"
-        by = (
-            "" if launcher == "python" else " to `accelerate launch`" + (" of two processes" if "2" in launcher else "")
-        )
-        expected = {"python": "exit code 130" if number == signal.SIGINT else "exit code 0"}.get(launcher, "all end")
-        yield f"{number.name}{by}, {name}", f"{expected}, saved, to the same bits", found
+        else:
+            what += ", two processes"
+            found += f", checkpoint {'whole' if load_ok(run_dir) else 'damaged'}"
+        yield what, f"{expected}, saved, to the same bits", found
 
     run_dir = folder / "stop-twice"
     process = start(given("stage1", folder, run_dir, "train.max_steps=100000"), log)
@@ -472,8 +473,7 @@ def configs(folder: Path, rng: random.Random, mutations: int) -> Iterator[Row]:
     from mutations import run_mutations
 
     counts = run_mutations(mutations, seed=rng.randrange(1000), folder=folder / "mutations")
-    for program, text, output in counts.pop("failures"):
-        print(program, text, output, sep="\n")
+    del counts["failures"]  # which are printed already
     found = ", ".join(f"{count} {name}" for name, count in counts.items())
     yield f"{mutations} mutated configuration files", "each a clear error or a valid run", found
 
@@ -487,10 +487,10 @@ def hour(folder: Path, rng: random.Random, hours: float) -> Iterator[Row]:
     while process.poll() is None:
         time.sleep(5)
         try:
-            lines = (run_dir / "metrics.jsonl").read_text().splitlines() if (run_dir / "metrics.jsonl").exists() else []
-            if lines:
-                seen.append((json.loads(lines[-1])["step"], watched.memory_info().rss / 2**20, watched.num_fds()))
-        except (psutil.Error, ValueError):  # it has ended meanwhile, or was writing that line
+            step = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+            if watched.status() != psutil.STATUS_ZOMBIE:
+                seen.append((step, watched.memory_info().rss / 2**20, watched.num_fds()))
+        except (OSError, LookupError, ValueError, psutil.Error):  # not there yet, being written, or ended meanwhile
             pass
     steps, memory, handles = np.array(seen[len(seen) // 10 :]).T  # the first tenth is for caches to fill
     slope = np.polyfit(steps, memory, 1)[0] * 1000

@@ -125,7 +125,10 @@ def encode_images(
             SkippedFile(skipped).add(read_skipped(folder / "skipped.txt"))
         except OSError as error:
             raise InputError(f"{skipped} cannot be written ({error.strerror}); make room, or name another") from error
-    return TokenStore(folder)
+    store = TokenStore(folder)
+    if len(store) == 0:
+        raise InputError(f"none of {len(images)} images loads; repair them or give others")
+    return store
 
 
 def _is_whole(folder: Path) -> bool:

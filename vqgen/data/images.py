@@ -42,6 +42,7 @@ from vqgen.data.folders import EXTENSIONS, list_images
 from vqgen.data.skipped import SkippedFile, one_line
 from vqgen.distributed import rank
 from vqgen.errors import InputError
+from vqgen.faults import PASSING
 
 logger = logging.getLogger("vqgen")
 # What Pillow finds odd in a file is no news for who did not make it; what it cannot read, it raises.
@@ -270,6 +271,8 @@ class ImageSet:
             with _opened(self._source, self._rows[i]) as image:
                 pixels = np.asarray(_resize(_as(mode, _flatten(image, self._data.background)), self._data))
         except DECODE_ERRORS as error:
+            if isinstance(error, OSError) and error.errno in PASSING:
+                raise
             found_before = i in self._broken
             self._broken[i] = _reason(error)
             if self._data.on_error == "raise":
@@ -294,13 +297,16 @@ class ImageSet:
         count = len(self)
         pixels = np.empty((count, self.channels, self.image_size, self.image_size), np.uint8)
         blocks = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without the GIL
+        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # Pillow decodes without the GIL
+        try:
             decoded = chain.from_iterable(pool.map(lambda block: [self._decode(i) for i in block], blocks))
             kept: list[int] = []
             for i, image in enumerate(tqdm(decoded, "decoding", count, unit=" images", leave=False, disable=None)):
                 if image is not None:
                     pixels[len(kept)] = image
                     kept.append(i)
+        finally:
+            pool.shutdown(cancel_futures=True)  # who stops the program does not wait for all the others
 
         if self._broken:
             first = self._describe(min(self._broken))
