@@ -62,7 +62,7 @@ class DataConfig:
     flip: bool = False
     """Mirror half of the training images left to right."""
     on_error: Literal["skip", "raise"] = "skip"
-    """An image that does not load: `skip` it, name the first and count the rest, or `raise`."""
+    """An image that does not load: `skip` it and name it in the run's skipped.txt, or `raise`."""
     cache_gb: float = 1.0
     """Decode the data set once into each process's memory if it takes no more than this; else as training goes."""
     workers: int = 2
