@@ -125,7 +125,8 @@ def explained(error: BaseException, config: Any = None) -> str | None:
         text = str(link)
         first_line = text.partition("\n")[0]
         if isinstance(link, torch.OutOfMemoryError | MemoryError) or re.search(NO_MEMORY, text):
-            return f"memory is full ({first_line[:80] or 'MemoryError'}): {_smaller_passes(config)}"
+            which = "the GPU's memory" if "CU" in text else "memory"
+            return f"{which} is full: {_smaller_passes(config)}"
         number = link.errno if isinstance(link, OSError) else None
         if found := re.search(r"\(os error (\d+)\)", text):  # as safetensors says it
             number = int(found[1])

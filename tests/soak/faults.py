@@ -339,7 +339,7 @@ def disk(folder: Path, rng: random.Random) -> Iterator[Row]:
         file.chmod(file.stat().st_mode & ~0o222)
     nobody = "setpriv --reuid=65534 --regid=65534 --clear-groups " if os.geteuid() == 0 else ""  # root may do all
     arguments = given("stage1", folder, ended, "train.keep_checkpoints=99")
-    code, printed = run(arguments, log, f"env HOME={folder} {nobody}python")
+    code, printed = run(arguments, log, f"env HOME={folder} {nobody}{sys.executable}")
     whole_one = "whole" if load_ok(ended) else "damaged"
     found = f"exit code {code}, `{last_line(printed)}`, newest checkpoint {whole_one}"
     yield "a run of which nothing may be written", "one line, nothing lost", found
