@@ -15,17 +15,15 @@ def test_each_tokenizer_has_its_prior():
 @needs_shared
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_runs_from_images_to_samples(name, tmp_path):
-    python = "env -u OMP_NUM_THREADS python"  # all cores, as whole data sets are encoded
-    shell(f"{python} stage1/train.py configs/stage1/{name}.yaml run_dir={tmp_path}/1 {TINY}")
-    shell(f"{python} stage2/train.py configs/stage2/{name}.yaml run_dir={tmp_path}/2 stage1={tmp_path}/1 {TINY}")
-    shell(f"{python} stage2/sample.py {tmp_path}/2 num_images=4")
+    shell(f"python stage1/train.py configs/stage1/{name}.yaml run_dir={tmp_path}/1 {TINY}")
+    shell(f"python stage2/train.py configs/stage2/{name}.yaml run_dir={tmp_path}/2 stage1={tmp_path}/1 {TINY}")
+    shell(f"python stage2/sample.py {tmp_path}/2 num_images=4")
     images = np.load(tmp_path / "2/samples/samples.npz")["images"]
     assert images.shape == {"emoji64": (4, 64, 64, 3), "cifar10": (4, 32, 32, 3), "fashion_mnist": (4, 32, 32, 1)}[name]
 
 
 @needs_shared
 def test_the_gan_config_runs_from_images_to_samples(tmp_path):
-    python = "env -u OMP_NUM_THREADS python"
-    shell(f"{python} stage1/train_gan.py configs/gan/dcgan_64.yaml run_dir={tmp_path}/gan {TINY}")
-    shell(f"{python} stage2/sample.py {tmp_path}/gan num_images=4")
+    shell(f"python stage1/train_gan.py configs/gan/dcgan_64.yaml run_dir={tmp_path}/gan {TINY}")
+    shell(f"python stage2/sample.py {tmp_path}/gan num_images=4")
     assert np.load(tmp_path / "gan/samples/samples.npz")["images"].shape == (4, 64, 64, 3)

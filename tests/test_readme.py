@@ -49,7 +49,13 @@ def test_make_demo_leaves_its_runs_and_its_picture(project):
 def test_every_other_command_runs(project):
     left = [c for c in COMMANDS if c not in [*INSTALLING, *ON_SHARED_DATA, *COMPARING, "make demo", "make test"]]
     assert len(left) >= 10
+    launched: set[str] = set()
     for command in left:
+        plain = command.removeprefix("accelerate launch ")
+        if plain.split()[0] in launched:  # once is enough for the launcher, which takes a third of the time
+            command = f"python {plain}"
+        elif plain.startswith("stage"):
+            launched.add(plain.split()[0])
         few = FEW_STEPS if re.search(r"train(_gan)?\.py", command) and "--help" not in command else ""
         few = FEW_IMAGES if "evaluate.py" in command and "--compare" not in command else few
         few += " num_reference=60" if few == FEW_IMAGES and "stage2" in command else ""
