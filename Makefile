@@ -14,9 +14,10 @@ demo: $(INSTALLED)
 	$(LAUNCH) stage2/train.py run_dir=$(RUN)/stage2 stage1=$(RUN)/stage1 train.max_seconds=120 $(STAGE2)
 	$(VENV)/bin/python stage2/sample.py $(RUN)/stage2 num_images=100 out=$(RUN) $(SAMPLE)
 
-# Two files at a time, as each test runs on one thread; the longest first (tests/conftest.py), or one core would wait.
+# Three files at a time, as each test runs on one thread, and those of two processes wait for each other at times; the
+# longest first (tests/conftest.py), or a core would wait at the end.
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check

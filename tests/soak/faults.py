@@ -1,6 +1,6 @@
 """What can befall a run, done to real ones: prints the table that the README shows, a row a fault.
 
-python tests/soak/faults.py [PART ...] [kills=20] [mutations=200] [hours=1] [seed=0] [folder=/tmp/faults]
+python tests/soak/faults.py [PART ...] [kills=20] [mutations=200] [hours=1] [seed=0] [folder=FOLDER]
 
 Without parts all are done, which takes some two hours, one of them the last part's. Faults that need a disk of their
 own (full, read-only) mount one in a namespace of this process's children: Linux, as root or where users may.
@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -508,7 +509,7 @@ PARTS: dict[str, Callable[..., Iterator[Row]]] = {
 def main() -> None:
     words = [word for word in sys.argv[1:] if "=" not in word]
     options = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
-    folder, seed = Path(options.pop("folder", "/tmp/faults")), int(options.pop("seed", 0))
+    folder, seed = Path(options.pop("folder", Path(tempfile.gettempdir()) / "faults")), int(options.pop("seed", 0))
     numbers = {"kills": 20, "mutations": 200, "hours": 1.0}
     numbers |= {key: type(numbers[key])(value) for key, value in options.items()}
     unknown = set(words) - PARTS.keys()
