@@ -144,7 +144,8 @@ def train(
     program: str, run: Path, config: CompareConfig, seconds: float, settings: Sequence[str], made_from: list[Any]
 ) -> None:
     """Runs a training program on its share of the time, unless it has done so already, from the same."""
-    budget = ["train.max_steps=null", f"train.max_seconds={seconds:g}", f"seed={config.seed}"]
+    seconds = round(seconds, 3)
+    budget = ["train.max_steps=null", f"train.max_seconds={seconds}", f"seed={config.seed}"]
     command = [program, f"run_dir={run}", *budget, *settings]
 
     def until_done() -> None:
