@@ -1,7 +1,7 @@
 """What happens inside the three loops, against plain autograd and formulas written out here.
 
-After one update, Adam's first moment is the gradient, clipped and scaled. It is compared with the gradient of the summed
-loss, since rounding moves a gradient only a little. The weights are then compared with AdamW's formula for that moment.
+After one update, Adam's first moment is the gradient, clipped and scaled. It is compared with the gradient of the
+summed loss, since rounding moves a gradient only a little. The weights are then compared with AdamW's formula for that moment.
 """
 
 import ast
