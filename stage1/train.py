@@ -25,16 +25,17 @@ from vqgen.adversarial.losses import (
     r1_penalty,
 )
 from vqgen.cli.program import run_program
-from vqgen.cli.reflect import check_options
+from vqgen.cli.reflect import Sections, check_options, complete_options
 from vqgen.data.images import ImageSet, load_images
 from vqgen.data.order import coin_flips, endless_batches, seed_step
 from vqgen.data.skipped import count_skipped
 from vqgen.distributed import all_reduce_sum, rank, world_size
-from vqgen.errors import require
+from vqgen.errors import require, section
 from vqgen.evaluation.metrics import CodeUsage, psnr
 from vqgen.evaluation.perceptual import PerceptualDistance
-from vqgen.quantizers import BASES, QUANTIZERS, quantizer_options
+from vqgen.quantizers import BASES, QUANTIZERS
 from vqgen.settings import Stage1Config
+from vqgen.tokenizers import ARCHITECTURES, build_tokenizer
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, to_uint8
 from vqgen.training.average import WeightEMA
 from vqgen.training.checkpoints import how_resumed, load_checkpoint, open_run, save_checkpoint, written_whole
@@ -45,6 +46,12 @@ from vqgen.training.schedule import Budget, lr_at, micro_batch_size, parameter_g
 from vqgen.training.stop import Stop
 from vqgen.training.tracking import Tracker, image_grid
 
+SECTIONS: Sections = {
+    "model": ARCHITECTURES,
+    "model.quantizer": QUANTIZERS,
+    "model.quantizer.base": BASES,
+    "discriminator": PatchDiscriminator,
+}
 REC_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
 DISC_BETAS = (0.5, 0.9)  # VQGAN's
 # A hundred times Adam's own: real and generated pull the last bias equally far, and what is left of its gradient,
@@ -74,30 +81,27 @@ def train(config: Stage1Config, rollbacks: int, stop: Stop) -> None:
     micro_batch = micro_batch_size(config.train.batch_size, accumulation)
 
     # The data say how many channels there are, and all defaults are written out, so that config.yaml is whole.
-    config.model["quantizer"] = quantizer_options(**config.model.get("quantizer", {}))
     config.data.channels = config.data.channels or config.model.get("channels")
     train_set, val_set = load_images(config.data)
     config.data.channels = train_set.channels
     same = config.model.setdefault("channels", train_set.channels) == train_set.channels
     require(same, f"model.channels={config.model['channels']} and data.channels={train_set.channels} must be the same")
-    config.model = check_options(VQModel, config.model, "model")
+    config.model = complete_options(SECTIONS, "model", config.model)
     config.discriminator = check_options(PatchDiscriminator, config.discriminator, "discriminator")
     torch.manual_seed(config.seed)
-    model = VQModel(**config.model)
-    model.code_layout(config.data.image_size)  # raises where the size does not suit the stride
+    with section("model", image_size="data.image_size"):
+        model = build_tokenizer(**config.model)
+        model.code_layout(config.data.image_size)  # raises where the size does not suit the stride
     perceptual = disc = lecam = disc_optimizer = None
     if config.loss.perceptual.name != "none":
-        perceptual = PerceptualDistance(
-            config.loss.perceptual.name,
-            config.loss.perceptual.weights,
-            "loss.perceptual.name",
-            "loss.perceptual.weights",
-        )
+        with section("loss.perceptual"):
+            perceptual = PerceptualDistance(config.loss.perceptual.name, config.loss.perceptual.weights)
     if adv.name != "none":
         fp16 = accelerator.mixed_precision == "fp16"
         require(not fp16, "train.mixed_precision=fp16 is too coarse for a discriminator's gradients; use bf16 or no")
-        disc, lecam = PatchDiscriminator(config.data.channels, **config.discriminator), LeCam()
-        disc.check_size(config.data.image_size)
+        with section("discriminator"):
+            disc, lecam = PatchDiscriminator(config.data.channels, **config.discriminator), LeCam()
+            disc.check_size(config.data.image_size)
     if accelerator.is_main_process:
         open_run(config)
     accelerator.wait_for_everyone()
@@ -350,11 +354,6 @@ if __name__ == "__main__":
     run_program(
         main,
         Stage1Config,
-        {
-            "model": VQModel,
-            "model.quantizer": QUANTIZERS,
-            "model.quantizer.base": BASES,
-            "discriminator": PatchDiscriminator,
-        },
+        SECTIONS,
         "accelerate launch stage1/train.py [CONFIG.yaml] [key=value ...]",
     )

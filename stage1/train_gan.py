@@ -20,7 +20,7 @@ from vqgen.data.images import load_images
 from vqgen.data.order import coin_flips, endless_batches, mixed_seed, own_part
 from vqgen.data.skipped import count_skipped
 from vqgen.distributed import world_size
-from vqgen.errors import require
+from vqgen.errors import require, section
 from vqgen.priors.sampling import classes_in_turn, generate_images, latents
 from vqgen.settings import GANConfig
 from vqgen.tokenizers.vqmodel import from_uint8
@@ -59,8 +59,10 @@ def train(config: GANConfig, rollbacks: int, stop: Stop) -> None:
     config.discriminator = check_options(DCGANDiscriminator, config.discriminator, "discriminator")
     torch.manual_seed(config.seed)
     shape, classes = (config.data.image_size, train_set.channels), train_set.class_names
-    generator = DCGANGenerator(*shape, classes, **config.generator)
-    disc = DCGANDiscriminator(*shape, len(classes), **config.discriminator)
+    with section("generator", image_size="data.image_size"):
+        generator = DCGANGenerator(*shape, classes, **config.generator)
+    with section("discriminator"):
+        disc = DCGANDiscriminator(*shape, len(classes), **config.discriminator)
     if accelerator.is_main_process:
         open_run(config)
     accelerator.wait_for_everyone()

@@ -21,7 +21,7 @@ from vqgen.data.images import load_images
 from vqgen.data.order import coin_flips, endless_batches, seed_step
 from vqgen.data.skipped import count_skipped
 from vqgen.distributed import world_size
-from vqgen.errors import require
+from vqgen.errors import require, section
 from vqgen.evaluation.likelihood import prior_nll, unigram_entropy
 from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import classes_in_turn, sample_images
@@ -64,10 +64,12 @@ def train(config: Stage2Config, rollbacks: int, stop: Stop) -> None:
     config.data = check_options(DataConfig, config.data, "data")
     data = DataConfig(**config.data)
     train_images, val_images = load_images(data)
-    layout = tokenizer.code_layout(data.image_size)
+    with section("data"):
+        layout = tokenizer.code_layout(data.image_size)
     torch.manual_seed(config.seed)
     config.model = check_options(Prior, config.model, "model")
-    model = Prior(layout, train_images.class_names, **config.model)
+    with section("model"):
+        model = Prior(layout, train_images.class_names, **config.model)
     if accelerator.is_main_process:
         open_run(config)
     accelerator.wait_for_everyone()
