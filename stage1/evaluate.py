@@ -12,11 +12,14 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from vqgen.cli import run_program
-from vqgen.config import DataConfig, Stage1EvaluateConfig, TrackingConfig, require
+from vqgen.cli.program import run_program
 from vqgen.data.images import some_rows
 from vqgen.distributed import all_reduce_sum
-from vqgen.evaluation import (
+from vqgen.errors import require
+from vqgen.evaluation.features import FeatureCollector, cached_features, load_feature_network, my_batches
+from vqgen.evaluation.metrics import CodeUsage, image_psnr, image_ssim, psnr
+from vqgen.evaluation.perceptual import PerceptualDistance
+from vqgen.evaluation.report import (
     Report,
     cache_folder,
     check_varied,
@@ -27,11 +30,9 @@ from vqgen.evaluation import (
     run_tracking,
     writable_folder,
 )
-from vqgen.features import FeatureCollector, cached_features, load_feature_network, my_batches
-from vqgen.metrics import CodeUsage, image_psnr, image_ssim, psnr
-from vqgen.models.vqmodel import from_uint8, load_tokenizer, to_uint8
-from vqgen.perceptual import PerceptualDistance
-from vqgen.tracking import image_grid, log_evaluation
+from vqgen.settings import DataConfig, Stage1EvaluateConfig, TrackingConfig
+from vqgen.tokenizers.vqmodel import from_uint8, load_tokenizer, to_uint8
+from vqgen.training.tracking import image_grid, log_evaluation
 
 SYNOPSIS = "python stage1/evaluate.py RUN_DIR [key=value ...], or RUN_DIR --compare OTHER_RUN_DIR"
 

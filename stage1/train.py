@@ -14,15 +14,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from einops import rearrange
 from PIL import Image
 
-from vqgen.checkpoints import how_resumed, load_checkpoint, open_run, save_checkpoint, written_whole
-from vqgen.cli import run_program
-from vqgen.config import Stage1Config, check_options, require
-from vqgen.data.images import ImageSet, load_images
-from vqgen.data.skipped import count_skipped
-from vqgen.distributed import all_reduce_sum, rank, world_size
-from vqgen.faults import Stop
-from vqgen.fsdp import refuse_fsdp
-from vqgen.losses import (
+from vqgen.adversarial.discriminators import PatchDiscriminator
+from vqgen.adversarial.losses import (
     WON_ACCURACY,
     LeCam,
     adaptive_weight,
@@ -31,29 +24,26 @@ from vqgen.losses import (
     generator_loss,
     r1_penalty,
 )
-from vqgen.metrics import CodeUsage, psnr
-from vqgen.models.discriminators import PatchDiscriminator
-from vqgen.models.vqmodel import VQModel, from_uint8, to_uint8
-from vqgen.perceptual import PerceptualDistance
+from vqgen.cli.program import run_program
+from vqgen.cli.reflect import check_options
+from vqgen.data.images import ImageSet, load_images
+from vqgen.data.order import coin_flips, endless_batches, seed_step
+from vqgen.data.skipped import count_skipped
+from vqgen.distributed import all_reduce_sum, rank, world_size
+from vqgen.errors import require
+from vqgen.evaluation.metrics import CodeUsage, psnr
+from vqgen.evaluation.perceptual import PerceptualDistance
 from vqgen.quantizers import BASES, QUANTIZERS, quantizer_options
-from vqgen.tracking import Tracker, image_grid
-from vqgen.training import (
-    Budget,
-    Diverged,
-    FiniteGuard,
-    Means,
-    Stopwatch,
-    WeightEMA,
-    accumulate,
-    coin_flips,
-    endless_batches,
-    going_back,
-    lr_at,
-    micro_batch_size,
-    parameter_groups,
-    ramp_at,
-    seed_step,
-)
+from vqgen.settings import Stage1Config
+from vqgen.tokenizers.vqmodel import VQModel, from_uint8, to_uint8
+from vqgen.training.average import WeightEMA
+from vqgen.training.checkpoints import how_resumed, load_checkpoint, open_run, save_checkpoint, written_whole
+from vqgen.training.fsdp import refuse_fsdp
+from vqgen.training.guard import Diverged, FiniteGuard, going_back
+from vqgen.training.means import Means, Stopwatch, accumulate
+from vqgen.training.schedule import Budget, lr_at, micro_batch_size, parameter_groups, ramp_at
+from vqgen.training.stop import Stop
+from vqgen.training.tracking import Tracker, image_grid
 
 REC_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
 DISC_BETAS = (0.5, 0.9)  # VQGAN's

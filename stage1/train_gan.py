@@ -12,35 +12,26 @@ from einops import rearrange
 from PIL import Image
 from torch import nn
 
-from vqgen.checkpoints import how_resumed, load_checkpoint, open_run, save_checkpoint, written_whole
-from vqgen.cli import run_program
-from vqgen.config import GANConfig, check_options, require
+from vqgen.adversarial.dcgan import DCGANDiscriminator, DCGANGenerator, settle_batch_norm
+from vqgen.adversarial.losses import WON_ACCURACY, discriminator_accuracy, discriminator_loss, generator_loss
+from vqgen.cli.program import run_program
+from vqgen.cli.reflect import check_options
 from vqgen.data.images import load_images
+from vqgen.data.order import coin_flips, endless_batches, mixed_seed, own_part
 from vqgen.data.skipped import count_skipped
 from vqgen.distributed import world_size
-from vqgen.faults import Stop
-from vqgen.fsdp import refuse_fsdp
-from vqgen.losses import WON_ACCURACY, discriminator_accuracy, discriminator_loss, generator_loss
-from vqgen.models.dcgan import DCGANDiscriminator, DCGANGenerator, settle_batch_norm
-from vqgen.models.vqmodel import from_uint8
-from vqgen.sampling import classes_in_turn, generate_images, latents
-from vqgen.tracking import Tracker, image_grid
-from vqgen.training import (
-    Budget,
-    Diverged,
-    FiniteGuard,
-    Means,
-    WeightEMA,
-    accumulate,
-    coin_flips,
-    endless_batches,
-    going_back,
-    lr_at,
-    micro_batch_size,
-    mixed_seed,
-    own_part,
-    parameter_groups,
-)
+from vqgen.errors import require
+from vqgen.priors.sampling import classes_in_turn, generate_images, latents
+from vqgen.settings import GANConfig
+from vqgen.tokenizers.vqmodel import from_uint8
+from vqgen.training.average import WeightEMA
+from vqgen.training.checkpoints import how_resumed, load_checkpoint, open_run, save_checkpoint, written_whole
+from vqgen.training.fsdp import refuse_fsdp
+from vqgen.training.guard import Diverged, FiniteGuard, going_back
+from vqgen.training.means import Means, accumulate
+from vqgen.training.schedule import Budget, lr_at, micro_batch_size, parameter_groups
+from vqgen.training.stop import Stop
+from vqgen.training.tracking import Tracker, image_grid
 
 SETTLING_IMAGES = 1024  # that batch normalisation's statistics are of, in what is evaluated and saved
 

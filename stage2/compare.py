@@ -23,32 +23,23 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from vqgen.checkpoints import load_checkpoint
-from vqgen.cli import run_program
-from vqgen.config import (
-    CompareConfig,
-    DataConfig,
-    GANConfig,
-    SampleConfig,
-    Sections,
-    Stage1Config,
-    Stage2Config,
-    check_options,
-    load_config,
-    require,
-)
+from vqgen.adversarial.dcgan import DCGANDiscriminator, DCGANGenerator
+from vqgen.adversarial.discriminators import PatchDiscriminator
+from vqgen.cli.parse import load_config
+from vqgen.cli.program import run_program
+from vqgen.cli.reflect import Sections, check_options
 from vqgen.data.images import ImageSet, load_images, some_rows
-from vqgen.errors import InputError
-from vqgen.evaluation import Report, cache_folder, evaluation_device, sample_figures, shown, writable_folder
-from vqgen.features import FeatureNetwork, cached_features, load_feature_network
-from vqgen.models.dcgan import DCGANDiscriminator, DCGANGenerator
-from vqgen.models.discriminators import PatchDiscriminator
-from vqgen.models.prior import Prior
-from vqgen.models.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
-from vqgen.perceptual import PerceptualDistance
+from vqgen.errors import InputError, require
+from vqgen.evaluation.features import FeatureNetwork, cached_features, load_feature_network
+from vqgen.evaluation.perceptual import PerceptualDistance
+from vqgen.evaluation.report import Report, cache_folder, evaluation_device, sample_figures, shown, writable_folder
+from vqgen.priors.prior import Prior
+from vqgen.priors.sampling import Sampler, classes_in_turn, load_sampler
 from vqgen.quantizers import BASES, QUANTIZERS
-from vqgen.sampling import Sampler, classes_in_turn, load_sampler
-from vqgen.tracking import image_grid
+from vqgen.settings import CompareConfig, DataConfig, GANConfig, SampleConfig, Stage1Config, Stage2Config
+from vqgen.tokenizers.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
+from vqgen.training.checkpoints import load_checkpoint
+from vqgen.training.tracking import image_grid
 
 ROOT = Path(__file__).parents[1]
 MODELS = {"dcgan": "DCGAN", "vqvae": "VQ-VAE + prior", "vqgan": "VQGAN + prior"}

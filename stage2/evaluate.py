@@ -17,12 +17,24 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from vqgen.cli import run_program
-from vqgen.config import DataConfig, Stage2EvaluateConfig, TrackingConfig, check_options, read_yaml, require
+from vqgen.cli.parse import read_yaml
+from vqgen.cli.program import run_program
+from vqgen.cli.reflect import check_options
 from vqgen.data.codes import TokenStore, encode_images
 from vqgen.data.images import ImageSet, load_set, some_rows
 from vqgen.distributed import all_reduce_sum, rank, world_size
-from vqgen.evaluation import (
+from vqgen.errors import require
+from vqgen.evaluation.features import (
+    Features,
+    cached_features,
+    collect_features,
+    load_feature_network,
+    my_batches,
+    thumbnails,
+)
+from vqgen.evaluation.likelihood import CodeCounts, LogisticScales, prior_nll
+from vqgen.evaluation.metrics import nearest, share_closer
+from vqgen.evaluation.report import (
     Report,
     cache_folder,
     check_varied,
@@ -34,13 +46,11 @@ from vqgen.evaluation import (
     sample_figures,
     writable_folder,
 )
-from vqgen.features import Features, cached_features, collect_features, load_feature_network, my_batches, thumbnails
-from vqgen.likelihood import CodeCounts, LogisticScales, prior_nll
-from vqgen.metrics import nearest, share_closer
-from vqgen.models.prior import Prior
-from vqgen.models.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
-from vqgen.sampling import class_choices, classes_in_turn, sample_images
-from vqgen.tracking import image_grid, log_evaluation
+from vqgen.priors.prior import Prior
+from vqgen.priors.sampling import class_choices, classes_in_turn, sample_images
+from vqgen.settings import DataConfig, Stage2EvaluateConfig, TrackingConfig
+from vqgen.tokenizers.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
+from vqgen.training.tracking import image_grid, log_evaluation
 
 SYNOPSIS = (
     "python stage2/evaluate.py RUN_DIR [key=value ...], or --images A --reference B [key=value ...], "

@@ -11,11 +11,11 @@ from accelerate.utils import gather_object
 from einops import rearrange
 from tqdm import tqdm
 
-from vqgen.cli import run_program
-from vqgen.config import SampleConfig, require
-from vqgen.errors import InputError
-from vqgen.sampling import class_choices, classes_in_turn, load_sampler
-from vqgen.tracking import image_grid
+from vqgen.cli.program import run_program
+from vqgen.errors import InputError, require
+from vqgen.priors.sampling import class_choices, classes_in_turn, load_sampler
+from vqgen.settings import SampleConfig
+from vqgen.training.tracking import image_grid
 
 
 def main(run_dir: str, config: SampleConfig) -> None:

@@ -13,35 +13,28 @@ from accelerate import Accelerator
 from einops import rearrange
 from PIL import Image
 
-from vqgen.checkpoints import how_resumed, load_checkpoint, open_run, save_checkpoint, written_whole
-from vqgen.cli import run_program
-from vqgen.config import DataConfig, SampleConfig, Stage2Config, check_options, read_yaml, require
+from vqgen.cli.parse import read_yaml
+from vqgen.cli.program import run_program
+from vqgen.cli.reflect import check_options
 from vqgen.data.codes import encode_images
 from vqgen.data.images import load_images
+from vqgen.data.order import coin_flips, endless_batches, seed_step
 from vqgen.data.skipped import count_skipped
 from vqgen.distributed import world_size
-from vqgen.faults import Stop
-from vqgen.fsdp import check_fsdp, gathered, load_optimizer, whole
-from vqgen.likelihood import prior_nll, unigram_entropy
-from vqgen.models.prior import Prior
-from vqgen.models.vqmodel import VQModel, load_tokenizer
-from vqgen.sampling import classes_in_turn, sample_images
-from vqgen.tracking import Tracker, image_grid
-from vqgen.training import (
-    Budget,
-    Diverged,
-    FiniteGuard,
-    Means,
-    WeightEMA,
-    accumulate,
-    coin_flips,
-    endless_batches,
-    going_back,
-    lr_at,
-    micro_batch_size,
-    parameter_groups,
-    seed_step,
-)
+from vqgen.errors import require
+from vqgen.evaluation.likelihood import prior_nll, unigram_entropy
+from vqgen.priors.prior import Prior
+from vqgen.priors.sampling import classes_in_turn, sample_images
+from vqgen.settings import DataConfig, SampleConfig, Stage2Config
+from vqgen.tokenizers.vqmodel import VQModel, load_tokenizer
+from vqgen.training.average import WeightEMA
+from vqgen.training.checkpoints import how_resumed, load_checkpoint, open_run, save_checkpoint, written_whole
+from vqgen.training.fsdp import check_fsdp, gathered, load_optimizer, whole
+from vqgen.training.guard import Diverged, FiniteGuard, going_back
+from vqgen.training.means import Means, accumulate
+from vqgen.training.schedule import Budget, lr_at, micro_batch_size, parameter_groups
+from vqgen.training.stop import Stop
+from vqgen.training.tracking import Tracker, image_grid
 
 
 def main(config: Stage2Config) -> None:

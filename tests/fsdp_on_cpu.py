@@ -15,7 +15,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 
-from vqgen.training import WeightEMA
+from vqgen.training.average import WeightEMA
 
 
 def end_training(accelerator: Accelerator) -> None:

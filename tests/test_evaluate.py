@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from programs import launch_two, shell
 
-from vqgen.config import DataConfig
 from vqgen.data.images import load_images
 from vqgen.errors import InputError
-from vqgen.evaluation import Report, compare
-from vqgen.metrics import psnr
-from vqgen.models.vqmodel import from_uint8, load_tokenizer, to_uint8
+from vqgen.evaluation.metrics import psnr
+from vqgen.evaluation.report import Report, compare
+from vqgen.settings import DataConfig
+from vqgen.tokenizers.vqmodel import from_uint8, load_tokenizer, to_uint8
 
 FEW = ["num_images=60", "num_reference=80", "tracking.wandb=disabled"]  # of stage 2; [::2] of stage 1
 NETWORK = {"features": "efficientnet-lite0", "preprocessing": "bicubic with antialiasing to 96x96, (x - 127) / 128"}

@@ -17,10 +17,10 @@ from programs import ENVIRONMENT, ROOT, launch_two
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from vqgen.checkpoints import newest_checkpoint
-from vqgen.config import GANConfig, SampleConfig, Stage1Config, TrainConfig
-from vqgen.faults import Stop, explained
-from vqgen.training import FiniteGuard
+from vqgen.settings import GANConfig, SampleConfig, Stage1Config, TrainConfig
+from vqgen.training.checkpoints import newest_checkpoint
+from vqgen.training.guard import FiniteGuard
+from vqgen.training.stop import Stop, explained
 
 QUIET = "tracking.wandb=disabled"
 # Metrics whose windows, evaluations and checkpoints fall on different steps; accumulation, mirror images, dropout.

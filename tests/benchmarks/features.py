@@ -10,8 +10,8 @@ import time
 import torch
 from efficientnet_lite_pytorch import EfficientNet
 
-from vqgen.features import EfficientNetLite0, FeatureCollector, LeNet
-from vqgen.models.inception import InceptionV3
+from vqgen.evaluation.features import EfficientNetLite0, FeatureCollector, LeNet
+from vqgen.evaluation.inception import InceptionV3
 
 
 def main(images: int = 256, rounds: int = 5) -> None:

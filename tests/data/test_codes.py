@@ -15,14 +15,14 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vqgen.config import DataConfig
 from vqgen.data import codes as codes_module
 from vqgen.data.codes import TokenStore, encode_images
 from vqgen.data.images import ImageSet, load_images
+from vqgen.data.order import BatchOrder
 from vqgen.data.skipped import read_skipped
 from vqgen.errors import InputError
-from vqgen.models.vqmodel import VQModel, from_uint8
-from vqgen.training import BatchOrder
+from vqgen.settings import DataConfig
+from vqgen.tokenizers.vqmodel import VQModel, from_uint8
 
 
 @pytest.fixture(scope="module", autouse=True)

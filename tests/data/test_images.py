@@ -24,13 +24,13 @@ from programs import ENVIRONMENT, ROOT, SHARED, needs_shared
 from soak.hostile import make_hostile, make_valid
 from torch.utils.data import DataLoader
 
-from vqgen.config import DataConfig
 from vqgen.data import folders as folders_module
 from vqgen.data import images as images_module
 from vqgen.data.folders import list_images, user_cache_folder
 from vqgen.data.images import ImageSet, load_images, load_set, some_rows
 from vqgen.data.skipped import SkippedFile, count_skipped, one_line, read_skipped
 from vqgen.errors import InputError
+from vqgen.settings import DataConfig
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\..*")  # as the loader has it, whose filter pytest sets aside
 
@@ -692,7 +692,7 @@ def test_hostile_files_put_nothing_but_one_line_on_the_screen(tmp_path):
     make_hostile(tmp_path / "x", 80, seed=1)
     save(tmp_path / "held" / "x.png")
     code = f"""
-from vqgen.config import DataConfig
+from vqgen.settings import DataConfig
 from vqgen.data.images import load_images
 load_images(DataConfig(source={str(tmp_path / "x")!r}, val_source={str(tmp_path / "held")!r}, image_size=16))
 """

@@ -27,7 +27,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from programs import ENVIRONMENT, ROOT, launch_two
 
-from vqgen.faults import SIGNALS
+from vqgen.training.stop import SIGNALS
 
 QUIET = ["tracking.wandb=disabled"]
 # Workers, accumulation, mirror images, drawn codes, and every loss there is, with a line of metrics every 3 steps.
@@ -198,7 +198,7 @@ def working_on(run_dir: Path) -> list[psutil.Process]:
 
 def damage(folder: Path, rng: random.Random) -> Iterator[Row]:
     """A byte flipped or the file cut short in the newest checkpoint."""
-    from vqgen.checkpoints import load_checkpoint
+    from vqgen.training.checkpoints import load_checkpoint
 
     source = made(folder, "damage", "stage1", "train.keep_checkpoints=2")
     newest, before = checkpoints(source)[::-1]
@@ -296,7 +296,7 @@ def stop(folder: Path, rng: random.Random) -> Iterator[Row]:
 
 def load_ok(run_dir: Path) -> bool:
     """Whether the newest checkpoint is whole."""
-    from vqgen.checkpoints import newest_checkpoint
+    from vqgen.training.checkpoints import newest_checkpoint
 
     newest = checkpoints(run_dir)[-1]
     return newest_checkpoint(run_dir) == newest
@@ -526,8 +526,8 @@ def main() -> None:
 
 def prepare(folder: Path) -> None:
     """300 of the built-in digits as files, with classes, and a tokenizer of them."""
-    from vqgen.config import DataConfig
     from vqgen.data.images import load_images
+    from vqgen.settings import DataConfig
 
     digits = load_images(DataConfig())[0]
     pixels, class_ids = digits.__getitems__(np.arange(300))

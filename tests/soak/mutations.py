@@ -21,12 +21,13 @@ from typing import Any
 
 import yaml
 
-from vqgen.config import DataConfig, GANConfig, Stage1Config, Stage2Config, settings
-from vqgen.models.dcgan import DCGANDiscriminator, DCGANGenerator
-from vqgen.models.discriminators import PatchDiscriminator
-from vqgen.models.prior import Prior
-from vqgen.models.vqmodel import VQModel
+from vqgen.adversarial.dcgan import DCGANDiscriminator, DCGANGenerator
+from vqgen.adversarial.discriminators import PatchDiscriminator
+from vqgen.cli.reflect import settings
+from vqgen.priors.prior import Prior
 from vqgen.quantizers import BASES, QUANTIZERS
+from vqgen.settings import DataConfig, GANConfig, Stage1Config, Stage2Config
+from vqgen.tokenizers.vqmodel import VQModel
 
 ROOT = Path(__file__).parents[2]
 STAGE1 = {

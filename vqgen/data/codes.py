@@ -20,7 +20,7 @@ from vqgen.data.images import ImageSet
 from vqgen.data.skipped import SkippedFile, read_skipped
 from vqgen.distributed import from_main, rank, world_size
 from vqgen.errors import InputError
-from vqgen.models.vqmodel import VQModel, from_uint8
+from vqgen.tokenizers.vqmodel import VQModel, from_uint8
 
 logger = logging.getLogger("vqgen")
 

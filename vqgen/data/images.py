@@ -37,12 +37,12 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from vqgen.config import DataConfig, require_size
 from vqgen.data.folders import EXTENSIONS, list_images
 from vqgen.data.skipped import SkippedFile, one_line
 from vqgen.distributed import rank
-from vqgen.errors import InputError
-from vqgen.faults import PASSING
+from vqgen.errors import InputError, require_size
+from vqgen.settings import DataConfig
+from vqgen.training.stop import PASSING
 
 logger = logging.getLogger("vqgen")
 # What Pillow finds odd in a file is no news for who did not make it; what it cannot read, it raises.

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vqgen.config import check_options, require, require_size
-from vqgen.errors import InputError
+from vqgen.cli.reflect import check_options
+from vqgen.errors import InputError, require, require_size
 from vqgen.quantizers.common import Quantizer
 from vqgen.quantizers.ema import EMAQuantizer
 from vqgen.quantizers.fsq import FSQ

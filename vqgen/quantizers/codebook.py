@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqgen.config import require
+from vqgen.errors import require
 from vqgen.quantizers.common import (
     ESTIMATORS,
     Quantizer,

@@ -9,8 +9,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vqgen.config import require
 from vqgen.distributed import all_reduce_sum, rank, world_size
+from vqgen.errors import require
 
 BLOCK_ELEMENTS = 1 << 22  # of (N, K) probabilities that are held at a time
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vqgen.config import require
+from vqgen.errors import require
 from vqgen.quantizers.common import Quantizer, QuantizerOutput, straight_through
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from vqgen.config import require
+from vqgen.errors import require
 from vqgen.quantizers.common import Quantizer, QuantizerOutput, entropy, entropy_loss, straight_through
 
 

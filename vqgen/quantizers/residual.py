@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vqgen.config import require
+from vqgen.errors import require
 from vqgen.quantizers.build import BASES, build, complete_options
 from vqgen.quantizers.common import ESTIMATORS, Quantizer, QuantizerOutput, require_rotation_means_something
 

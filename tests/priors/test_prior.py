@@ -1,0 +1,201 @@
+"""The prior: what its logits may depend on, and that it is a plain transformers checkpoint."""
+
+import json
+import os
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vqgen.codes import CodeLayout
+from vqgen.errors import InputError
+from vqgen.priors.prior import Prior
+
+PLAIN = CodeLayout(((1, 2, 3),), (8,))
+MANY = CodeLayout(((2, 2), (1, 2, 2)), (5, 7))  # 2 x 5 + 7 ids, 4 + 4 tokens
+CLASSES = ["cat", "dog", "owl"]
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+MODEL_TYPES = ["llama", "gpt2", "qwen3", "mistral"]
+
+
+def small(layout: CodeLayout = PLAIN, class_names=CLASSES, **options) -> Prior:
+    torch.manual_seed(0)
+    return Prior(layout, list(class_names), **{**SIZES, **options}).eval()
+
+
+def random_tokens(layout: CodeLayout, batch: int = 3) -> torch.Tensor:
+    ranges, generator = layout.token_ranges(), torch.Generator().manual_seed(0)
+    share = torch.rand(batch, layout.num_tokens, generator=generator)
+    return (ranges[:, 0] + share * (ranges[:, 1] - ranges[:, 0])).long()
+
+
+# What the logits are
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("layout", [PLAIN, MANY], ids=["plain", "several codebooks"])
+def test_logits_are_finite_exactly_where_a_token_is_legal(layout, model_type):
+    logits = small(layout, model_type=model_type)(random_tokens(layout), torch.tensor([0, 2, -1]))
+    assert logits.shape == (3, layout.num_tokens, layout.vocab_size)
+    ids, ranges = torch.arange(layout.vocab_size), layout.token_ranges()
+    legal = (ids >= ranges[:, :1]) & (ids < ranges[:, 1:])
+    assert torch.equal(logits.isfinite(), legal.expand_as(logits))
+    assert (logits[~legal.expand_as(logits)] == -torch.inf).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_logits_depend_on_the_tokens_before_and_on_no_other(model_type):
+    prior, class_ids = small(model_type=model_type), torch.tensor([1])
+    tokens = random_tokens(PLAIN, batch=1)
+    logits = prior(tokens, class_ids)
+    for t in range(PLAIN.num_tokens):
+        changed = tokens.clone()
+        changed[0, t] = (changed[0, t] + 1) % 8
+        same = torch.isclose(prior(changed, class_ids), logits, rtol=0, atol=1e-6).all(dim=2)[0]
+        assert same.tolist() == [i <= t for i in range(PLAIN.num_tokens)]
+
+
+@torch.no_grad()
+def test_each_class_and_no_class_have_logits_of_their_own():
+    logits = small()(random_tokens(PLAIN, 1).repeat(4, 1), torch.tensor([-1, 0, 1, 2]))
+    differences = (logits[:, None] - logits[None]).abs().amax(dim=(2, 3))
+    assert (differences + torch.eye(4) > 1e-4).all()
+
+
+def test_gradient_is_finite_where_tokens_are_illegal():
+    prior, tokens = small(MANY).train(), random_tokens(MANY)
+    logits = prior(tokens, torch.tensor([0, 1, -1]))
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+    assert all(p.grad.isfinite().all() for p in prior.parameters())
+    assert prior.lm.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_an_unconditional_prior_works():
+    prior = small(class_names=[])
+    assert prior(random_tokens(PLAIN), torch.full((3,), -1)).shape == (3, 6, 8)
+    assert prior.lm.config.vocab_size == 9
+
+
+@torch.no_grad()
+def test_compiles_without_a_graph_break():
+    prior = small(MANY)
+    tokens, class_ids = random_tokens(MANY), torch.tensor([0, 1, -1])
+    compiled = torch.compile(prior, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens, class_ids), prior(tokens, class_ids))
+
+
+# The model inside
+
+
+def test_sizes_reach_the_model():
+    config = small(intermediate_size=48, rms_norm_eps=0.5).lm.config
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (32, 2, 2)
+    assert (config.intermediate_size, config.rms_norm_eps, config.num_key_value_heads) == (48, 0.5, 2)
+    assert (config.vocab_size, config.max_position_embeddings) == (8 + 1 + 3, 1 + 6)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_width_and_depth_reach_every_model_type(model_type):
+    prior = small(model_type=model_type)
+    assert prior.lm.config.model_type == model_type
+    assert prior.lm.get_input_embeddings().weight.shape[1] == 32
+    assert prior.lm.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_type": "lama"}, r"model\.model_type=lama.*did you mean llama"),
+        ({"model_type": "qqqqqqqq"}, r"model\.model_type=qqqqqqqq"),
+        ({"model_type": "vit"}, "vit"),
+        ({"intermediat_size": 3}, r"model\.intermediat_size.*did you mean model\.intermediate_size"),
+        ({"zzzz": 3}, r"model\.zzzz"),
+        ({"intermediate_size": "x"}, "intermediate_size"),
+        ({"hidden_size": 33}, r"model\.hidden_size=33 .* model\.num_attention_heads=2"),
+        ({"hidden_size": 12, "num_attention_heads": 4}, "head"),  # rotary embeddings turn pairs, a head of 3 has none
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"hidden_size": -8}, "hidden_size"),
+    ],
+    ids=str,
+)
+def test_what_transformers_cannot_build_is_an_input_error(options, message):
+    with pytest.raises(InputError, match=message) as caught:
+        small(**options)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+# Saving and loading
+
+
+@torch.no_grad()
+def test_saved_prior_is_a_llama_of_transformers(tmp_path):
+    prior, tokens = small(MANY), random_tokens(MANY)
+    prior.save_pretrained(tmp_path)
+    llama = LlamaForCausalLM.from_pretrained(tmp_path)
+    inputs = torch.cat([torch.full((3, 1), MANY.vocab_size + 1 + 2), tokens[:, :-1]], dim=1)
+    logits = prior(tokens, torch.tensor([2, 2, 2]))
+    legal = logits.isfinite()
+    assert torch.equal(llama(inputs).logits[..., : MANY.vocab_size][legal], logits[legal])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_saved_prior_comes_back_whole(tmp_path, model_type):
+    prior, tokens, class_ids = small(MANY, model_type=model_type), random_tokens(MANY), torch.tensor([0, 2, -1])
+    prior.save_pretrained(tmp_path)
+    back = Prior.from_pretrained(tmp_path).eval()
+    assert (back.layout, back.class_names) == (MANY, CLASSES)
+    assert torch.equal(back(tokens, class_ids), prior(tokens, class_ids))
+    assert back.state_dict().keys() == prior.state_dict().keys()
+
+
+def test_folder_without_a_prior_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no prior there"):
+        Prior.from_pretrained(tmp_path)
+
+
+def test_another_language_model_is_refused(tmp_path):
+    config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="not one that vqgen trained"):
+        Prior.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("trap", ["pickled weights", "code beside the weights"])
+def test_nothing_in_a_folder_is_run(tmp_path, trap):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    folder = tmp_path / "prior"
+    small().save_pretrained(folder)
+    if trap == "pickled weights":
+        (folder / "model.safetensors").unlink()
+        torch.save({"weight": Trap()}, folder / "pytorch_model.bin")
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    with pytest.raises(InputError, match="does not load as a prior"):
+        Prior.from_pretrained(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("damage", ["no weights", "truncated weights", "broken config", "config of a tokenizer"])
+def test_damaged_folder_is_refused(tmp_path, damage):
+    small().save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    if damage == "no weights":
+        weights.unlink()
+    elif damage == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:500])
+    else:
+        config.write_text("{" if damage == "broken config" else json.dumps({"channels": 3}))
+    with pytest.raises(InputError) as caught:
+        Prior.from_pretrained(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1

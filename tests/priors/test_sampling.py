@@ -1,0 +1,258 @@
+"""Drawing tokens against brute force, and images that depend on nothing but seed, number and class."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from vqgen.codes import CodeLayout
+from vqgen.priors.prior import Prior
+from vqgen.priors.sampling import classes_in_turn, draw, sample_images, sample_tokens
+from vqgen.tokenizers.vqmodel import VQModel
+
+PLAIN = CodeLayout(((1, 4, 4),), (16,))
+MANY = CodeLayout(((2, 2), (1, 2, 2)), (5, 7))
+
+
+def small(layout: CodeLayout = PLAIN, model_type: str = "llama") -> Prior:
+    """An untrained prior whose tokens still depend a lot on its class and on each other."""
+    torch.manual_seed(0)
+    names = ["a", "b", "c"]
+    prior = Prior(layout, names, model_type, hidden_size=32, num_hidden_layers=2, num_attention_heads=2).eval()
+    with torch.no_grad():
+        for p in prior.parameters():
+            if p.ndim == 2:
+                p.mul_(8)
+    return prior
+
+
+def generators(count: int, seed: int = 0) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(1000 * seed + i) for i in range(count)]
+
+
+@torch.no_grad()
+def sample_uncached(
+    prior: Prior, class_ids: Tensor, cfg_scale: float, count: int | None = None, temperature: float = 0.0
+) -> Tensor:
+    """sample_tokens in the plainest way: the whole sequence anew for each token."""
+    noise = torch.stack([torch.rand(prior.layout.num_tokens, generator=g, dtype=torch.float64) for g in generators(99)])
+    tokens = torch.zeros(len(class_ids), prior.layout.num_tokens, dtype=torch.int64)
+    for t in range(prior.layout.num_tokens):
+        given, none = (prior(tokens, ids)[:, t].double() for ids in (class_ids, torch.full_like(class_ids, -1)))
+        legal = given.isfinite()
+        logits = torch.where(legal, none + cfg_scale * (given - none), -torch.inf)
+        tokens[:, t] = draw(logits, noise[: len(tokens), t], temperature, 0, 1.0)
+    return tokens
+
+
+# draw
+
+
+def drawn_shares(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """The share that each token has of 20,000 draws with evenly spread noise."""
+    count = 20000
+    noise = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return draw(logits.expand(count, -1), noise, temperature, top_k, top_p).bincount(minlength=len(logits)) / count
+
+
+def random_logits(size: int = 12, seed: int = 0) -> Tensor:
+    return 2 * torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_temperature_zero_takes_the_likeliest():
+    logits = torch.stack([random_logits(seed=s) for s in range(50)])
+    noise = torch.rand(50, dtype=torch.float64)
+    assert torch.equal(draw(logits, noise, 0, 3, 0.5), logits.argmax(dim=1))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_tokens_are_drawn_as_often_as_their_probability_says(temperature):
+    logits = random_logits()
+    expected = (logits / temperature).exp() / (logits / temperature).exp().sum()
+    torch.testing.assert_close(drawn_shares(logits, temperature), expected.float(), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 12, 100])
+def test_top_k_draws_from_the_k_likeliest(top_k):
+    logits = random_logits()
+    likeliest = sorted(range(12), key=lambda i: -logits[i])[:top_k]
+    kept = torch.zeros(12, dtype=torch.float64)
+    kept[likeliest] = logits[likeliest].exp()
+    torch.testing.assert_close(drawn_shares(logits, top_k=top_k), (kept / kept.sum()).float(), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_top_p_draws_from_the_fewest_tokens_that_have_this_probability(top_p, temperature):
+    logits = random_logits(seed=1)
+    p = (logits / temperature).softmax(dim=0)
+    kept, total = torch.zeros(12, dtype=torch.float64), 0.0
+    for i in sorted(range(12), key=lambda i: -p[i]):
+        if total < top_p:
+            kept[i] = p[i]
+            total += p[i].item()
+    shares = drawn_shares(logits, temperature, top_p=top_p)
+    torch.testing.assert_close(shares, (kept / kept.sum()).float(), rtol=0, atol=2e-4)
+
+
+def test_top_p_is_of_what_top_k_leaves():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
+    # Of the two likeliest alone, the first has 4/7 < 0.6; of all four, three were needed for 0.75.
+    assert (drawn_shares(logits, top_k=2, top_p=0.55) > 0).tolist() == [True, False, False, False]
+    assert (drawn_shares(logits, top_p=0.75) > 0).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_has_no_probability_is_never_drawn(dtype):
+    logits = torch.full((3, 9), -torch.inf, dtype=dtype)
+    logits[:, [2, 3, 6]] = torch.tensor([0.1, -3.0, 0.2], dtype=dtype)
+    least, most = 0.0, 1 - 2.0**-53  # all that torch.rand can give in float64
+    for noise, token in ((least, 2), (most, 6)):
+        assert draw(logits, torch.full((3,), noise, dtype=torch.float64), 1.0, 0, 1.0).tolist() == [token] * 3
+    assert (drawn_shares(logits[0]) > 0).nonzero().flatten().tolist() == [2, 3, 6]
+
+
+def test_extreme_noise_stays_in_the_vocabulary():
+    most = torch.full((200,), 1 - 2.0**-53, dtype=torch.float64)
+    logits = torch.stack([random_logits(1000, seed=s) for s in range(200)])
+    assert draw(logits, most, 1.0, 0, 1.0).max() < 1000
+
+
+# sample_tokens
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3", "mistral"])
+@pytest.mark.parametrize("layout", [PLAIN, MANY], ids=["plain", "several codebooks"])
+def test_the_cache_changes_nothing(layout, model_type):
+    prior, class_ids = small(layout, model_type), torch.tensor([0, 1, 2, -1])
+    tokens = sample_tokens(prior, class_ids, temperature=0.0)
+    assert (tokens.shape, tokens.dtype) == ((4, layout.num_tokens), torch.int64)
+    assert torch.equal(tokens, sample_uncached(prior, class_ids, 1.0))
+    assert len(tokens.unique(dim=0)) > 1  # the classes matter
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 0.5, 2.0, 5.0])
+@pytest.mark.parametrize("layout", [PLAIN, MANY], ids=["plain", "several codebooks"])
+def test_guidance_is_none_plus_s_times_class_minus_none(layout, cfg_scale):
+    prior, class_ids = small(layout), torch.tensor([0, 1, 2, 0, -1, 1])
+    tokens = sample_tokens(prior, class_ids, cfg_scale=cfg_scale, generator=generators(6))
+    assert torch.equal(tokens, sample_uncached(prior, class_ids, cfg_scale, temperature=1.0))
+    assert not torch.equal(tokens, sample_tokens(prior, class_ids, generator=generators(6)))
+
+
+def test_guidance_of_one_is_none_at_all():
+    prior, class_ids = small(), torch.tensor([0, 1, 2])
+    guided = sample_tokens(prior, class_ids, cfg_scale=1.0, generator=generators(3))
+    assert torch.equal(guided, sample_uncached(prior, class_ids, 1.0, temperature=1.0))
+    almost = sample_tokens(prior, class_ids, cfg_scale=1.0 + 1e-12, generator=generators(3))  # by the guided way
+    assert torch.equal(guided, almost)
+
+
+def test_guidance_does_nothing_without_a_class():
+    prior, class_ids = small(), torch.tensor([-1, -1])
+    plain, guided = (sample_tokens(prior, class_ids, cfg_scale=s, generator=generators(2)) for s in (1.0, 4.0))
+    assert torch.equal(plain, guided)
+
+
+@pytest.mark.parametrize("length", [0, 1, 9, 15, 16])
+@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+def test_prefix_is_kept_and_completed_as_if_it_had_been_drawn(length, cfg_scale):
+    prior, class_ids = small(), torch.tensor([0, 1, 2])
+    whole = sample_tokens(prior, class_ids, cfg_scale=cfg_scale, generator=generators(3))
+    tokens = sample_tokens(prior, class_ids, cfg_scale=cfg_scale, generator=generators(3), prefix=whole[:, :length])
+    assert torch.equal(tokens, whole)
+
+
+def test_another_prefix_is_kept_and_changes_what_follows():
+    prior, class_ids = small(), torch.tensor([0, 1, 2])
+    whole = sample_tokens(prior, class_ids, generator=generators(3))
+    prefix = (whole[:, :6] + 1) % 16
+    tokens = sample_tokens(prior, class_ids, generator=generators(3), prefix=prefix)
+    assert torch.equal(tokens[:, :6], prefix)
+    assert not torch.equal(tokens[:, 6:], whole[:, 6:])
+
+
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 4.0}, {"top_k": 3}, {"top_p": 0.8}, {"temperature": 100.0}])
+def test_every_token_is_legal_where_it_stands(options):
+    tokens, ranges = sample_tokens(small(MANY), torch.arange(60) % 4 - 1, **options), MANY.token_ranges()
+    assert (tokens >= ranges[:, 0]).all()
+    assert (tokens < ranges[:, 1]).all()
+
+
+def test_a_sequence_depends_on_its_generator_and_not_on_the_others():
+    prior = small()
+    together = sample_tokens(prior, torch.tensor([0, 1, 2]), generator=generators(3))
+    alone = sample_tokens(prior, torch.tensor([1]), generator=generators(3)[1:2])
+    assert torch.equal(alone[0], together[1])
+    assert not torch.equal(together, sample_tokens(prior, torch.tensor([0, 1, 2]), generator=generators(3, seed=1)))
+
+
+def test_without_generators_torch_s_own_seed_decides():
+    prior, draws = small(), []
+    with torch.random.fork_rng():
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            draws.append(sample_tokens(prior, torch.tensor([0, 1, 2])))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+# sample_images
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> VQModel:
+    torch.manual_seed(0)
+    model = VQModel(widths=(16, 32), quantizer={"codebook_size": 16, "code_dim": 8}).eval().requires_grad_(False)
+    model.quantizer.codebook.normal_(std=3)
+    return model
+
+
+def in_batches(tokenizer: VQModel, class_ids: Tensor, batch_size: int, seed: int = 0, cfg_scale: float = 2.0) -> Tensor:
+    """Images in batches as stage2/sample.py draws them, from a prior that rounding matters to."""
+    starts, prior = range(0, len(class_ids), batch_size), small()
+    with torch.no_grad():
+        prior.lm.lm_head.weight += 1e5  # the same to each logit, so that their differences are in the last digits
+    parts = [class_ids[i : i + batch_size] for i in starts]
+    images = [
+        sample_images(prior, tokenizer, part, seed=seed, first=i, cfg_scale=cfg_scale, top_p=0.9)
+        for i, part in zip(starts, parts, strict=True)
+    ]
+    return torch.cat(images)
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+def test_images_are_the_same_in_batches_of_any_size(tokenizer, cfg_scale):
+    class_ids = classes_in_turn(40, [0, 1, 2, -1])
+    whole = in_batches(tokenizer, class_ids, 64, cfg_scale=cfg_scale)
+    assert (whole.shape, whole.dtype) == ((40, 3, 32, 32), torch.uint8)
+    assert len(whole.flatten(1).unique(dim=0)) == 40
+    for batch_size in (1, 7, 16):
+        assert torch.equal(in_batches(tokenizer, class_ids, batch_size, cfg_scale=cfg_scale), whole), batch_size
+
+
+def test_fewer_images_are_the_first_of_more(tokenizer):
+    class_ids = classes_in_turn(70, range(3))
+    many = in_batches(tokenizer, class_ids, 256)
+    for count in (1, 33, 69):
+        assert torch.equal(in_batches(tokenizer, class_ids[:count], 256), many[:count]), count
+
+
+def test_another_seed_gives_other_images(tokenizer):
+    class_ids = torch.zeros(4, dtype=torch.int64)
+    first, second = (in_batches(tokenizer, class_ids, 4, seed=seed) for seed in (0, 1))
+    assert all(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_images_are_the_tokenizer_s_decoding_of_the_tokens(tokenizer):
+    prior, class_ids = small(), torch.arange(32) % 3
+    images = sample_images(prior, tokenizer, class_ids, seed=0, temperature=0.0)
+    tokens = sample_tokens(prior, class_ids, temperature=0.0)
+    expected = (tokenizer.decode(PLAIN.unflatten(tokens)).clamp(-1, 1) + 1) * 127.5
+    assert (images - expected).abs().max() <= 0.501
+
+
+def test_classes_come_in_turn():
+    assert classes_in_turn(7, [4, 2, 9]).tolist() == [4, 2, 9, 4, 2, 9, 4]
+    assert classes_in_turn(2, range(5)).tolist() == [0, 1]
+    assert classes_in_turn(3, []).tolist() == [-1, -1, -1]
+    assert classes_in_turn(3, range(0)).dtype == torch.int64

@@ -1,0 +1,234 @@
+"""The tokenizer: images to codes and back, and to disk and back."""
+
+import hashlib
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vqgen.codes import CodeLayout
+from vqgen.errors import InputError
+from vqgen.priors.prior import Prior
+from vqgen.tokenizers.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
+
+OPTIONS = {
+    "channels": 1,
+    "patch_size": 2,
+    "widths": [8, 16],
+    "encoder_blocks": 1,
+    "decoder_blocks": 1,
+    "quantizer": {"name": "ema", "codebook_size": 16, "code_dim": 4},
+}
+
+
+def small(**changes) -> VQModel:
+    """A tokenizer of stride 4 that tells images apart: its codes differ, and its blocks are not the identity."""
+    torch.manual_seed(0)
+    model = VQModel(**{**OPTIONS, **changes}).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    model.quantizer.codebook.normal_()
+    return model
+
+
+def images(batch: int = 2, channels: int = 1, size: int = 16) -> torch.Tensor:
+    return torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+# Shapes and values
+
+
+@pytest.mark.parametrize(
+    ("changes", "stride"),
+    [({}, 4), ({"channels": 3, "widths": [8]}, 2), ({"patch_size": 4, "widths": [8, 8, 24], "encoder_blocks": 0}, 16)],
+)
+def test_shapes_follow_the_stride(changes, stride):
+    model = small(**changes)
+    x = images(channels=model.channels, size=32)
+    x_rec, q = model(x)
+    assert x_rec.shape == x.shape
+    assert [out.codes.shape for out in q] == [(2, 1, 32 // stride, 32 // stride)]
+    assert model.stride == stride
+    layout = model.code_layout(32)
+    assert layout == CodeLayout(((1, 32 // stride, 32 // stride),), (16,))
+    assert layout.flatten(model.encode(x)).shape == (2, layout.num_tokens)
+
+
+def test_images_need_not_be_square():
+    x_rec, q = small()(images()[..., :8])
+    assert (x_rec.shape, q[0].codes.shape) == ((2, 1, 16, 8), (2, 1, 4, 2))
+
+
+@torch.no_grad()
+def test_decode_of_encode_is_the_reconstruction_bit_for_bit():
+    model, x = small(), images()
+    codes = model.encode(x)
+    x_rec, q = model(x)
+    assert len(codes[0].unique()) > 3  # else equality says little
+    assert torch.equal(codes[0], q[0].codes)
+    assert torch.equal(model.decode(codes), x_rec)
+
+
+def test_gradient_reaches_every_parameter_on_both_sides_of_the_codes():
+    model = small().train()
+    x = images()
+    x_rec, q = model(x)
+    ((x_rec - x).square().mean() + q[0].loss).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize(("size", "near"), [(18, (16, 20)), (3, (4, 8)), (0, (4, 8)), (-4, (4, 8))])
+def test_size_off_the_stride_is_refused_with_two_that_work(size, near):
+    with pytest.raises(InputError) as caught:
+        small().code_layout(size)
+    message = str(caught.value)
+    assert message == (f"data.image_size={size} is not divisible by the model's stride 4; use {near[0]} or {near[1]}")
+    assert all(small().code_layout(n).num_tokens for n in near)
+
+
+@pytest.mark.parametrize("quantizer", [{"name": "emma"}, {"codebok_size": 3}])
+def test_unknown_quantizer_options_are_refused(quantizer):
+    with pytest.raises(InputError, match=r"model\.quantizer\."):
+        VQModel(**{**OPTIONS, "quantizer": quantizer})
+
+
+def test_all_256_values_survive_the_way_to_floats_and_back():
+    values = torch.arange(256, dtype=torch.uint8)
+    x = from_uint8(values)
+    assert (x.min(), x.max(), x.dtype) == (-1, 1, torch.float32)
+    assert torch.equal(to_uint8(x), values)
+
+
+def test_to_uint8_rounds_and_clips():
+    x = torch.tensor([-9.0, -1.0, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1, 1.0, 9.0])
+    assert to_uint8(x).tolist() == [0, 0, 0, 1, 255, 255]
+    assert to_uint8(torch.tensor([1.0], dtype=torch.bfloat16)).tolist() == [255]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_without_a_graph_break(training):
+    model, compiled = small().train(training), small().train(training)
+    x = images()
+    (x_rec, q), (x_rec_c, q_c) = model(x), torch.compile(compiled, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(q[0].codes, q_c[0].codes)
+    torch.testing.assert_close(x_rec, x_rec_c)
+    if training:
+        x_rec_c.square().mean().backward()
+        assert compiled.encoder[0].weight.grad.abs().sum() > 0
+
+
+# Saving and loading
+
+
+def test_saved_model_comes_back_bit_for_bit(tmp_path):
+    model = small()
+    model.save_pretrained(tmp_path)
+    back = VQModel.from_pretrained(tmp_path, strict=True)
+    assert not back.training
+    assert model.state_dict().keys() == back.state_dict().keys()
+    assert all(torch.equal(value, back.state_dict()[name]) for name, value in model.state_dict().items())
+    assert torch.equal(back(images())[0], model(images())[0])
+
+
+def test_config_json_is_the_constructor_s_arguments(tmp_path):
+    VQModel(**OPTIONS).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved == OPTIONS
+    assert saved.keys() == inspect.signature(VQModel).parameters.keys()
+
+
+@pytest.mark.parametrize("inside", ["", "model"])
+def test_tokenizer_loads_from_a_run_and_from_its_own_folder(tmp_path, inside):
+    model = small()
+    model.save_pretrained(tmp_path / inside)
+    tokenizer, digest = load_tokenizer(tmp_path)
+    content = [(tmp_path / inside / name).read_bytes() for name in ("config.json", "model.safetensors")]
+    assert digest == hashlib.sha256(b"".join(content)).hexdigest()
+    assert not tokenizer.training
+    assert not any(p.requires_grad for p in tokenizer.parameters())
+    assert torch.equal(tokenizer.encode(images())[0], model.encode(images())[0])
+
+
+def error_of(folder: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(folder)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert str(folder) in message
+    return message
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_folder_with_a_file_missing_is_no_tokenizer(tmp_path, missing):
+    small().save_pretrained(tmp_path)
+    (tmp_path / missing).unlink()
+    assert f"it has no {missing}" in error_of(tmp_path)
+
+
+def test_folder_that_is_not_there_is_no_tokenizer(tmp_path):
+    assert "stage1=runs/stage1" in error_of(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "{",
+        "[]",
+        "3",
+        "{}",
+        '{"architectures": ["Other"], "hidden_size": 3}',
+        json.dumps({**OPTIONS, "widths": [8, 8]}),
+        json.dumps({**OPTIONS, "channels": "x"}),
+        json.dumps({**OPTIONS, "quantizer": {"name": "other"}}),
+        json.dumps({**OPTIONS, "quantizer": {"option": 3}}),
+    ],
+)
+def test_config_json_of_something_else_is_an_input_error(tmp_path, config):
+    small().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    error_of(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 5, 500, -1])
+def test_truncated_weights_are_an_input_error(tmp_path, size):
+    small().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    error_of(tmp_path)
+
+
+def test_weights_of_another_model_are_an_input_error(tmp_path):
+    small().save_pretrained(tmp_path / "a")
+    small(quantizer={"name": "ema", "codebook_size": 8, "code_dim": 4}).save_pretrained(tmp_path / "b")
+    shutil.copy(tmp_path / "b" / "model.safetensors", tmp_path / "a")
+    assert "does not load as a tokenizer" in error_of(tmp_path / "a")
+
+
+@pytest.mark.parametrize("change", ["one missing", "one too many"])
+def test_weights_must_be_all_of_the_model_s_and_no_others(tmp_path, change):
+    small().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    if change == "one missing":
+        del weights["to_code.bias"]
+    else:
+        weights["further.bias"] = torch.zeros(4)
+    save_file(weights, tmp_path / "model.safetensors")
+    assert "does not load as a tokenizer" in error_of(tmp_path)
+
+
+def test_a_prior_is_no_tokenizer(tmp_path):
+    Prior(CodeLayout(((1, 2),), (4,)), [], hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(
+        tmp_path
+    )
+    error_of(tmp_path)
+
+
+def test_everything_that_decides_the_codes_is_in_the_weights_file(tmp_path):
+    small().save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == small().state_dict().keys()

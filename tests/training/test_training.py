@@ -1,0 +1,431 @@
+"""Schedules, data order, weight average and steps gone wrong: what makes a run repeatable."""
+
+import itertools
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vqgen.data import order
+from vqgen.data.order import BatchOrder, coin_flips, mixed_seed, seed_step
+from vqgen.errors import InputError
+from vqgen.settings import OptimConfig, Stage1Config, TrainConfig
+from vqgen.training import schedule
+from vqgen.training.average import WeightEMA
+from vqgen.training.checkpoints import save_checkpoint
+from vqgen.training.guard import Diverged, FiniteGuard, going_back
+from vqgen.training.means import Means, Stopwatch
+from vqgen.training.schedule import Budget, lr_at, micro_batch_size, parameter_groups, ramp_at
+from vqgen.training.stop import Stop
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """Makes this process believe that it is one of several."""
+
+    def become(rank: int, world_size: int) -> None:
+        for module in (order, schedule):
+            monkeypatch.setattr(module, "rank", lambda: rank, raising=False)
+            monkeypatch.setattr(module, "world_size", lambda: world_size)
+
+    return become
+
+
+# lr_at
+
+
+def test_lr_warms_up_linearly_to_its_peak_and_ends_at_zero():
+    optim = OptimConfig(lr=2.0, warmup=0.1)
+    lrs = [lr_at(share, optim) for share in np.linspace(0, 1, 1001)]
+    peak = int(np.argmax(lrs))
+    assert 0 < lrs[0] < 0.05
+    assert peak / 1000 == pytest.approx(0.1, abs=0.005)
+    assert lrs[peak] == pytest.approx(2.0, rel=0.05)
+    assert np.all(np.diff(lrs[: peak + 1]) > 0)
+    assert np.all(np.diff(lrs[peak:]) < 0)
+    assert lrs[50] / lrs[25] == pytest.approx(2, rel=0.03)
+    assert lr_at(0.5, optim) == pytest.approx(1.0)
+    assert lr_at(0.75, optim) == pytest.approx(1 - np.sqrt(0.5))
+    assert lr_at(1.0, optim) == lr_at(1.5, optim) == 0
+
+
+def test_lr_without_warm_up_starts_at_its_peak():
+    assert lr_at(0.0, OptimConfig(lr=2.0, warmup=0.0)) == 2.0
+
+
+# Budget
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(schedule.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_budget_in_steps():
+    budget = Budget(max_steps=200, max_seconds=None)
+    assert [budget.share(step, CPU) for step in (0, 50, 200, 300)] == [0, 0.25, 1, 1.5]
+
+
+def test_budget_in_seconds_counts_from_start_and_from_what_was_spent_before(clock):
+    budget = Budget(max_steps=None, max_seconds=10)
+    budget.spent = 2.0
+    clock[0] += 50
+    assert budget.share(999, CPU) == 0.2
+    budget.start()
+    clock[0] += 3
+    assert (budget.seconds, budget.share(0, CPU)) == (5, 0.5)
+    clock[0] += 5
+    assert budget.share(0, CPU) == 1
+
+
+def test_budget_with_both_bounds_goes_by_the_one_nearer_its_end(clock):
+    budget = Budget(max_steps=100, max_seconds=10)
+    budget.start()
+    clock[0] += 4
+    assert [budget.share(step, CPU) for step in (10, 90)] == [0.4, 0.9]
+
+
+def test_budget_does_not_count_what_happens_while_paused(clock):
+    budget = Budget(max_steps=None, max_seconds=10)
+    budget.start()
+    clock[0] += 1
+    with budget.paused():
+        clock[0] += 1000
+        assert budget.seconds == 1
+    clock[0] += 2
+    assert budget.seconds == 3
+
+
+@pytest.mark.parametrize(("steps", "seconds"), [(None, None), (0, None), (-1, 5.0), (5, 0.0), (None, -2.0)])
+def test_budget_without_a_positive_bound_is_refused(steps, seconds):
+    with pytest.raises(InputError, match=r"train\.max_(steps|seconds)"):
+        Budget(steps, seconds)
+
+
+# BatchOrder
+
+
+def examples(order: BatchOrder, num_batches: int) -> list[int]:
+    return list(itertools.chain.from_iterable(itertools.islice(order, num_batches)))
+
+
+def test_each_epoch_is_a_permutation_and_no_two_are_the_same():
+    stream = examples(BatchOrder(num_examples=10, micro_batch=4, first=0, seed=0), 10)
+    epochs = [stream[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 4
+
+
+def test_order_can_start_anywhere():
+    stream = examples(BatchOrder(10, 4, first=0, seed=3), 12)
+    for first in range(8):
+        assert examples(BatchOrder(10, 4, first, seed=3), 4) == stream[4 * first : 4 * (first + 4)]
+
+
+def test_order_depends_on_the_seed():
+    assert examples(BatchOrder(50, 10, 0, seed=0), 5) != examples(BatchOrder(50, 10, 0, seed=1), 5)
+
+
+@pytest.mark.parametrize("num_examples", [5, 13, 24])
+def test_two_processes_together_see_what_one_would(as_rank, num_examples):
+    as_rank(0, 1)
+    alone = list(itertools.islice(BatchOrder(num_examples, 8, 2, seed=0), 6))
+    parts = []
+    for rank in range(2):
+        as_rank(rank, 2)
+        parts.append(list(itertools.islice(BatchOrder(num_examples, 4, 2, seed=0), 6)))
+    assert [a + b for a, b in zip(*parts, strict=True)] == alone
+
+
+def test_a_batch_may_be_larger_than_the_data_set():
+    batches = itertools.islice(BatchOrder(num_examples=3, micro_batch=8, first=0, seed=0), 3)
+    stream = [*itertools.chain.from_iterable(batches)]
+    assert len(stream) == 24
+    assert all(sorted(stream[i : i + 3]) == [0, 1, 2] for i in range(0, 24, 3))
+
+
+# coin_flips and seeds
+
+
+def test_coin_flips_are_the_same_however_many_processes_share_them(as_rank):
+    whole = coin_flips(0.5, 12, seed=1, step=7)
+    parts = []
+    for rank in range(3):
+        as_rank(rank, 3)
+        parts.append(coin_flips(0.5, 4, seed=1, step=7))
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_coin_flips_are_the_same_however_many_passes_a_step_has(as_rank):
+    whole, parts = coin_flips(0.5, 12, seed=1, step=7), []
+    for i in range(3):
+        for rank in range(2):
+            as_rank(rank, 2)
+            parts.append(coin_flips(0.5, 2, 1, 7, i, 3))
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_coin_flips_come_up_as_often_as_asked_and_anew_for_each_batch():
+    assert coin_flips(0.1, 10000, 0, 0).float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert not coin_flips(0.0, 100, 0, 0).any()
+    assert coin_flips(1.0, 100, 0, 0).all()
+    draws = [tuple(coin_flips(0.5, 64, seed, step).tolist()) for seed in range(3) for step in range(3)]
+    assert len(set(draws)) == 9
+
+
+def test_coin_flips_leave_the_random_state_alone():
+    before = torch.get_rng_state()
+    coin_flips(0.5, 8, 0, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_step_has_random_numbers_of_its_own_on_each_rank(as_rank):
+    def draw(seed, step):
+        seed_step(seed, step)
+        return torch.rand(4).tolist()
+
+    with torch.random.fork_rng():
+        first = draw(0, 5)
+        assert draw(0, 5) == first
+        as_rank(1, 2)
+        others = [draw(0, 5)]
+        as_rank(0, 2)
+        others += [draw(0, 6), draw(1, 5), draw(5, 0)]
+    assert first not in others
+
+
+def test_mixed_seed_depends_on_each_number_and_their_order():
+    seeds = {mixed_seed(*numbers) for numbers in itertools.product(range(20), repeat=2)}
+    assert len(seeds) == 400
+
+
+# Parameters and batches
+
+
+def test_parameter_groups_part_matrices_from_vectors_and_leave_out_what_is_frozen():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(1, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[3].requires_grad_(False)
+    decayed, plain = parameter_groups(model, 0.3)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert set(decayed["params"]) == {model[0].weight, model[2].weight}
+    assert set(plain["params"]) == {model[0].bias, model[1].weight, model[1].bias, model[2].bias}
+
+
+def test_micro_batch_is_the_batch_over_processes_and_accumulation(as_rank):
+    assert micro_batch_size(64, 1) == 64
+    as_rank(1, 4)
+    assert micro_batch_size(64, 2) == 8
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation", "processes"), [(64, 1, 3), (1, 4, 1)])
+def test_batch_size_that_does_not_divide_is_refused_with_one_that_does(as_rank, batch_size, accumulation, processes):
+    as_rank(0, processes)
+    with pytest.raises(InputError, match=f"train.batch_size={batch_size} ") as caught:
+        micro_batch_size(batch_size, accumulation)
+    assert micro_batch_size(int(re.search(r"use (\d+)", str(caught.value))[1]), accumulation) > 0
+
+
+# WeightEMA
+
+
+def averaging_profile(width: float, num_steps: int) -> np.ndarray:
+    """The weight that each of the steps has in the average: what becomes of one-hot weights."""
+    model = nn.ParameterList([torch.zeros(num_steps, dtype=torch.float64)])
+    ema = WeightEMA(model, width)
+    for step in range(1, num_steps + 1):
+        model[0].data = torch.eye(num_steps, dtype=torch.float64)[step - 1]
+        ema.update(model, step)
+    return ema.model[0].numpy()
+
+
+@pytest.mark.parametrize("width", [0.02, 0.05, 0.1, 0.25])
+def test_average_is_a_power_profile_of_the_width_asked_for(width):
+    n = 400
+    profile, times = averaging_profile(width, n), np.arange(1, n + 1) / n
+    assert profile.sum() == pytest.approx(1)
+    mean = (profile * times).sum()
+    assert np.sqrt((profile * (times - mean) ** 2).sum()) == pytest.approx(width, rel=0.03)
+    # The density t^gamma with this standard deviation (EDM2, eq. 123): a step has its mass since the step before.
+    low, high = 0.0, 1e3
+    for _ in range(100):
+        gamma = (low + high) / 2
+        wide = (gamma + 1) ** 0.5 / (gamma + 2) / (gamma + 3) ** 0.5 > width
+        low, high = (gamma, high) if wide else (low, gamma)
+    np.testing.assert_allclose(profile, np.diff((np.arange(n + 1) / n) ** (gamma + 1)), atol=1e-9)
+
+
+def test_width_zero_copies_the_model():
+    model = nn.Linear(2, 2)
+    ema = WeightEMA(model, 0.0)
+    for step in (1, 2, 3):
+        nn.init.normal_(model.weight)
+        ema.update(model, step)
+        assert torch.equal(ema.model.weight, model.weight)
+
+
+def test_first_step_forgets_the_initial_weights():
+    model = nn.Linear(2, 2)
+    ema = WeightEMA(model, 0.1)
+    nn.init.normal_(model.weight)
+    ema.update(model, 1)
+    assert torch.equal(ema.model.weight, model.weight)
+
+
+def test_buffers_are_copied_not_averaged():
+    model = nn.BatchNorm1d(3)
+    ema = WeightEMA(model, 0.1)
+    for step in (1, 2, 3):
+        model(torch.randn(8, 3))
+        ema.update(model, step)
+    assert torch.equal(ema.model.running_mean, model.running_mean)
+    assert ema.model.num_batches_tracked == 3
+
+
+def test_average_is_a_frozen_copy_in_eval_mode():
+    model = nn.Linear(2, 2).train()
+    ema = WeightEMA(model, 0.1)
+    assert not ema.model.training
+    assert not any(p.requires_grad for p in ema.model.parameters())
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("width", [-0.1, 0.28, 1.0])
+def test_width_without_a_profile_is_refused(width):
+    with pytest.raises(InputError, match=f"train.ema={width}"):
+        TrainConfig(ema=width)
+
+
+def test_codebooks_are_copied_and_not_averaged():
+    model = torch.nn.Module()
+    model.codebook, model.weight = (torch.nn.Parameter(torch.zeros(3, 2)) for _ in range(2))
+    ema = WeightEMA(model, 0.1)
+    for step in range(1, 4):
+        with torch.no_grad():
+            model.codebook += 1
+            model.weight += 1
+        ema.update(model, step)
+    assert torch.equal(ema.model.codebook, model.codebook)
+    assert (ema.model.weight < model.weight).all()
+
+
+# Means, Stopwatch, ramp_at
+
+
+def test_means_are_over_the_steps_that_a_name_came_in():
+    means = Means()
+    for i in range(4):
+        means.add(a=torch.tensor(float(i)), **({"b": torch.tensor(10.0 * i, requires_grad=True)} if i >= 2 else {}))
+    assert means.compute() == {"a": 1.5, "b": 25.0}
+    means.add(a=torch.tensor(7.0))
+    assert means.compute() == {"a": 7.0}
+
+
+def test_a_stopwatch_counts_what_runs_inside_it():
+    watch, began = Stopwatch(CPU), time.perf_counter()
+    for _ in range(3):
+        with watch.running():
+            time.sleep(0.01)
+        time.sleep(0.02)
+    assert 0.03 <= watch.seconds() < time.perf_counter() - began - 0.06
+    assert watch.seconds() == 0
+
+
+def test_the_ramp_rises_from_its_start():
+    shares = [0.0, 0.49, 0.5, 0.55, 0.6, 1.0]
+    assert [ramp_at(share, 0.5, 0.1) for share in shares] == pytest.approx([0, 0, 0, 0.5, 1, 1])
+    assert [ramp_at(share, 0.5, 0.0) for share in shares] == [0, 0, 1, 1, 1, 1]
+    assert [ramp_at(share, 0.0, 0.0) for share in shares] == [1] * 6
+    assert [ramp_at(share, 1.0, 0.0) for share in shares] == [0] * 6  # never
+
+
+# FiniteGuard, going_back
+
+
+def test_a_step_that_is_not_finite_is_named_and_skipped_to_the_last_bit():
+    said: list[str] = []
+    guard = FiniteGuard(3, 0, said.append, CPU, Stop())
+    layer = nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    for step, scale in enumerate([1.0, torch.inf, torch.nan, 1.0]):
+        loss = (scale * layer(torch.ones(2))).sum()
+        loss.backward()
+        optimizer.found_inf = guard.check(step, rec_loss=loss, adv_loss=torch.tensor(0.5), grad_norm=layer.bias.grad[0])
+        before = [p.clone() for p in layer.parameters()], layer.weight.grad is not None
+        optimizer.step()
+        optimizer.zero_grad()
+        unchanged = all(torch.equal(p, q) for p, q in zip(layer.parameters(), before[0], strict=True))
+        assert unchanged == (not np.isfinite(scale))
+    assert said == [f"step {step}: rec_loss and grad_norm not finite; the update is skipped" for step in (1, 2)]
+    assert guard.in_a_row == 0
+    assert all(state["step"] == 2 for state in optimizer.state.values())
+
+
+def test_too_many_bad_steps_in_a_row_end_the_attempt():
+    guard = FiniteGuard(2, 1, lambda text: None, CPU, Stop())
+    good, bad = torch.tensor(0.0), torch.tensor(torch.nan)
+    for step, value in enumerate([bad, good, bad]):
+        guard.check(step, loss=value)
+    with pytest.raises(Diverged, match="step 3: loss not finite") as caught:
+        guard.check(3, loss=bad)
+    assert caught.value.rollbacks == 1
+
+
+def test_what_is_read_late_is_named_at_the_end():
+    said: list[str] = []
+    guard = FiniteGuard(9, 0, said.append, CPU, Stop())
+    guard.lag = 2  # as on a GPU
+    for step in range(5):
+        guard.check(step, rec_loss=torch.tensor(torch.nan if step in (1, 4) else 0.0))
+    assert [text[:6] for text in said] == ["step 1"]
+    guard.finish()
+    assert [text[:6] for text in said] == ["step 1", "step 4"]
+
+
+def test_going_back_lowers_until_it_helps_and_says_so(tmp_path, capsys):
+    config = Stage1Config(run_dir=str(tmp_path))
+    save_checkpoint(tmp_path, 20, {}, keep=1)
+    tried = []
+
+    def train(config, rollbacks, stop):
+        tried.append(rollbacks)
+        if rollbacks < 3:
+            raise Diverged("step 25: adv_loss not finite", rollbacks)
+
+    going_back(train, config, "the learning rate", "optim.lr")
+    assert tried == [0, 1, 2, 3]
+    assert "step 25: adv_loss not finite: going back to" in capsys.readouterr().out
+
+
+def test_a_resumed_run_goes_on_from_its_own_number_of_rollbacks(tmp_path, capsys):
+    save_checkpoint(tmp_path, 20, {}, keep=1)
+    tried = []
+
+    def train(config, rollbacks, stop):
+        rollbacks = max(rollbacks, 2)  # as the checkpoint has it
+        tried.append(rollbacks)
+        if rollbacks < 4:
+            raise Diverged("step 25: loss not finite", rollbacks)
+
+    going_back(train, Stage1Config(run_dir=str(tmp_path)), "the learning rate", "optim.lr")
+    assert tried == [2, 3, 4]
+    assert "1/16" in capsys.readouterr().out
+
+
+def test_what_going_back_does_not_cure_is_one_line_with_the_remedy(tmp_path):
+    def train(config, rollbacks, stop):
+        raise Diverged("step 7: rec_loss not finite", rollbacks)
+
+    config = Stage1Config(run_dir=str(tmp_path))
+    with pytest.raises(InputError, match=r"no checkpoint yet; lower optim\.lr=0\.008"):
+        going_back(train, config, "the learning rate", "optim.lr=0.008")
+    save_checkpoint(tmp_path, 5, {}, keep=1)
+    with pytest.raises(InputError, match=r"the last checkpoint is .*step_00000005; lower optim.lr"):
+        going_back(train, config, "the learning rate", "optim.lr=0.008")

@@ -1,0 +1,1 @@
+"""The discriminators and what they and their opponents minimise; the plain GAN."""

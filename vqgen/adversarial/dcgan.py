@@ -1,0 +1,170 @@
+"""The plain GAN: a generator and a discriminator of convolutions and batch normalisation."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from vqgen.errors import InputError, require_size
+
+SETTLING_BATCH = 64
+MAX_WIDTH = 1 << 14
+
+
+class DCGANGenerator(nn.Module, PyTorchModelHubMixin):
+    """Noise, and a class where there are any -> image (DCGAN, Radford et al. 2016, section 3).
+
+    The noise becomes 4x4 pixels of many channels; each layer then doubles the side and halves the channels.
+
+    Args:
+        image_size: side of the images, 8 pixels times a power of two.
+        channels: of the images.
+        class_names: the classes in the order of their ids; empty if there are none.
+        latent_dim: dimension of the noise z.
+        width: channels before the last layer, at half the side; doubled at each layer before, up to eight times.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        class_names: Sequence[str],
+        latent_dim: int = 100,
+        width: int = 32,
+    ):
+        super().__init__()
+        require_size("generator.latent_dim", latent_dim, MAX_WIDTH)
+        require_size("generator.width", width, MAX_WIDTH)
+        self.class_names, self.latent_dim = list(class_names), latent_dim
+        widths = [*reversed(_widths(image_size, width)), channels]
+        self.first = nn.ConvTranspose2d(latent_dim, widths[0], 4, bias=False)
+        self.norms = nn.ModuleList(ClassBatchNorm(before, len(class_names)) for before in widths[:-1])
+        self.layers = nn.ModuleList(
+            nn.ConvTranspose2d(before, after, 4, stride=2, padding=1) for before, after in itertools.pairwise(widths)
+        )
+        self.apply(_initialise)
+
+    def forward(self, z: Tensor, class_ids: Tensor) -> Tensor:
+        """Noise (B, latent_dim) and class ids (B,), -1 for none, to images (B, C, H, W) in [-1, 1]."""
+        h = self.first(rearrange(z, "b d -> b d 1 1"))  # (B, D, 4, 4)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            h = layer(F.relu(norm(h, class_ids)))  # twice the side
+        return h.tanh()
+
+
+class ClassBatchNorm(nn.Module):
+    """Batch normalisation with a gain and a bias for each class, and for none (de Vries et al. 2017).
+
+    As a vector beside the noise the class took the noise's place: one image a class is varied enough to pass for a
+    batch, and training ended there.
+    """
+
+    def __init__(self, width: int, num_classes: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(width, affine=False)
+        self.gain = nn.Embedding(num_classes + 1, width)
+        self.bias = nn.Embedding(num_classes + 1, width)
+        nn.init.normal_(self.gain.weight, 1.0, 0.3)  # classes differ from the start, though less than noise does
+        nn.init.normal_(self.bias.weight, 0.0, 0.3)
+
+    def forward(self, x: Tensor, class_ids: Tensor) -> Tensor:
+        """(B, D, H, W) and class ids (B,) to the same shape."""
+        row = class_ids % self.gain.num_embeddings  # -1, no class, is the last
+        gain, bias = (rearrange(table(row), "b d -> b d 1 1") for table in (self.gain, self.bias))
+        return gain * self.norm(x) + bias
+
+
+class DCGANDiscriminator(nn.Module):
+    """Image, and its class where there are any -> the logit of its being real (DCGAN, section 3).
+
+    The mirror image of the generator. The class enters by projection (Miyato and Koyama 2018, eq. 3).
+
+    Args:
+        image_size: side of the images, 8 pixels times a power of two.
+        channels: of the images.
+        num_classes: how many classes there are.
+        width: channels after the first layer; doubled at each further one, up to eight times.
+    """
+
+    def __init__(self, image_size: int, channels: int, num_classes: int, width: int = 32):
+        super().__init__()
+        require_size("discriminator.width", width, MAX_WIDTH)
+        widths = _widths(image_size, width)
+        net: list[nn.Module] = [nn.Conv2d(channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for before, after in itertools.pairwise(widths):
+            net += [nn.Conv2d(before, after, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(after)]
+            net += [nn.LeakyReLU(0.2)]
+        self.net = nn.Sequential(*net)
+        self.to_logit = nn.Conv2d(widths[-1], 1, 4)
+        self.embedding = nn.Embedding(num_classes + 1, widths[-1] * 16)  # what a class adds to the last layer's weights
+        self.apply(_initialise)
+        nn.init.zeros_(self.embedding.weight)  # or G would first learn to answer to random directions
+
+    def forward(self, x: Tensor, class_ids: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] and class ids (B,), -1 for none, to logits (B,)."""
+        h = self.net(x)  # (B, D, 4, 4)
+        projected = (self.embedding(class_ids % self.embedding.num_embeddings) * h.flatten(1)).sum(dim=1)
+        return self.to_logit(h).flatten() + projected
+
+
+@torch.no_grad()
+def settle_batch_norm(generator: DCGANGenerator, z: Tensor, class_ids: Tensor) -> None:
+    """Takes batch normalisation's statistics anew, for the weights as they are, and leaves the generator in eval mode.
+
+    Averaged weights need it: the running statistics are of other weights, which it passed through.
+
+    Args:
+        generator: what is changed.
+        z: noise (B, latent_dim), of as many images as the statistics are to be of.
+        class_ids: (B,).
+    """
+    norms = [module for module in generator.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
+    momentum = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over all batches
+    generator.train()
+    for part in zip(z.split(SETTLING_BATCH), class_ids.split(SETTLING_BATCH), strict=True):
+        generator(*part)
+    generator.eval()
+    for norm, value in zip(norms, momentum, strict=True):
+        norm.momentum = value
+
+
+def load_gan(folder: Path) -> DCGANGenerator:
+    """The generator in a folder with its config.json and model.safetensors, in eval mode.
+
+    Raises:
+        InputError: there is none, or it does not load.
+    """
+    try:
+        generator = DCGANGenerator(**json.loads((folder / "config.json").read_bytes()))
+        generator.load_state_dict(load((folder / "model.safetensors").read_bytes()))
+    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder} does not load as a generator: {' '.join(str(error).split())[:200]}") from error
+    return generator.eval().requires_grad_(False)
+
+
+def _widths(image_size: int, width: int) -> list[int]:
+    """Channels at half the side, at a quarter, and so on down to 4x4 pixels."""
+    halvings = (image_size // 4).bit_length() - 1
+    if image_size != 4 * 2**halvings or halvings < 1:
+        below = max(8, 4 * 2 ** max(halvings, 0))
+        raise InputError(f"data.image_size={image_size} is no 8, 16, 32, ... for a DCGAN; use {below} or {2 * below}")
+    return [width * min(2**i, 8) for i in range(halvings)]
+
+
+def _initialise(module: nn.Module) -> None:
+    """Weights as in DCGAN, section 4."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d) and module.affine:
+        nn.init.normal_(module.weight, 1.0, 0.02)

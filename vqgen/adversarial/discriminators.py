@@ -1,0 +1,76 @@
+"""The patch discriminator: which parts of an image look generated?"""
+
+import itertools
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from vqgen.errors import require, require_size
+
+
+class PatchDiscriminator(nn.Module):
+    """A logit for each of the overlapping patches of an image (PatchGAN, Isola et al. 2017).
+
+    Each of the layers halves the resolution and doubles the channels, up to eight times as many; two more convolutions
+    make logits of what is left. With three layers a logit sees 70 pixels, with two 34.
+
+    Args:
+        channels: of the images.
+        layers: how many times the resolution is halved.
+        width: channels after the first layer.
+        norm: `spectral` holds each layer's largest singular value at 1 (Miyato et al. 2018), or `none`.
+        blur: filters before each halving, so that it does not alias (Zhang 2019, in StyleGAN2's order).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        layers: int = 3,
+        width: int = 32,
+        norm: Literal["spectral", "none"] = "spectral",
+        blur: bool = False,
+    ):
+        super().__init__()
+        require_size("discriminator.layers", layers, 16)
+        require_size("discriminator.width", width, 1 << 14)
+        self.layers = layers
+        widths = [channels, *(width * min(2**i, 8) for i in range(layers + 1)), 1]
+        net: list[nn.Module] = []
+        for i, (before, after) in enumerate(itertools.pairwise(widths)):
+            halved = i < layers
+            if halved and blur:
+                net.append(Blur())
+            conv = nn.Conv2d(before, after, 4, stride=2 if halved else 1, padding=1)
+            net.append(spectral_norm(conv) if norm == "spectral" else conv)
+            if i < len(widths) - 2:
+                net.append(nn.LeakyReLU(0.2))
+        self.net = nn.Sequential(*net)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] to logits (B, 1, H / 2^layers - 2, W / 2^layers - 2)."""
+        return self.net(x)
+
+    def check_size(self, image_size: int) -> None:
+        """Raises InputError where images of image_size pixels leave no logit."""
+        deepest = (image_size // 3).bit_length() - 1  # what is left must have a side of 3
+        remedy = f"use {deepest} or fewer" if deepest > 0 else "it needs at least 6 pixels"
+        fits = f"discriminator.layers={self.layers} is too deep for data.image_size={image_size}; {remedy}"
+        require(self.layers <= deepest, fits)
+
+
+class Blur(nn.Module):
+    """Each channel filtered by 1-2-1 in both directions: (B, C, H, W) to the same shape."""
+
+    kernel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        line = torch.tensor([0.25, 0.5, 0.25])
+        self.register_buffer("kernel", torch.outer(line, line), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.kernel.expand(x.shape[1], 1, 3, 3)
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, groups=x.shape[1])

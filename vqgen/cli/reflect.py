@@ -1,0 +1,176 @@
+"""From a constructor to its schema: which options it takes, of which type, and what --help says of them."""
+
+import ast
+import copy
+import difflib
+import functools
+import inspect
+import itertools
+import os
+import textwrap
+import typing
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import field, fields, is_dataclass, make_dataclass
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vqgen.errors import InputError, require
+
+# The plain-dict sections of a configuration, and the constructors that take them: the constructor is the schema. Where
+# the section's key `name` chooses among several constructors, they are given by name.
+Constructor = Callable[..., Any]
+
+Sections = Mapping[str, Constructor | Mapping[str, Constructor]]
+
+
+def check_options(constructor: Constructor, options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns all keyword arguments of a constructor that is given these options: checked, converted, and defaults.
+
+    Raises:
+        InputError: an option that the constructor does not take, or of another type; `where` is the section's name.
+    """
+    schema = _as_dataclass(constructor)
+    known = [f.name for f in fields(schema)]
+    for key in options:
+        if key not in known and (key in inspect.signature(constructor).parameters or not takes_more(constructor)):
+            raise InputError(no_such_key(f"{where}.{key}", [f"{where}.{k}" for k in known]))
+    typed = merge(OmegaConf.structured(schema), {k: v for k, v in options.items() if k in known}, f"{where}.")
+    return {**options, **plain(typed)}
+
+
+def settings(
+    schema: Constructor, sections: Sections, prefix: str = "", instance: Any = None
+) -> Iterator[tuple[str, str, str, str]]:
+    """Yields (key, type, default, meaning) of every setting of a configuration, sections included.
+
+    The defaults are those of the instance, as a configuration may have its own for a part of it.
+    """
+    meanings = _meanings(schema)
+    defaults = instance or _as_dataclass(schema)()
+    for f in fields(_as_dataclass(schema)):
+        key, default = prefix + f.name, getattr(defaults, f.name)
+        nested = f.type if is_dataclass(f.type) else sections.get(key)
+        if isinstance(nested, Mapping):
+            yield f"{key}.name", "str", next(iter(nested)), f"{meanings[f.name]}: {', '.join(nested)}"
+            takers: dict[tuple[str, str, str, str], list[str]] = {}  # which constructors share a setting
+            for name, constructor in nested.items():
+                for setting in settings(constructor, sections, key + "."):
+                    takers.setdefault(setting, []).append(name)
+            for (inner, kind, text, meaning), names in takers.items():
+                yield inner, kind, text, meaning if meaning.startswith("(") else f"({', '.join(names)}) {meaning}"
+        elif nested is not None:
+            own = default if is_dataclass(default) else None
+            yield from settings(typing.cast(Constructor, nested), sections, key + ".", own)
+        else:
+            kind = f.type.__name__ if isinstance(f.type, type) and not typing.get_args(f.type) else str(f.type)
+            text = "null" if default is None else str(default)
+            yield key, kind.replace("None", "null").replace("typing.", ""), text, meanings.get(f.name, "")
+
+
+def usage(synopsis: str, cls: type, sections: Sections) -> str:
+    """The text of --help: how to call the program, and every key with its default and meaning."""
+    lines = [f"usage: {synopsis}", "", (inspect.getdoc(cls) or "").strip(), ""]
+    shown: dict[tuple[str, ...], str] = {}
+    for key, kind, default, meaning in settings(cls, sections):
+        section, _, name = key.rpartition(".")
+        if section.startswith(shown.setdefault((name, kind, default, meaning), section) + "."):
+            continue  # a section inside another that takes the same
+        lines.append(f"  {key}={default}  ({kind})")
+        lines += textwrap.wrap(meaning, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def takes_more(constructor: Constructor) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(constructor).parameters.values())
+
+
+def merge(config: DictConfig, layer: Mapping[str, Any], prefix: str = "") -> DictConfig:
+    _check_values(layer, prefix)  # OmegaConf makes a float of an integer of any length, or tries to
+    try:
+        merged = typing.cast(DictConfig, OmegaConf.merge(config, layer))
+        _check_values(plain(merged), prefix)
+        return merged
+    except OmegaConfBaseException as error:
+        raise InputError(f"{prefix}{error.full_key}: {first_line(error)}; see --help for what it takes") from error
+
+
+def _check_values(values: Mapping[str, Any], prefix: str) -> None:
+    """Refuses what no setting takes, whichever it is."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            _check_values(value, f"{key}.")
+        for v in value if isinstance(value, list) else [value]:
+            if isinstance(v, float):
+                require(abs(v) <= 1e30, f"{key}={v}: must be a finite number, of 1e30 at most")
+            elif isinstance(v, int):
+                require(abs(v) < 2**63, f"{key}={str(v)[:50]}: must be below 2^63")
+            elif isinstance(v, str):
+                require(bool(v.strip()), f"{key} is empty; give it a value, or leave it out")
+                lines = any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in v)
+                require(not lines, f"{key}={v!r}: holds a line break or another control character; leave it out")
+                pattern = any(character in v for character in "{*?[")  # may stand for many files
+                longest = len(os.fsencode(v)) if pattern else max(len(os.fsencode(part)) for part in v.split("/"))
+                require(longest <= (4095 if pattern else 255), f"{key}={v[:50]}...: is too long for a name or a path")
+
+
+def no_such_key(key: str, known: Sequence[str]) -> str:
+    last = key.rsplit(".", 1)[-1]
+    elsewhere = sorted((k for k in known if k.rsplit(".", 1)[-1] == last), key=lambda k: k.count("."))
+    near = difflib.get_close_matches(key, known, 1, 0.9) or elsewhere or difflib.get_close_matches(key, known, 1, 0.5)
+    return f"{key}: no such key; " + (f"did you mean {near[0]}?" if near else "see --help for all of them")
+
+
+def _as_dataclass(constructor: Constructor) -> type:
+    """The constructor's keyword arguments (those with a default) as a dataclass, which OmegaConf can check against."""
+    if is_dataclass(constructor):
+        return typing.cast(type, constructor)
+    members = []
+    for p in inspect.signature(constructor).parameters.values():
+        if p.default is not p.empty:
+            value = list(p.default) if isinstance(p.default, tuple) else p.default
+            kind = list[typing.get_args(p.annotation)[0]] if isinstance(p.default, tuple) else p.annotation  # type: ignore[misc]
+            members.append((p.name, kind, field(default_factory=functools.partial(copy.copy, value))))
+    return make_dataclass(getattr(constructor, "__name__", "Options"), members)
+
+
+@functools.cache
+def _meanings(schema: Constructor) -> dict[str, str]:
+    """What each setting means: the string below a dataclass's field, or the line in a constructor's `Args:`."""
+    meanings: dict[str, str] = {}
+    if is_dataclass(schema):
+        for ancestor in filter(is_dataclass, reversed(inspect.getmro(typing.cast(type, schema)))):
+            body = ast.parse(textwrap.dedent(inspect.getsource(ancestor))).body[0]
+            statements = typing.cast(ast.ClassDef, body).body
+            for statement, following in itertools.pairwise(statements):
+                if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+                    name = typing.cast(ast.Name, statement.target).id
+                    meanings[name] = " ".join(str(ast.literal_eval(following.value)).split())
+        return meanings
+    for described in reversed(inspect.getmro(schema)) if inspect.isclass(schema) else [schema]:
+        arguments = inspect.cleandoc(described.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
+        name = ""
+        for line in textwrap.dedent(arguments).splitlines():
+            if not line.startswith(" "):
+                name, _, line = line.partition(":")
+                meanings[name] = ""
+            meanings[name] = f"{meanings[name]} {line.strip()}".strip()
+    return meanings
+
+
+def plain(config: Any) -> Any:
+    if not OmegaConf.is_config(config):
+        return config
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def first_line(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"{error.problem} in line {error.problem_mark.line + 1}"  # its text begins with what went well before
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,91 @@
+"""In which order a run sees its data, and what is drawn at random on the way: from the seed and the step alone."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vqgen.data.codes import TokenStore
+from vqgen.data.images import ImageSet
+from vqgen.distributed import rank, world_size
+from vqgen.training.stop import ignore_signals
+
+
+class BatchOrder:
+    """Which examples this process sees, forever: a batch sampler for `torch.utils.data.DataLoader`.
+
+    All processes walk one endless stream of shuffled epochs side by side, each taking its own stretch of every global
+    batch. The stream depends on the seed alone, so a run can start anywhere in it, with any number of processes.
+
+    Args:
+        num_examples: size of the data set.
+        micro_batch: examples per forward pass of one process.
+        first: number of global micro-batches that were taken before.
+        seed: of the shuffling.
+    """
+
+    def __init__(self, num_examples: int, micro_batch: int, first: int, seed: int):
+        self.num_examples, self.micro_batch, self.first, self.seed = num_examples, micro_batch, first, seed
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, np.arange(0)
+        for i in itertools.count(self.first):
+            start = (i * world_size() + rank()) * self.micro_batch
+            batch = []
+            for position in range(start, start + self.micro_batch):
+                if position // self.num_examples != epoch:
+                    epoch = position // self.num_examples
+                    order = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
+                batch.append(int(order[position % self.num_examples]))
+            yield batch
+
+
+def endless_batches(
+    dataset: ImageSet | TokenStore, micro_batch: int, *, first: int, seed: int, workers: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's micro-batches from global micro-batch number `first` on, in `BatchOrder`."""
+    loader: DataLoader[Any] = DataLoader(
+        dataset,  # type: ignore[arg-type]  # it has what DataLoader uses, and is no subclass
+        batch_sampler=BatchOrder(len(dataset), micro_batch, first, seed),
+        collate_fn=_as_is,
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=device.type == "cuda",
+    )
+    return iter(loader)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch  # both data sets return whole batches
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One well-mixed seed from several numbers, none of them negative, such as a run's seed and a step."""
+    return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
+
+
+def coin_flips(probability: float, micro_batch: int, seed: int, step: int, i: int = 0, accumulation: int = 1) -> Tensor:
+    """(micro_batch,) bool: this process's part of a step's flips, for pass i.
+
+    Drawn for the whole step, on the CPU, from the seed and the step alone: the same for any number of processes and
+    passes, and no random state to save.
+    """
+    generator = torch.Generator().manual_seed(mixed_seed(seed, step))
+    flips = torch.rand(accumulation * world_size() * micro_batch, generator=generator) < probability
+    return own_part(flips, micro_batch, i)
+
+
+def own_part(x: Tensor, micro_batch: int, i: int) -> Tensor:
+    """The part of a whole step's examples, (accumulation * world_size * micro_batch, ...), that pass i of this process
+    has, as `BatchOrder` shares them out."""
+    start = (i * world_size() + rank()) * micro_batch
+    return x[start : start + micro_batch]
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Reseeds torch for a step, so that dropout and the like need no random state in the checkpoint (EDM2's way)."""
+    torch.manual_seed(mixed_seed(seed, step, rank()))

@@ -1,0 +1,1 @@
+"""How good images, reconstructions and priors are, with how each figure was made."""

@@ -1,0 +1,235 @@
+"""Figures of merit of reconstructions, codes and samples. The arithmetic of the standard ones is torchmetrics'."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqgen.distributed import all_reduce_sum, rank
+from vqgen.evaluation.features import Features
+
+KID_SUBSETS, KID_SUBSET_SIZE = 50, 1000
+BLOCK = 512  # rows of a matrix of distances that are worked on at a time
+
+
+def psnr(mse: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, from the mean squared error of images in [-1, 1]."""
+    return 10 * torch.log10(4.0 / mse.clamp_min(1e-10))  # the peak is 2, from -1 to 1
+
+
+def image_psnr(x: Tensor, y: Tensor) -> Tensor:
+    """PSNR (B,) in dB of each pair of images uint8 (B, C, H, W); 100 where they are equal."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    x, y = x.float(), y.float()
+    return peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3)).clamp_max(100)
+
+
+def image_ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity (B,) of each pair of images uint8 (B, C, H, W) (Wang et al. 2004)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    x, y = x.float(), y.float()
+    side = min(11, 2 * ((min(x.shape[2:]) - 1) // 2) + 1)  # the window of very small images is as large as they are
+    return structural_similarity_index_measure(
+        x, y, gaussian_kernel=side == 11, kernel_size=side, data_range=255.0, reduction="none"
+    )
+
+
+class CodeUsage:
+    """Counts codes on their device, and says how many of them are in use.
+
+    Args:
+        num_codebooks: codes per position Q.
+        codebook_size: number of codes K of each codebook.
+        device: where the codes are.
+    """
+
+    def __init__(self, num_codebooks: int, codebook_size: int, device: torch.device):
+        self.counts = torch.zeros(num_codebooks, codebook_size, dtype=torch.int64, device=device)
+
+    def update(self, codes: Tensor) -> None:
+        """Counts codes (B, Q, *S)."""
+        num_codebooks, codebook_size = self.counts.shape
+        first = codebook_size * torch.arange(num_codebooks, device=codes.device)
+        flat = (codes.flatten(2) + first[:, None]).flatten()
+        self.counts.view(-1).index_add_(0, flat, torch.ones_like(flat))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Over all processes since the last call, the mean over the codebooks of some figures.
+
+        They are the share of the codes that are used, the entropy of the codes' distribution in nats, and its exp.
+        """
+        counts = all_reduce_sum(self.counts.clone()).float()  # (Q, K)
+        self.counts.zero_()
+        p = counts / counts.sum(dim=1, keepdim=True)
+        entropy = -torch.xlogy(p, p).sum(dim=1)  # (Q,)
+        return {"usage": (counts > 0).float().mean(), "entropy": entropy.mean(), "perplexity": entropy.exp().mean()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was counted since the last `compute`, over all processes, who all must ask."""
+        return {"counts": all_reduce_sum(self.counts.clone())}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes on from there, on any number of processes."""
+        if rank() == 0:
+            self.counts.copy_(state["counts"])
+
+
+# Two sets of images, by their features
+
+
+def frechet_distance(a: Features, b: Features) -> float:
+    """Frechet distance between the Gaussians of two sets' features (Heusel et al. 2017, eq. 6)."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    with _quiet():
+        metric = FrechetInceptionDistance(feature=_AsTheyAre(len(a.total)), sync_on_compute=False)
+        for side, features in (("fake", a), ("real", b)):  # these sums are what the metric itself would have kept
+            setattr(metric, f"{side}_features_sum", features.total)
+            setattr(metric, f"{side}_features_cov_sum", features.outer)
+            setattr(metric, f"{side}_features_num_samples", features.count[0])
+        metric.orig_dtype = torch.float64
+        return metric.compute().clamp_min(0).item()  # which leaves NaN as it is
+
+
+def kernel_distance(a: Features, b: Features, seed: int) -> tuple[float, float | None]:
+    """Squared maximum mean discrepancy, cubic kernel (KID, Binkowski et al. 2018): mean and deviation over subsets.
+
+    It has no bias, and so may be a little below 0. Where one subset is all there is, there is no deviation.
+    """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    size = min(KID_SUBSET_SIZE, len(a.kept), len(b.kept))
+    subsets = KID_SUBSETS if max(len(a.kept), len(b.kept)) > size else 1  # else each is all there is
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        metric = KernelInceptionDistance(_AsTheyAre(a.kept.shape[1]), subsets, size, sync_on_compute=False)
+        metric.update(a.kept, real=False)
+        metric.update(b.kept, real=True)
+        mean, deviation = metric.compute()
+    return mean.item(), deviation.item() if subsets > 1 else None
+
+
+def confidence_score(a: Features, seed: int) -> tuple[float, float]:
+    """exp of the mean KL divergence of an image's class probabilities from those of all (Salimans et al. 2016).
+
+    With Inception it is the Inception score. Mean and deviation of ten splits.
+    """
+    from torchmetrics.image.inception import InceptionScore
+
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        metric = InceptionScore(
+            _AsTheyAre(a.logits.shape[1]), splits=min(10, len(a.logits) // 2), sync_on_compute=False
+        )
+        metric.update(a.logits)
+        mean, deviation = metric.compute()
+    return mean.item(), deviation.nan_to_num().item()
+
+
+def manifold_figures(fake: Tensor, real: Tensor) -> dict[str, float]:
+    """Precision and recall (Kynkaanniemi et al. 2019, k = 3), density and coverage (Naeem et al. 2020, k = 5).
+
+    Around each image of a set lies a ball that reaches to its k-th neighbour in the set. Precision is the share of fake
+    images in a real ball, recall that of real images in a fake ball; density the mean number of real balls around a
+    fake image, over k; coverage the share of real balls with a fake image inside.
+
+    Args:
+        fake, real: features (n, D), as many of one as of the other.
+    """
+    centre = real.double().mean(dim=0)
+    fake, real = fake.double() - centre, real.double() - centre
+    k = min(5, len(real) - 1)
+    fake_radius, real_radius = _radii(fake, k)[:, min(2, k - 1)], _radii(real, k)  # to the 3rd; to the 1st ... k-th
+    in_real, count, nearest, in_fake = [], 0.0, torch.full((len(real),), torch.inf, dtype=torch.float64), None
+    for block, radius in zip(fake.split(BLOCK), fake_radius.split(BLOCK), strict=True):
+        distance = torch.cdist(block, real)
+        in_real.append((distance <= real_radius[:, min(2, k - 1)]).any(dim=1))
+        count += (distance < real_radius[:, k - 1]).sum().item()
+        nearest = torch.minimum(nearest, distance.amin(dim=0))
+        inside = (distance <= radius[:, None]).any(dim=0)
+        in_fake = inside if in_fake is None else in_fake | inside
+    assert in_fake is not None
+    return {
+        "precision": torch.cat(in_real).double().mean().item(),
+        "recall": in_fake.double().mean().item(),
+        "density": count / (k * len(fake)),
+        "coverage": (nearest <= real_radius[:, k - 1]).double().mean().item(),
+    }
+
+
+def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance (n,) of each query (n, D) from the nearest reference (m, D), and that one's index (n,)."""
+    centre = references.double().mean(dim=0)
+    references = references.double() - centre
+    found = [torch.cdist(block.double() - centre, references).min(dim=1) for block in queries.split(BLOCK)]
+    return torch.cat([block.values for block in found]), torch.cat([block.indices for block in found])
+
+
+def share_closer(a: Tensor, b: Tensor) -> float:
+    """The chance that a value drawn from a is below one drawn from b, ties counting half (Mann and Whitney's U)."""
+    b = b.sort().values
+    below, up_to = torch.searchsorted(b, a), torch.searchsorted(b, a, right=True)
+    return (1 - (below + up_to).double().mean() / (2 * len(b))).item()
+
+
+class ClassProbe:
+    """A linear classifier on a reference's features, to tell whether an image shows the class that it should.
+
+    Args:
+        reference: features with class ids; images without a class are left out.
+        num_classes: K.
+    """
+
+    def __init__(self, reference: Features, num_classes: int):
+        known = reference.class_ids >= 0
+        x, y = reference.kept[known], reference.class_ids[known]
+        self.mean, self.scale = x.mean(dim=0), x.std(dim=0) + 1e-6
+        self.linear = nn.Linear(x.shape[1], num_classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        x = (x - self.mean) / self.scale
+        optimizer = torch.optim.LBFGS(self.linear.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = F.cross_entropy(self.linear(x), y) + 1e-3 * self.linear.weight.square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+
+    @torch.no_grad()
+    def accuracy(self, features: Features) -> float:
+        """Share of the images that are recognised as their class; those without a class are left out."""
+        known = features.class_ids >= 0
+        logits = self.linear((features.kept[known] - self.mean) / self.scale)
+        return (logits.argmax(dim=1) == features.class_ids[known]).double().mean().item()
+
+
+def _radii(x: Tensor, k: int) -> Tensor:
+    """Distances (n, k) of each of x (n, D) to its first, ..., k-th neighbour."""
+    return torch.cat([torch.cdist(block, x).topk(k + 1, largest=False).values[:, 1:] for block in x.split(BLOCK)])
+
+
+class _AsTheyAre(nn.Module):
+    """What torchmetrics calls its feature network, where the features are there already."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torchmetrics warns of memory, and of sums that it has not made itself; both are meant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,176 @@
+"""How different two images look: LPIPS, in its shift-tolerant form (Ghildyal and Liu 2022) or the original."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+from vqgen.errors import InputError
+from vqgen.evaluation.weights import installed_file, read_weights
+
+ST_FOLDER = "weights/vST0.0"
+SHIFT_TOLERANT = {  # name: file in the package stlpips_pytorch, and its SHA-256
+    "alex": ("alex_shift_tolerant.pth", "b356b382f96010f77d085ee8343ecd9fd322d0a56e8de2b2d0549fafcad8b9ee"),
+    "vgg": ("vgg_shift_tolerant.pth", "44597da68f49c1837c100ff52299050f274d102eb102e5837178c79be6f0e250"),
+}
+PERCEPTUAL = (*SHIFT_TOLERANT, "lpips-vgg")
+REMEDY = "install the extra vqgen[perceptual] (pip install stlpips-pytorch), or do without: {key}=none"
+SMALLEST = 24  # pixels; the trunks' padding by reflection has nothing to reflect in images below 21
+
+
+class PerceptualDistance(nn.Module):
+    """Distance between images by the activations of an ImageNet classifier (LPIPS, Zhang et al. 2018, eq. 1).
+
+    Its weights are frozen, and it computes in float32 under autocast too; gradients reach the images.
+
+    Args:
+        name: `alex` or `vgg`, the shift-tolerant AlexNet and VGG16 (Ghildyal and Liu 2022), whose weights the package
+            stlpips-pytorch brings; or `lpips-vgg`, the original on torchvision's VGG16.
+        weights: files to take the weights from instead: for `alex` and `vgg` one of that package's layout; for
+            `lpips-vgg` torchvision's vgg16 and LPIPS's linear heads, both needed.
+        key: the setting that the name comes from, for messages.
+        weights_key: that of the weights.
+
+    Attributes:
+        checksum: SHA-256 of the weights' files.
+
+    Raises:
+        InputError: no such network, no weights, or weights of another network.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        name: str = "alex",
+        weights: Sequence[str] = (),
+        key: str = "perceptual",
+        weights_key: str = "perceptual_weights",
+    ):
+        super().__init__()
+        self.name = name
+        if name in SHIFT_TOLERANT:
+            file, expected = SHIFT_TOLERANT[name]
+            if len(weights) > 1:
+                raise InputError(f"{key}={name} takes one file of weights, not {len(weights)}")
+            path = (
+                Path(weights[0])
+                if weights
+                else installed_file("stlpips_pytorch", f"{ST_FOLDER}/{file}", REMEDY.format(key=key))
+            )
+            state, self.checksum = read_weights(path, None if weights else expected)
+            state = {_own_name(key): value for key, value in state.items()}
+            stages = _alexnet() if name == "alex" else _vgg16(shift_tolerant=True)
+        elif name == "lpips-vgg":
+            if len(weights) != 2:
+                raise InputError(
+                    f"{key}=lpips-vgg needs {weights_key}=[VGG16.pth,HEADS.pth]: torchvision's and LPIPS's"
+                )
+            (trunk, first), (heads, second) = (read_weights(Path(path), None) for path in weights)
+            self.checksum = f"{first}+{second}"
+            state = {key: value for key, value in trunk.items() if key.startswith("features.")}
+            stages = _vgg16(shift_tolerant=False)
+            place = {str(i): stage for stage, layers in enumerate(stages) for i in layers}
+            state = {f"trunk.{place.get(key.split('.')[1])}.{key[9:]}": value for key, value in state.items()}
+            state |= {_own_name(key): value for key, value in heads.items()}
+            state |= {"shift": _column(-0.030, -0.088, -0.188), "scale": _column(0.458, 0.448, 0.450)}  # LPIPS's own
+        else:
+            raise InputError(f"{key}={name} is not known; use {', '.join(PERCEPTUAL)} or none")
+        self.trunk = nn.ModuleList(nn.Sequential(OrderedDict((str(i), m) for i, m in s.items())) for s in stages)
+        widths = [64, 192, 384, 256, 256] if name == "alex" else [64, 128, 256, 512, 512]
+        self.heads = nn.ParameterList(torch.zeros(1, width, 1, 1) for width in widths)
+        self.register_buffer("shift", torch.zeros(1, 3, 1, 1))
+        self.register_buffer("scale", torch.ones(1, 3, 1, 1))
+        try:
+            self.load_state_dict(state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{key}={name}: its weights are of another network: {reason}") from error
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "PerceptualDistance":
+        """Does nothing: it stays frozen in a model that is set to training."""
+        return super().train(False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distances (B,) of images x and y (B, C, H, W) in [-1, 1], grey or RGB; 0 is no difference."""
+        with torch.autocast(x.device.type, enabled=False):
+            x, y = self._normalised(x), self._normalised(y)
+            distance = torch.zeros(len(x), device=x.device)
+            for stage, head in zip(self.trunk, self.heads, strict=True):
+                x, y = stage(x), stage(y)  # apart, so that no gradient is made for an image that wants none
+                difference = _directions(x) - _directions(y)
+                distance = distance + reduce(difference.square() * head, "b c h w -> b h w", "sum").mean(dim=(1, 2))
+            return distance
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] as the trunk takes them: three channels, and large enough."""
+        x = x.float()
+        if min(x.shape[2:]) < SMALLEST:
+            x = F.interpolate(x, size=[max(side, SMALLEST) for side in x.shape[2:]], mode="bilinear", antialias=True)
+        return (x.expand(-1, 3, -1, -1) - self.shift) / self.scale
+
+
+class BlurPool(nn.Module):
+    """Halves the resolution behind a 1-2-1 filter (Zhang 2019), padded as widely as the shift-tolerant networks are."""
+
+    filt: Tensor
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("filt", torch.zeros(channels, 1, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, floor((H + 1) / 2) + 1, floor((W + 1) / 2) + 1)."""
+        return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), self.filt, stride=2, groups=x.shape[1])
+
+
+# The trunks: stages of layers under the numbers that the weights' files give them. The square root in forward has no
+# finite gradient at 0, which a position has only if all its activations are 0; there ReLU passes no gradient either.
+
+
+def _directions(x: Tensor) -> Tensor:
+    """Activations (B, C, H, W) as vectors of length 1 at each position."""
+    return x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
+
+
+def _alexnet() -> list[dict[int, nn.Module]]:
+    return [
+        {0: nn.Conv2d(3, 64, 11, padding=2), 1: BlurPool(64), 2: nn.ReLU()},
+        {3: nn.MaxPool2d(3, 1), 4: BlurPool(64), 5: nn.Conv2d(64, 192, 5, padding=2), 6: nn.ReLU()},
+        {7: nn.MaxPool2d(3, 1), 8: BlurPool(192), 9: nn.Conv2d(192, 384, 3, padding=1), 10: nn.ReLU()},
+        {11: nn.Conv2d(384, 256, 3, padding=1), 12: nn.ReLU()},
+        {13: nn.Conv2d(256, 256, 3, padding=1), 14: nn.ReLU()},
+    ]
+
+
+def _vgg16(shift_tolerant: bool) -> list[dict[int, nn.Module]]:
+    stages: list[dict[int, nn.Module]] = []
+    channels, i = 3, 0
+    for width, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        layers: list[nn.Module] = []
+        if stages:
+            layers += [nn.MaxPool2d(2, 1), BlurPool(channels)] if shift_tolerant else [nn.MaxPool2d(2)]
+        for _ in range(depth):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            channels = width
+        stages.append(dict(enumerate(layers, start=i)))
+        i += len(layers)
+    return stages
+
+
+def _own_name(key: str) -> str:
+    """A parameter's name here, from the one in the files of stlpips-pytorch and LPIPS."""
+    key = re.sub(r"^net\.slice(\d)\.", lambda match: f"trunk.{int(match[1]) - 1}.", key)
+    return re.sub(r"^lin(\d)\.model\.1\.weight$", r"heads.\1", key).removeprefix("scaling_layer.")
+
+
+def _column(*values: float) -> Any:
+    return rearrange(torch.tensor(values), "c -> 1 c 1 1")

@@ -1,0 +1,1 @@
+"""The prior over the codes, and drawing from it."""

@@ -1,0 +1,173 @@
+"""The prior: an autoregressive transformer over code tokens, around any causal language model of transformers."""
+
+import dataclasses
+import difflib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from vqgen.codes import CodeLayout
+from vqgen.errors import InputError, require, require_size
+
+# What transformers raises for settings that do not fit each other.
+MISFITS = (ArithmeticError, RuntimeError, TypeError, ValueError, StrictDataclassError)
+
+
+class Prior(nn.Module):
+    """p(tokens | class), one token after the other.
+
+    The sequence starts with a class token in place of a word: id vocab_size is no class, vocab_size + 1 + c is class c.
+    The model is saved as the transformers checkpoint that it is; what else belongs to it is in its config.json, under
+    `vqgen`.
+
+    Args:
+        layout: of the code tokens.
+        class_names: the classes in the order of their ids; empty for an unconditional prior.
+        model_type: any causal language model of transformers: llama, gpt2, qwen3, mistral, ...
+        hidden_size: width of the transformer.
+        num_hidden_layers: depth of the transformer.
+        num_attention_heads: heads of each attention layer.
+        options: further items of that model's transformers configuration, such as intermediate_size.
+
+    Raises:
+        InputError: transformers has no such model, or the model no such option.
+    """
+
+    lm: Any  # a causal language model of transformers
+    illegal: Tensor | None  # (N, vocab_size) bool: what cannot stand at a position; None if everything can
+
+    def __init__(
+        self,
+        layout: CodeLayout,
+        class_names: list[str],
+        model_type: str = "llama",
+        hidden_size: int = 128,
+        num_hidden_layers: int = 4,
+        num_attention_heads: int = 4,
+        **options: Any,
+    ):
+        super().__init__()
+        sizes = {
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": num_attention_heads,
+        }
+        for name, most in (("hidden_size", 1 << 16), ("num_hidden_layers", 1000), ("num_attention_heads", 1 << 16)):
+            require_size(f"model.{name}", sizes[name], most)
+        config = _language_model_config(
+            model_type,
+            sizes | options,
+            vocab_size=layout.vocab_size + 1 + len(class_names),
+            max_position_embeddings=1 + layout.num_tokens,
+            bos_token_id=layout.vocab_size,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+        config.vqgen = {**dataclasses.asdict(layout), "class_names": class_names}
+        try:
+            lm = AutoModelForCausalLM.from_config(config)
+            # What does not fit each other shows at the latest in a pass. What looks ahead could not be sampled from.
+            with torch.no_grad():
+                first = [lm.eval()(input_ids=torch.tensor([[0, second]])).logits[:, 0] for second in (0, 1)]
+            require(torch.equal(*first), f"model.model_type={config.model_type}: is not causal; use llama, for example")
+            lm.train()
+        except InputError:
+            raise
+        except MISFITS as error:
+            raise InputError(_misfit(config.model_type, sizes | options, error)) from error
+        self._set_up(lm)
+
+    def _set_up(self, lm: Any) -> None:
+        self.lm = lm
+        self._no_split_modules = lm._no_split_modules  # the layers, which FSDP gathers one by one
+        facts = lm.config.vqgen
+        self.layout = CodeLayout(tuple(tuple(shape) for shape in facts["shapes"]), tuple(facts["codebook_sizes"]))
+        self.class_names = list(facts["class_names"])
+        ranges, ids = self.layout.token_ranges(), torch.arange(self.layout.vocab_size)
+        illegal = (ids < ranges[:, :1]) | (ids >= ranges[:, 1:])  # (N, vocab_size)
+        self.register_buffer("illegal", illegal if illegal.any() else None, persistent=False)
+
+    def forward(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
+        """Logits (B, N, vocab_size) of each token given the class (-1 is none) and the tokens before it, (B, N).
+
+        What cannot stand at a position has the logit -inf.
+        """
+        inputs = torch.cat([self.class_tokens(class_ids), tokens[:, :-1]], dim=1)
+        return self.legal(self.lm(input_ids=inputs, use_cache=False).logits, start=0)
+
+    def class_tokens(self, class_ids: Tensor) -> Tensor:
+        """Class ids (B,), -1 for none, to the tokens (B, 1) that a sequence starts with."""
+        return self.layout.vocab_size + 1 + class_ids[:, None]
+
+    def legal(self, logits: Tensor, start: int) -> Tensor:
+        """The model's logits (B, n, ...) of positions from start on, with -inf for what cannot stand there."""
+        logits = logits[..., : self.layout.vocab_size]
+        if self.illegal is not None:
+            logits = logits.masked_fill(self.illegal[start : start + logits.shape[1]], -torch.inf)
+        return logits
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes a transformers checkpoint, which `AutoModelForCausalLM.from_pretrained` loads too."""
+        self.lm.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "Prior":
+        """Reads what save_pretrained wrote.
+
+        Raises:
+            InputError: there is no prior in the folder.
+        """
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{folder}: no prior there; give the folder of a stage-2 run")
+        prior = cls.__new__(cls)
+        nn.Module.__init__(prior)
+        try:
+            # Neither code nor pickles from the folder are run.
+            lm = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True)
+        except (OSError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+            raise InputError(f"{folder} does not load as a prior: {_one_line(error)}") from error
+        if not hasattr(lm.config, "vqgen"):
+            raise InputError(f"{folder}: a language model, but not one that vqgen trained; give a stage-2 run")
+        prior._set_up(lm)
+        return prior
+
+
+def _language_model_config(model_type: str, options: dict[str, Any], **fixed: Any) -> PreTrainedConfig:
+    """The transformers configuration of a model type, checked, with sizes that fit each other where none are given."""
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = difflib.get_close_matches(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1) or ["llama"]
+        raise InputError(f"model.model_type={model_type}: no causal LM of transformers; did you mean {near[0]}?")
+    config_class = CONFIG_MAPPING[model_type]
+    known = {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    for key in options.keys() - {"hidden_size", "num_hidden_layers", "num_attention_heads"}:  # Prior's own
+        if key in fixed:
+            raise InputError(f"model.{key}: follows from the tokenizer and the data; leave it out")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean model.{near[0]}?" if near else f"; see transformers' {config_class.__name__}"
+            raise InputError(f"model.{key}: no such key for {model_type}{hint}")
+    # The defaults in transformers are those of one large published model; these follow from the sizes asked for.
+    width, heads = options["hidden_size"], options["num_attention_heads"]
+    gated = 8 * math.ceil(width / 3)  # Llama's 8/3: three matrices at the cost of the classic two of 4
+    derived = {"intermediate_size": gated, "num_key_value_heads": heads, "head_dim": width // max(1, heads)}
+    options = {k: v for k, v in (derived | options).items() if k in known}
+    try:
+        return AutoConfig.for_model(model_type, **options, **fixed)
+    except MISFITS as error:
+        raise InputError(_misfit(model_type, options, error)) from error
+
+
+def _misfit(model_type: str, options: dict[str, Any], error: Exception) -> str:
+    asked = " ".join(f"model.{key}={value}" for key, value in options.items())
+    return f"transformers makes no {model_type} of {asked}: {_one_line(error)}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

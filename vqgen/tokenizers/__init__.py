@@ -1,0 +1,1 @@
+"""The tokenizer: image -> code maps -> image."""

@@ -1,0 +1,1 @@
+"""What the training loops share; it knows no model and no loss."""

@@ -1,0 +1,62 @@
+"""The running average of the weights, which is what is evaluated and saved."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from vqgen.training.fsdp import gathered, shard_like
+
+
+class WeightEMA:
+    """A running average of a model's weights, whose memory grows with the run (EDM2, Karras et al. 2024, section 3.1).
+
+    After t steps the weights of step s count as s^gamma, so one setting fits a run of any length. Codebooks and buffers
+    are copied: they are averages already, or have codes that jump when they are revived.
+
+    Args:
+        model: what to average.
+        width: standard deviation of that profile as a share of the run so far (EDM2's sigma_rel), below 0.28, where
+            gamma would be zero; 0 copies the model.
+    """
+
+    def __init__(self, model: nn.Module, width: float):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.shards: list[Tensor] = []  # the averages where FSDP cuts the weights: the model's own are then empty
+        self.gamma = np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max() if width else None  # EDM2, algorithm 2
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Takes in the model's weights after step number `step`, counted from 1 (EDM2, eq. 127)."""
+        weight = 1 - (1 - 1 / step) ** (self.gamma + 1) if self.gamma is not None else 1.0
+        averages, weights = ([p.detach() for p in m.parameters()] for m in (self.model, model))
+        torch._foreach_lerp_(self.shards or averages, weights, weight)
+        for (name, copied), parameter in zip(self.model.named_parameters(), model.parameters(), strict=True):
+            if name.endswith("codebook"):
+                copied.copy_(parameter)
+        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            average.copy_(buffer)
+
+    def shard_like(self, model: nn.Module) -> None:
+        """Cuts the averages as FSDP has cut the model's weights, if it has; from then on `whole` has them whole."""
+        if any(isinstance(p, DTensor) for p in model.parameters()):
+            averages = (p.detach() for p in self.model.parameters())
+            self.shards = [shard_like(*pair) for pair in zip(averages, model.parameters(), strict=True)]
+            self._put_back()
+
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """The averaged model, whole on each process, so that one alone can use it. All must call it."""
+        for parameter, shard in zip(self.model.parameters(), self.shards, strict=False):
+            parameter.data = gathered(shard)
+        yield self.model
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for parameter, _ in zip(self.model.parameters(), self.shards, strict=False):
+            parameter.data = parameter.new_empty(0)

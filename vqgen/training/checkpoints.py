@@ -1,0 +1,210 @@
+"""A run's folder: the settings it was made by, and checkpoints that are whole or not there at all."""
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vqgen.cli.parse import read_yaml, save_config
+from vqgen.distributed import object_from_main, rank, world_size
+from vqgen.errors import InputError
+
+logger = logging.getLogger("vqgen")
+
+# Settings that change nothing about the result, so that a run may go on with other values of them.
+FREE_SETTINGS = ["run_dir", "tracking", "data.workers", "train.log_every", "train.checkpoint_every"]
+FREE_SETTINGS += ["train.keep_checkpoints", "train.milestone_every", "train.max_hours"]
+FREE_SETTINGS += ["train.accumulation"]  # but for rounding; `resumed_otherwise` says so
+
+CHECKSUMS = "SHA256SUMS"  # as sha256sum writes it, and checks it
+
+
+def open_run(config: Any) -> None:
+    """Makes the run's folder with its config.yaml, or checks that the one there was made by the same settings.
+
+    A run that has no checkpoint yet has nothing to go on from, and so takes other settings.
+
+    Raises:
+        InputError: the folder holds a run with other settings, or cannot be written.
+    """
+    run_dir = Path(config.run_dir)
+    path, model, checkpoints = run_dir / "config.yaml", run_dir / "model", run_dir / "checkpoints"
+    exists = os.path.exists  # which, unlike Path.exists, is false for a name that is too long
+    if exists(old := _old(model)) and not exists(model):
+        old.rename(model)  # what the end of a process between the two renames of written_whole leaves
+    for folder in (checkpoints, model):
+        if exists(folder) and not exists(path):
+            raise InputError(f"run_dir={run_dir} has a {folder.name} but no config.yaml, so it is no run; name another")
+    if not exists(model) and not _all_checkpoints(run_dir):
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            save_config(config, path)
+        except OSError as error:
+            raise InputError(f"run_dir={run_dir} cannot be written ({error.strerror}); name another") from error
+    there, asked = _flat(read_yaml(path)), _flat(asdict(config))
+    for key in sorted(there.keys() | asked.keys()):
+        free = any(key == name or key.startswith(f"{name}.") for name in FREE_SETTINGS)
+        if not free and there.get(key) != asked.get(key):
+            raise InputError(
+                f"{run_dir} holds a run with {key}={there.get(key)}, but {key}={asked.get(key)} is asked for; "
+                f"repeat its own settings to go on with it, or name another run_dir="
+            )
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Yields a new folder to write to, which takes the place of `folder` once everything is in it and on the disk."""
+    beside, old = folder.with_name(folder.name + ".tmp"), _old(folder)
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        for path in [*beside.rglob("*"), beside]:
+            _to_disk(path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)  # it may be what filled the disk
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)  # not removed before the new one stands in its place
+    beside.rename(folder)
+    _to_disk(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, state: dict[str, Any], keep: int, milestone_every: int | None = None
+) -> Path:
+    """Writes checkpoints/step_XXXXXXXX, whole or not at all, and removes older ones.
+
+    Args:
+        run_dir: the run's folder.
+        step: the number of steps so far.
+        state: what torch.save takes and torch.load(weights_only=True) gives back.
+        keep: so many of the newest stay, this one at least.
+        milestone_every: the first checkpoint at or after each multiple of so many steps stays too.
+    """
+    folder = run_dir / "checkpoints" / f"step_{step:08d}"
+    with written_whole(folder) as beside:
+        with (beside / "state.pt").open("wb") as file:  # torch's own would not say why it cannot write
+            torch.save(state, file)
+        (beside / CHECKSUMS).write_text(f"{_sha256(beside / 'state.pt')}  state.pt\n")
+    checkpoints = _all_checkpoints(run_dir)
+    done = [path for path in checkpoints if _step(path) <= step]
+    for path in set(checkpoints) - set(done):  # what the run would have gone on from, if it were whole
+        path.rename(path.with_name(path.name + ".damaged"))
+    kept = set(done[-max(1, keep) :])
+    if milestone_every:
+        first = {_step(path) // milestone_every: path for path in reversed(done)}
+        kept |= {path for number, path in first.items() if number > 0}
+    for path in folder.parent.glob("step_*"):  # what an ended process was writing, too
+        if path not in kept and path.suffix != ".damaged":
+            shutil.rmtree(path, ignore_errors=True)  # on a network a reader's open file may stay a while
+    return folder
+
+
+def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
+    """The state of `newest_checkpoint`, on the CPU; None if there is none."""
+    folder = newest_checkpoint(run_dir)
+    return None if folder is None else torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+
+
+def how_resumed(state: dict[str, Any] | None, accumulation: int, *, by_pass: str = "", by_process: str = "") -> str:
+    """Where a run goes on, and what it cannot keep on other processes or with another accumulation than before.
+
+    Args:
+        state: its checkpoint's; None if there is none.
+        accumulation: passes a step now.
+        by_pass: what in it depends on the passes of a step.
+        by_process: what in it depends on the processes.
+    """
+    if state is None:
+        return ""
+    text = f"; going on from step {state['step']}"
+    before, now = (state["processes"], state["accumulation"]), (world_size(), accumulation)
+    if before == now:
+        return text
+    differ = by_pass if before[1] != now[1] else by_process
+    text += f" by {now[0]} x {now[1]} passes a step after {before[0]} x {before[1]}: the same batches; the same numbers"
+    return f"{text} but for rounding, what is drawn inside the model{f', and {differ}' if differ else ''}"
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint whose checksum holds, the same on all processes; None if there is none yet.
+
+    Those that are damaged are named.
+
+    Raises:
+        InputError: all that are there are damaged.
+        OSError: one cannot be read, which is no damage to it.
+    """
+    newest, damaged = None, False
+    if rank() == 0:
+        for folder in reversed(_all_checkpoints(run_dir)):
+            if (damage := _damage(folder)) is None:
+                newest = folder
+                break
+            if folder.exists():  # else it was removed meanwhile, by the run that it is of
+                logger.warning(f"{folder} is damaged ({damage}): the one before it is used")
+                damaged = True
+        if newest is None and damaged:
+            remedy = "remove the folder to start anew, or name another run_dir="
+            raise InputError(f"all checkpoints in {run_dir / 'checkpoints'} are damaged; {remedy}")
+    return object_from_main(newest)
+
+
+def _all_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints that are there, damaged or not, oldest first."""
+    found = (run_dir / "checkpoints").glob("step_*")
+    return sorted((path for path in found if path.name[5:].isdecimal()), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:])
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None if its file is as it was written."""
+    try:
+        checksum, _, name = (folder / CHECKSUMS).read_text("ascii").strip().partition("  ")
+        whole = name == "state.pt" and checksum == _sha256(folder / name)
+        return None if whole else f"its file is not what {CHECKSUMS} says"
+    except UnicodeDecodeError:
+        return f"{CHECKSUMS} does not read"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, would survive the machine's end."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,190 @@
+"""What a run tells: metrics.jsonl always, a progress bar or plain lines, wandb if it can."""
+
+import json
+import logging
+import math
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from vqgen.settings import TrackingConfig
+
+logger = logging.getLogger("vqgen")
+
+
+class Tracker:
+    """Writes a run's numbers and pictures; on processes other than the main one it does nothing.
+
+    Args:
+        run_dir: the run's folder.
+        config: the run's configuration, with a `tracking` section.
+        logged: how many bytes of metrics.jsonl are the run's, as `flush` said; what came after them is dropped.
+        is_main: whether this is the main process.
+        facts: what wandb should know beside the configuration, such as the number of parameters.
+    """
+
+    def __init__(self, run_dir: Path, config: Any, *, logged: int, is_main: bool, facts: Mapping[str, Any]):
+        self.is_main = is_main
+        if not is_main:
+            return
+        self.run_dir = run_dir
+        self.path = run_dir / "metrics.jsonl"
+        if self.path.exists():
+            os.truncate(self.path, min(logged, self.path.stat().st_size))
+        self.wandb = _Wandb(run_dir, config.tracking, asdict(config) | dict(facts))
+        self.bar = tqdm(total=100, bar_format="{l_bar}{bar}| {desc}", leave=False, disable=None)
+
+    def progress(self, step: int, share: float, seconds_left: float, **shown: float) -> None:
+        """Moves the bar, or where there is no terminal prints a line."""
+        if not self.is_main:
+            return
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        minutes, seconds = divmod(math.ceil(seconds_left), 60)
+        text = f"step {step}  {numbers}  {minutes}:{seconds:02d} left"
+        if self.bar.disable:
+            print(text, flush=True)
+        else:
+            self.bar.n = min(100, round(100 * share))
+            self.bar.set_description_str(text)
+
+    def log(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
+        """Writes one line of metrics.jsonl, and sends the same to wandb."""
+        if not self.is_main:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self.wandb.log(numbers, step)
+
+    def flush(self) -> int:
+        """Waits until the lines are on the disk, as those before a checkpoint do not come again; how many bytes."""
+        with open(self.path, "a") as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        """Writes samples/NAME_STEP.png, and sends it to wandb."""
+        if not self.is_main:
+            return
+        (self.run_dir / "samples").mkdir(exist_ok=True)
+        image.save(self.run_dir / "samples" / f"{name}_{step:08d}.png")
+        self.wandb.picture(name, image, step)
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Ends the bar and the wandb run."""
+        if self.is_main:
+            self.bar.close()
+            self.wandb.close()
+
+    @contextmanager
+    def closed_on(self, error: type[Exception]) -> Iterator[None]:
+        """Closes before such an error goes on, as the run will be opened again."""
+        try:
+            yield
+        except error:
+            self.close()
+            raise
+
+
+def log_evaluation(
+    run_dir: Path, tracking: TrackingConfig, figures: Mapping[str, float], pictures: Mapping[str, Image.Image]
+) -> None:
+    """Sends an evaluation's figures and pictures to a run's wandb, into its summary, as they belong to no step."""
+    run = _Wandb(run_dir, tracking, {})
+    run.summary({f"evaluation/{name}": value for name, value in figures.items()})
+    for name, image in pictures.items():
+        run.picture(f"evaluation/{name}", image, None)
+    run.close()
+
+
+class _Wandb:
+    """A wandb run that never stops training: the first failure is told in one line, and ends the logging to it."""
+
+    def __init__(self, run_dir: Path, tracking: TrackingConfig, config: dict[str, Any]):
+        self.run: Any = None
+        if tracking.wandb != "disabled":
+            self._attempt(lambda: self._start(run_dir, tracking, config))
+
+    def _start(self, run_dir: Path, tracking: TrackingConfig, config: dict[str, Any]) -> None:
+        import wandb  # here, since a run without it should not wait for its import
+
+        mode: Any = tracking.wandb
+        if mode == "auto":
+            mode = "online" if wandb.login(prompt=False) else "offline"
+        # One id for the run's folder, so that a run that goes on is one run there too.
+        id_file = run_dir / "wandb" / "id"
+        if not id_file.exists():
+            id_file.parent.mkdir(exist_ok=True)
+            id_file.write_text(secrets.token_hex(4))
+        self.run = wandb.init(
+            project=tracking.project,
+            name="-".join(run_dir.parts[-2:]),
+            id=id_file.read_text(),
+            resume="allow",
+            mode=mode,
+            dir=run_dir,
+            config=config,
+            settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+        )
+        if mode == "offline":
+            # `wandb sync` may let a later file of a run replace an earlier one, so each holds the run from its start.
+            lines = (run_dir / "metrics.jsonl").read_text().splitlines() if (run_dir / "metrics.jsonl").exists() else []
+            for values in map(json.loads, lines):
+                self.run.log(values, step=values.pop("step"))
+            print(f"wandb: offline; to send this run to the site later: wandb sync {Path(self.run.settings.sync_dir)}")
+
+    def log(self, numbers: dict[str, Any], step: int) -> None:
+        if self.run is not None:
+            self._attempt(lambda: self.run.log(numbers, step=step))
+
+    def summary(self, numbers: dict[str, Any]) -> None:
+        if self.run is not None:
+            self._attempt(lambda: self.run.summary.update(numbers))
+
+    def picture(self, name: str, image: Image.Image, step: int | None) -> None:
+        if self.run is not None:
+            import wandb
+
+            self._attempt(lambda: self.run.log({name: wandb.Image(image)}, step=step))
+
+    def close(self) -> None:
+        if self.run is not None:
+            self._attempt(lambda: self.run.finish())
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever it is: a tracker must not cost anyone a training run
+            self.run = None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning("wandb failed and is off for this run (%s); metrics.jsonl goes on", reason)
+
+
+def image_grid(images: np.ndarray, columns: int, gap: int = 2) -> Image.Image:
+    """Puts images uint8 (N, H, W, C) into rows of so many columns, small ones enlarged to be seen."""
+    n, height, width, channels = images.shape
+    rows = math.ceil(n / columns)
+    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 128, dtype=np.uint8)
+    for i, image in enumerate(images):
+        y, x = divmod(i, columns)
+        canvas[y * (height + gap) :, x * (width + gap) :][:height, :width] = image
+    picture = Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
+    scale = max(1, 64 // width)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
