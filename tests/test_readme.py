@@ -169,6 +169,12 @@ def test_the_code_beside_an_equation_is_in_the_code():
         assert code in (ROOT / file).read_text(), code
 
 
+def test_the_loop_in_the_design_is_the_loop_of_stage_2():
+    (quoted,) = [block for block in blocks("docs/design.md", "text") if "run.steps()" in block]
+    program = [line.strip() for line in (ROOT / "stage2/train.py").read_text().splitlines()]
+    assert {line.strip() for line in quoted.splitlines()} - {"..."} - set(program) == set()
+
+
 def test_the_map_of_the_code_names_every_module_and_no_other():
     folder, mapped = "", set()
     for line in blocks("docs/design.md", "text")[0].splitlines():
