@@ -20,7 +20,7 @@ INSTALLING = ["python3 -m venv .venv", ". .venv/bin/activate", "pip install -c c
 ELSEWHERE = ["make demo", "make test", "python stage2/compare.py"]  # below, never, and in test_gan.py
 FEW_STEPS = "train.max_steps=2 train.batch_size=32 train.log_every=1 train.eval_images=32 tracking.wandb=disabled"
 FEW_DIGITS = "data.source=digits.npz"
-FEW_IMAGES = "num_images=40 tracking.wandb=disabled"
+FEW_IMAGES = "num_images=20 tracking.wandb=disabled"
 VENV = Path(sys.executable).parents[1]
 
 
