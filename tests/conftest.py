@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from programs import ROOT, shell
+from programs import ROOT, THREADS, shell
 
-torch.set_num_threads(1)  # as programs.ENVIRONMENT has it: sums in another order are other bits
-
+# As many threads here as in the programs that tests start: another number of threads gives other bits.
+torch.set_num_threads(THREADS)
 
 LONGEST = ["test_readme.py", "test_configs.py", "test_gan.py", "test_evaluate.py", "test_end_to_end.py"]
 

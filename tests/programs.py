@@ -12,8 +12,10 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared/data"  # real data that the project's own machines have; the product never looks there
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not there")
 BIN = Path(sys.executable).parent
-# One thread, as tests run side by side with whatever else; no credentials, so that wandb is offline whoever runs them.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "NETRC": os.devnull}
+# One thread unless OMP_NUM_THREADS says otherwise: test files run side by side. No credentials: wandb stays offline.
+THREADS = int(os.environ.get("OMP_NUM_THREADS", 1))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "PATH": f"{BIN}:{os.environ['PATH']}"}
+ENVIRONMENT["NETRC"] = os.devnull
 ENVIRONMENT.pop("WANDB_API_KEY", None)
 
 
