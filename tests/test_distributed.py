@@ -11,9 +11,9 @@ from vqgen.config import DataConfig
 from vqgen.data.images import load_images
 from vqgen.models.vqmodel import from_uint8, load_tokenizer
 
-# Two processes add in another order than one: sums differ by 1e-7 of their value. The encoder's slow learning keeps that
-# as small for 20 steps, so hardly any vector comes so near to the border of two codes that it takes the other one.
-# k-means would amplify the difference: it moves its hard choices to and fro ten times.
+# Two processes add in another order than one, so their sums differ by 1e-7. The encoder's slow learning keeps the
+# difference that small for 20 steps: vectors hardly ever cross the border of two codes. k-means would amplify it, as it
+# chooses codes ten times.
 STAGE1 = "model.quantizer.kmeans_iterations=0 optim.lr=1e-3 train.max_steps=20 train.log_every=1"
 
 
