@@ -1,4 +1,4 @@
-"""What the tests of the programs share: running one in this process, and one tiny run of each stage."""
+"""Fixtures of the tests of programs: running a program in this process, and one tiny run of each stage."""
 
 import runpy
 import sys
@@ -8,27 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from programs import ROOT, shell
+from programs import ROOT, THREADS, shell
 
-torch.set_num_threads(1)  # as programs.ENVIRONMENT has it: sums in another order are other bits
-
+# As many threads here as in the programs that tests start: another number of threads gives other bits.
+torch.set_num_threads(THREADS)
 
 LONGEST = ["test_readme.py", "test_configs.py", "test_gan.py", "test_evaluate.py", "test_end_to_end.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that none of them is left for the end, where one process would run it alone."""
+    """Puts the longest files first: one that starts last would run alone while the other workers wait."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture
 def program(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Runs a program in this process, as its file run with these arguments; returns exit code, output and errors."""
+    """Runs a program's file in this process with these arguments; returns exit code, output and errors."""
 
     def run(script: str, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        AcceleratorState._reset_state(reset_partial_state=True)  # a process of its own would start with none
+        AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
         code = 0
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -41,7 +41,7 @@ def program(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
-    """A folder with stage1/ and stage2/, made by the two commands on tiny settings."""
+    """A folder with the tiny runs stage1/ and stage2/."""
     folder = tmp_path_factory.mktemp("runs")
     shell(f"accelerate launch stage1/train.py configs/debug/stage1.yaml run_dir={folder}/stage1")
     shell(f"accelerate launch stage2/train.py configs/debug/stage2.yaml run_dir={folder}/stage2 stage1={folder}/stage1")

@@ -1,4 +1,4 @@
-"""How the tests run the programs as a user would."""
+"""Helpers that run the programs as a user does."""
 
 import os
 import socket
@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared/data"  # real data that the project's own machines have; the product never looks there
+SHARED = ROOT.parent / "shared/data"  # real data, only on the project's own machines; the product never reads it
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not there")
 BIN = Path(sys.executable).parent
-# One thread, as tests run side by side with whatever else; no credentials, so that wandb is offline whoever runs them.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "NETRC": os.devnull}
+# One thread unless OMP_NUM_THREADS says otherwise: test files run side by side. No credentials: wandb stays offline.
+THREADS = int(os.environ.get("OMP_NUM_THREADS", 1))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "PATH": f"{BIN}:{os.environ['PATH']}"}
+ENVIRONMENT["NETRC"] = os.devnull
 ENVIRONMENT.pop("WANDB_API_KEY", None)
 
 
@@ -27,7 +29,7 @@ def shell(command: str, cwd: Path = ROOT) -> str:
 
 
 def launch_two() -> str:
-    """`accelerate launch` of two processes, on a port of their own, as tests run side by side."""
+    """An `accelerate launch` of two processes on a free port, as other tests run at the same time."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return f"accelerate launch --num_processes 2 --cpu --main_process_port {free.getsockname()[1]}"

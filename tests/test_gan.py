@@ -174,16 +174,17 @@ def test_a_gan_of_colour_images_without_classes(program, tmp_path):
 
 
 def test_two_processes_train_a_vqgan_as_one_does_and_a_gan(tmp_path):
-    # Smooth losses: a patch that rounding puts beyond a hinge, or a vector that k-means gives another code, shows.
-    smooth = ["loss.adversarial.name=non_saturating", "model.quantizer.kmeans_iterations=0"]
-    vqgan = " ".join([*VQGAN, *smooth, "train.max_steps=20", "train.log_every=1"])
-    command = f"stage1/train.py {DEBUG['train']} {QUIET} {vqgan}"
+    # Sums over two processes round differently, by 1e-7 of their value. Everything here is continuous, so that the
+    # difference stays small: a single code has no border to another one, and this adversarial loss has no hinge. Slow
+    # learning keeps 20 steps from amplifying it: weights changed by 1e-6 change no figure by more than 4e-5.
+    smooth = ["loss.adversarial.name=non_saturating", "model.quantizer.codebook_size=1"]
+    slow = ["optim.lr=1e-3", "loss.adversarial.lr=5e-4", "train.max_steps=20", "train.log_every=1"]
+    command = f"stage1/train.py {DEBUG['train']} {QUIET} {' '.join([*VQGAN, *smooth, *slow])}"
     shell(f"accelerate launch {command} run_dir={tmp_path}/one")
     assert "2 x cpu" in shell(f"{launch_two()} {command} run_dir={tmp_path}/two")
     for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
-        losses = {key: value for key, value in one.items() if key.endswith(("loss", "mse"))}
-        assert {key: two[key] for key in losses} == pytest.approx(losses, rel=0, abs=1e-4)
-        assert two == pytest.approx(one, rel=2e-3, abs=2e-4)
+        one, two = ({k: v for k, v in line.items() if k != "train/disc_accuracy"} for line in (one, two))  # it counts
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-5)
     assert "2 x cpu" in shell(f"{launch_two()} stage1/train_gan.py {DEBUG['train_gan']} {QUIET} run_dir={tmp_path}/gan")
     assert all(np.isfinite(value) for line in lines(tmp_path / "gan") for value in line.values())
 

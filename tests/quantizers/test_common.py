@@ -23,7 +23,9 @@ def test_nearest_code_against_brute_force(shape):
     z, codebook = random(num_vectors, dim), random(size, dim, seed=1)
     found = nearest_code(z, codebook)
     assert found.dtype == torch.int64
-    assert torch.equal(found, torch.cdist(z.double(), codebook.double()).argmin(dim=1))
+    distance = torch.cdist(z.double(), codebook.double()).square()  # (N, K)
+    # Of codes whose squared distances differ by less, fp32 may find either: theirs are off by some 1e-6.
+    assert (distance.gather(1, found[:, None])[:, 0] - distance.amin(dim=1) < 1e-5).all()
 
 
 def test_the_best_block_wins_wherever_it_is():
