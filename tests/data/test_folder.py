@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data.files import RED, load, save
+from data.files import RED, load, save, write_shard
 from programs import SHARED, needs_shared
 
 from vqgen.data.skipped import read_skipped
@@ -105,6 +105,11 @@ def test_emoji_folder():
 def test_home_folder_is_expanded(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
     assert len(load("~/pets")[0]) > 0
+    assert len(load("digits", val_source="~/pets/cat", channels=1, cache_gb=0)[1]) == 10
+    write_shard(folder.parent / "0.tar", {str(k): (k, b"0") for k in range(3)})
+    np.savez(folder.parent / "a.npz", images=np.zeros((3, 8, 8), np.uint8))
+    for source in ("~/0.tar", "~/{0..0}.tar", "~/*.tar", "~/a.npz"):
+        assert len(load("~/pets/cat", val_source=source)[1]) == 3
 
 
 # Odd files and names

@@ -15,7 +15,7 @@ from soak.hostile import make_hostile, make_valid
 from torch.utils.data import DataLoader
 
 from vqgen.data import images as images_module
-from vqgen.data.images import load_set, some_rows
+from vqgen.data.images import load_images, load_set, some_rows
 from vqgen.data.skipped import count_skipped, one_line, read_skipped
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
@@ -211,17 +211,29 @@ def test_each_hostile_file_is_counted_and_named_and_each_odd_one_loads(tmp_path,
     assert len(train) + len(val) == (len(valid) if cache_gb else len(valid) + len(hostile))
 
 
-def test_hostile_files_put_nothing_but_one_line_on_the_screen(tmp_path):
+def test_hostile_files_put_one_line_on_the_screen_and_the_host_keeps_its_filters_and_loggers(tmp_path):
     make_valid(tmp_path / "x", 40, seed=1)
     make_hostile(tmp_path / "x", 80, seed=1)
     save(tmp_path / "held" / "x.png")
     code = f"""
+import logging, warnings
+import accelerate, PIL.Image, torch, tqdm, vqgen.tokenizers.vqmodel  # these may change what they like
+
+def state():
+    pillow = logging.getLogger("PIL")
+    loggers = [(x.level, x.propagate, list(x.handlers), list(x.filters)) for x in (logging.root, pillow)]
+    return list(warnings.filters), loggers
+
+before = state()
 from vqgen.settings import DataConfig
+from vqgen.data.codes import TokenStore
 from vqgen.data.images import load_images
+assert state() == before, "the import"
 load_images(DataConfig(source={str(tmp_path / "x")!r}, val_source={str(tmp_path / "held")!r}, image_size=16))
+assert state() == before, "the loading"
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert done.stderr.startswith("skipped 80 images that do not load, first: ")
     assert done.stderr.count("\n") == 1
 
@@ -281,3 +293,28 @@ def test_a_set_with_parts_comes_with_its_held_out_part():
     train, held_out = load_set("reference", DataConfig())
     assert (len(train), len(held_out)) == (20_000, 2_000)
     assert train.class_names == held_out.class_names
+
+
+# From Python
+
+
+def test_load_images_takes_a_source_and_settings_by_name(folder, tmp_path):
+    train, held_out = load_images(str(folder), image_size=16, val_fraction=0.3)
+    assert len(train) + len(held_out) == 20
+    assert (train.image_size, train.channels, train.class_names) == (16, 1, ["cat", "dog"])
+    assert set(train.class_ids) == {0, 1}
+    same = load_images(DataConfig(source=str(folder), image_size=16, val_fraction=0.3))
+    assert [part.names for part in same] == [train.names, held_out.names]
+    save(tmp_path / "held" / "cat" / "x.png")
+    train, held_out = load_images(folder, val_source=tmp_path / "held")
+    assert (len(train), len(held_out)) == (20, 1)
+
+
+def test_load_images_changes_settings_by_name_in_a_copy(folder):
+    data = DataConfig(source=str(folder))
+    assert load_images(data, image_size=8)[0].image_size == 8
+    assert data == DataConfig(source=str(folder))
+    with pytest.raises(TypeError, match="imagesize"):
+        load_images(folder, imagesize=8)
+    with pytest.raises(InputError, match=r"^data\.source=nowhere: no such file or folder"):
+        load_images("nowhere")

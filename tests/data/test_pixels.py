@@ -1,8 +1,12 @@
 """Any image file becomes the pixels that are known to be in it: kinds of image, sizes, damage, large images."""
 
+import contextlib
+import logging
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillWaiting
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,13 +216,14 @@ def test_an_image_in_strips_is_the_same(tmp_path, monkeypatch):
         save(tmp_path / "x" / name, Image.fromarray(pixels.astype(np.float32) if name == "float.tif" else pixels))
     palette = Image.fromarray(rng.integers(0, 256, (31, 20, 3), np.uint8)).quantize(16)
     save(tmp_path / "x" / "palette.png", palette, transparency=3)
+    save(tmp_path / "held" / "x.png")
     read = []
     for strip_pixels in (1 << 20, 50):
         monkeypatch.setattr(pixels_module, "STRIP_PIXELS", strip_pixels)
-        train, _ = load(tmp_path / "x", val_source="digits", channels=3, background="#306090")
+        train, _ = load(tmp_path / "x", val_source=str(tmp_path / "held"), channels=3, background="#306090")
         assert len(train) == 6
         read.append(train.__getitems__(range(6))[0])
-        assert load(tmp_path / "x", val_source="digits")[0].channels == 3
+        assert load(tmp_path / "x", val_source=str(tmp_path / "held"))[0].channels == 3
     assert torch.equal(*read)
 
 
@@ -229,3 +234,54 @@ def test_a_very_wide_image_takes_no_minutes(tmp_path):
     start = time.monotonic()
     assert read_one(wide).max() == 0
     assert time.monotonic() - start < 10
+
+
+# Pillow's warnings and log lines
+
+
+def odd_image(path: Path) -> Path:
+    """An image of which Pillow warns that its EXIF data are damaged, and which loads."""
+    return save(path, exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\xff\0\0\0\xff\0\0\0")
+
+
+def host_settings() -> tuple:
+    pillow = logging.getLogger("PIL")
+    return list(warnings.filters), pillow.level, pillow.propagate, list(pillow.handlers), list(pillow.filters)
+
+
+@pytest.mark.parametrize("cache_gb", [0, 1])
+def test_pillow_is_quiet_only_while_an_image_is_decoded(tmp_path, cache_gb, caplog):
+    path = odd_image(tmp_path / "x" / "0.jpg")
+    odd_image(tmp_path / "x" / "1.jpg")
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        before = host_settings()
+        for part in load(tmp_path / "x", cache_gb=cache_gb):
+            part.__getitems__([0])
+        assert host_settings() == before
+        assert shown == []
+        with Image.open(path) as image:
+            image.getexif()
+        assert shown  # else the image is not odd
+    caplog.clear()
+    logging.getLogger("PIL.TiffImagePlugin").error("as Pillow says it")
+    assert caplog.messages == ["as Pillow says it"]
+
+
+def test_pillow_is_quiet_as_long_as_any_thread_decodes():
+    before = host_settings()
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as mine:
+        mine.enter_context(pixels_module._quiet_pillow)
+        pool.submit(_inside_once).result()
+        inside = host_settings()
+        assert inside != before
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.warn_explicit("odd", UserWarning, "PIL/x.py", 1, module="PIL.TiffImagePlugin")
+            warnings.warn_explicit("another's", UserWarning, "x.py", 1, module="x")
+        assert [str(warning.message) for warning in shown] == ["another's"]
+    assert host_settings() == before
+
+
+def _inside_once() -> None:
+    with pixels_module._quiet_pillow:
+        pass
