@@ -15,7 +15,7 @@ from torch import Tensor
 from vqgen.cli.program import run_program
 from vqgen.data.images import some_rows
 from vqgen.distributed import all_reduce_sum
-from vqgen.errors import require
+from vqgen.errors import require, section
 from vqgen.evaluation.features import FeatureCollector, cached_features, load_feature_network, my_batches
 from vqgen.evaluation.metrics import CodeUsage, image_psnr, image_ssim, psnr
 from vqgen.evaluation.perceptual import PerceptualDistance
@@ -49,14 +49,16 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
     accelerator = evaluation_device()
     device = accelerator.device
     others, images, _ = run_images(run, config.data, model.channels)  # to train on, and held out
-    model.code_layout(images.image_size)  # raises where the size does not suit the stride
+    with section("data"):
+        model.code_layout(images.image_size)  # raises where the size does not suit the stride
     rows = some_rows(len(images), config.num_images)
     network = load_feature_network(
         config.features, config.feature_weights, others, seed=config.seed, cache=cache, accelerator=accelerator
     )
     perceptual = None
     if config.perceptual != "none":
-        perceptual = PerceptualDistance(config.perceptual, config.perceptual_weights).to(device)
+        with section("perceptual", name="perceptual", weights="perceptual_weights"):
+            perceptual = PerceptualDistance(config.perceptual, config.perceptual_weights).to(device)
     model.to(device)
 
     def features_of(part, chosen, description):
@@ -70,7 +72,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
     names = ["psnr_per_image", "ssim"] + (["perceptual"] if perceptual else [])
     per_image = torch.zeros(len(rows), len(names), dtype=torch.float64, device=device)
     squared_errors = torch.zeros(len(rows), dtype=torch.float64, device=device)
-    usage = CodeUsage(model.quantizer.num_codebooks, model.quantizer.codebook_size, device)
+    usage = CodeUsage(model.code_layout(images.image_size), device)
     collector = FeatureCollector(len(rows), (images.channels, images.image_size, images.image_size), network)
     for batch in my_batches(len(rows), config.batch_size, "reconstructing"):
         x, class_ids = images.__getitems__(rows[batch])
@@ -78,7 +80,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
         with torch.inference_mode():
             codes = model.encode(from_uint8(x))
             x_rec = to_uint8(model.decode(codes))  # rounded and clipped, as it would be saved
-            usage.update(codes[0])
+            usage.update(codes)
             columns = [image_psnr(x_rec, x), image_ssim(x_rec, x)]
             if perceptual:
                 columns.append(perceptual(from_uint8(x_rec), from_uint8(x)))

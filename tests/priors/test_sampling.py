@@ -7,6 +7,7 @@ from torch import Tensor
 from vqgen.codes import CodeLayout
 from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import classes_in_turn, draw, sample_images, sample_tokens
+from vqgen.tokenizers.light import Light
 from vqgen.tokenizers.vqmodel import VQModel
 
 PLAIN = CodeLayout(((1, 4, 4),), (16,))
@@ -202,7 +203,7 @@ def test_without_generators_torch_s_own_seed_decides():
 @pytest.fixture(scope="module")
 def tokenizer() -> VQModel:
     torch.manual_seed(0)
-    model = VQModel(widths=(16, 32), quantizer={"codebook_size": 16, "code_dim": 8}).eval().requires_grad_(False)
+    model = Light(widths=(16, 32), quantizer={"codebook_size": 16, "code_dim": 8}).eval().requires_grad_(False)
     model.quantizer.codebook.normal_(std=3)
     return model
 
