@@ -1,0 +1,135 @@
+"""Several processes: the main one lists and hashes for all, and what it finds wrong, all say."""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from data.files import load, save, write_shard
+
+from vqgen import distributed
+from vqgen.data import identity, images
+from vqgen.data.sources import folder as folder_module
+from vqgen.data.sources import tar
+from vqgen.distributed import computed_by_main, cores_per_process
+from vqgen.errors import InputError
+
+
+def in_two(tmp_path: Path, work: Callable[[int], object]) -> list:
+    """What work(rank) returns on each of two processes, as JSON has it; the name and message of what it raises."""
+
+    def process(rank: int) -> None:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=rank, world_size=2)
+        try:
+            found = work(rank)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        (tmp_path / f"{rank}.json").write_text(json.dumps(found))
+        dist.barrier()
+        os._exit(0)  # without pytest's own end
+
+    running = [multiprocessing.get_context("fork").Process(target=process, args=(rank,)) for rank in range(2)]
+    for one in running:
+        one.start()
+    for one in running:
+        one.join(30)
+        one.kill()  # where one waits for the other in vain
+    assert [one.exitcode for one in running] == [0, 0]
+    (tmp_path / "group").unlink(missing_ok=True)
+    return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def forbidden(*args: object) -> None:
+    raise AssertionError("only the main process does this")
+
+
+def facts(source: Path, **settings) -> list:
+    """All that makes two sets the same, of a source's two parts."""
+    return [[part.names, part.class_ids.tolist(), part.class_names, part.channels, part.fingerprint,
+             part.__getitems__(range(len(part)))[0].tolist()] for part in load(source, **settings)]  # fmt: skip
+
+
+@pytest.mark.parametrize("cache_gb", [0, 1])
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_the_main_process_lists_probes_and_hashes_for_all(folder, tmp_path, kind, cache_gb):
+    write_shard(tmp_path / "a.tar", {str(k): (k, b"0") for k in range(6)})
+    source = folder if kind == "folder" else tmp_path / "a.tar"
+    expected = json.loads(json.dumps(facts(source, cache_gb=cache_gb)))
+
+    def work(rank: int) -> object:
+        if rank > 0:
+            folder_module.list_images = tar._index_shard = forbidden
+            images.fingerprint_of = images.is_coloured = forbidden
+        return facts(source, cache_gb=cache_gb)
+
+    assert in_two(tmp_path, work) == [expected, expected]
+
+
+def test_what_the_main_process_finds_wrong_all_processes_raise(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    for k in range(3):
+        (tmp_path / "broken" / f"{k}.png").write_bytes(b"")
+    for name, message in {"empty": "no image in this folder", "broken": "none of 2 images loads"}.items():
+        first, second = in_two(tmp_path, lambda rank, name=name: load(tmp_path / name))
+        assert first == second
+        assert first.startswith("InputError: ")
+        assert message in first
+
+
+def test_an_error_that_is_not_the_user_s_is_not_shared(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        computed_by_main(lambda: 1 / 0)
+    with pytest.raises(InputError):
+        computed_by_main(lambda: load("nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "local", "expected"),
+    [(8, 1, None, 8), (8, 2, None, 4), (8, 16, "4", 2), (8, 16, None, 1), (3, 2, "2", 1), (6, 1, "2", 3)],
+)
+def test_cores_are_those_of_this_machine_shared_by_the_processes_on_it(monkeypatch, cores, processes, local, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    assert cores_per_process() == expected
+
+
+def test_cores_that_this_process_may_not_use_do_not_count(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert cores_per_process() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert cores_per_process() == len(before)
+
+
+def test_images_are_decoded_by_as_many_threads_as_there_are_cores(folder, monkeypatch):
+    asked = []
+
+    class Pool(images.ThreadPoolExecutor):
+        def __init__(self, threads: int):
+            asked.append(threads)
+            super().__init__(threads)
+
+    monkeypatch.setattr(images, "ThreadPoolExecutor", Pool)
+    for cores, expected in ((1, 1), (3, 3), (64, 8)):
+        monkeypatch.setattr(images, "cores_per_process", lambda cores=cores: cores)
+        load(folder)
+        assert asked[-2:] == [expected, expected]
+
+
+def test_a_fingerprint_that_is_known_is_not_computed_again(folder, monkeypatch):
+    train, _ = load(folder)
+    before = train.fingerprint
+    monkeypatch.setattr(images, "fingerprint_of", forbidden)
+    save(folder / "cat" / "new.png")
+    assert train.fingerprint == before
+    assert identity.fingerprint_of(*train._identity, train._source.files) == before
