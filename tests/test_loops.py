@@ -9,7 +9,9 @@ import ast
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,12 +24,15 @@ from torch import Tensor, nn
 from vqgen.adversarial.dcgan import DCGANDiscriminator, DCGANGenerator
 from vqgen.adversarial.discriminators import PatchDiscriminator
 from vqgen.cli.parse import read_yaml
+from vqgen.codes import CodeLayout
 from vqgen.data.images import load_images
 from vqgen.data.order import BatchOrder, coin_flips, mixed_seed
 from vqgen.evaluation.perceptual import PerceptualDistance
 from vqgen.priors.prior import Prior
+from vqgen.quantizers import QuantizerOutput, build_quantizer
 from vqgen.settings import DataConfig
-from vqgen.tokenizers import build_tokenizer
+from vqgen.tokenizers import ARCHITECTURES, build_tokenizer
+from vqgen.tokenizers.light import Light
 from vqgen.tokenizers.vqmodel import load_tokenizer
 
 QUIET = "tracking.wandb=disabled"
@@ -312,6 +317,45 @@ def test_validation_of_stage2_is_of_the_shared_prior_on_held_out_codes(runs, pro
     assert logged["val/nll"] == pytest.approx(nll["val"], rel=1e-5)
     assert logged["val/nll"] != pytest.approx(nll["train"], rel=1e-4)
     assert logged["val/code_bits_per_dim"] == pytest.approx(nll["val"] / math.log(2) * 16 / 32**2, rel=1e-5)
+
+
+class TwoMaps(Light):
+    """An architecture with a second code map, of eight codes, which are of the same vectors as the first's."""
+
+    def __init__(self, channels: int = 3, widths: Sequence[int] = (8, 16), quantizer: dict[str, Any] | None = None):
+        super().__init__(channels=channels, widths=widths, quantizer=quantizer)
+        self.second = build_quantizer(name="ema", codebook_size=8, code_dim=self.quantizer.code_dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[QuantizerOutput]]:
+        z = self.to_code(self.encoder(x))
+        q = [self.quantizer(z), self.second(z)]
+        return self.decoder(self.from_code(q[0].z_q + q[1].z_q)), q
+
+    def code_layout(self, size: int) -> CodeLayout:
+        shape = super().code_layout(size).shapes[0]
+        return CodeLayout((shape, shape), (self.quantizer.codebook_size, 8))
+
+
+def test_usage_is_of_all_code_maps(program, monkeypatch, tmp_path):
+    monkeypatch.setitem(ARCHITECTURES, "two", TwoMaps)
+    arguments = [
+        f"run_dir={tmp_path}",
+        "model.name=two",
+        "model.quantizer.codebook_size=4096",
+        *FIVE,
+        "train.log_every=5",
+    ]
+    code, _, errors = program("stage1/train.py", *arguments)
+    assert code == 0, errors
+    model = build_tokenizer(**read_yaml(tmp_path / "config.yaml")["model"]).eval()
+    model.load_state_dict(state(tmp_path, 5)["ema"])
+    held_out = load_images(DataConfig(channels=1))[1]
+    x = held_out.__getitems__(np.linspace(0, len(held_out) - 1, 100, dtype=int))[0].float() / 127.5 - 1
+    used = [len(out.codes.unique()) for out in model(x)[1]]
+    assert used[0] < 1000  # of 4,096: so the second map's share is another
+    logged = metrics(tmp_path)
+    assert logged["val/usage"] == pytest.approx((used[0] / 4096 + used[1] / 8) / 2)
+    assert logged["train/usage"] > 0.5  # nearly all eight codes of the second map count as much as the 4,096
 
 
 # The shape of the house

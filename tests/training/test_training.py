@@ -435,6 +435,23 @@ def test_what_going_back_does_not_cure_is_one_line_with_the_remedy(tmp_path):
         diverge()
 
 
+def test_each_update_of_a_run_has_random_numbers_of_its_own(tmp_path):
+    train = TrainConfig(max_steps=3, accumulation=2, checkpoint_every=100)
+    config = Stage1Config(run_dir=str(tmp_path), train=train, tracking=TrackingConfig(wandb="disabled"))
+    drawn = []
+    for run in attempts(config, lowered="", to_lower=""):
+        with run:
+            for now in started(run).steps():
+                if now.ends:
+                    break
+                torch.manual_seed(123)  # an evaluation may draw, and change nothing
+                drawn += [torch.rand(()).item() for _ in run.passes(iter("ab"))]
+            run.accelerator.end_training()
+    assert len(set(drawn)) == 6
+    seed_step(0, 1)
+    assert drawn[2:4] == [torch.rand(()).item() for _ in "ab"]
+
+
 def test_what_is_not_a_divergence_is_not_kept_and_signals_are_given_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     for run in attempts(Stage1Config(run_dir=str(tmp_path)), lowered="", to_lower=""):

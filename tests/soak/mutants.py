@@ -1,0 +1,466 @@
+"""Plants one bug at a time in a copy of the project, runs the tests that should notice, and prints a table.
+
+python tests/soak/mutants.py [WORDS ...]    # those whose description holds all the words; without words all of them
+
+A mutant whose tests fail is killed. One that survives shows something that the tests do not see. All of them take about
+twenty minutes on two cores.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+JOBS = 2
+LOOPS, GAN, FAULTS = "tests/test_loops.py", "tests/test_gan.py", "tests/test_faults.py"
+TRAINING, CODEBOOK = "tests/training/test_training.py", "tests/quantizers/test_codebook.py"
+
+
+class Mutant(NamedTuple):
+    """A bug in words, its file, the text it replaces and its own, and the tests that should notice (pytest's -k)."""
+
+    bug: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    chosen: str = ""
+
+
+MUTANTS = [
+    # The average and what is evaluated and saved
+    Mutant(
+        "the average is updated with the wrong step number",
+        "stage1/train.py",
+        "nets.average.update(nets.tokenizer, now.step + 1)",
+        "nets.average.update(nets.tokenizer, now.step + 2)",
+        LOOPS,
+        "average",
+    ),
+    Mutant(
+        "the prior's average is updated with the wrong step number",
+        "stage2/train.py",
+        "nets.average.update(nets.prior, now.step + 1)",
+        "nets.average.update(nets.prior, 10 * now.step + 1)",
+        LOOPS,
+        "average",
+    ),
+    Mutant(
+        "the GAN's average follows D's step number twice",
+        "stage1/train_gan.py",
+        "nets.average.update(nets.bare_generator, now.step + 1)",
+        "nets.average.update(nets.bare_generator, 2 * now.step + 1)",
+        LOOPS,
+        "average",
+    ),
+    Mutant(
+        "validation of stage 1 is of training images",
+        "stage1/train.py",
+        "evaluate(nets.average.model, val_set,",
+        "evaluate(nets.average.model, train_set,",
+        LOOPS,
+        "validation",
+    ),
+    Mutant(
+        "validation of stage 1 is of the raw weights",
+        "stage1/train.py",
+        "evaluate(nets.average.model, val_set,",
+        "evaluate(nets.tokenizer, val_set,",
+        LOOPS,
+        "validation",
+    ),
+    Mutant(
+        "val/nll is of training codes",
+        "stage2/train.py",
+        "prior_nll(prior, val_codes,",
+        "prior_nll(prior, train_codes,",
+        LOOPS,
+        "validation",
+    ),
+    Mutant(
+        "val/nll is of the raw weights",
+        "stage2/train.py",
+        "prior_nll(prior, val_codes,",
+        "prior_nll(nets.prior, val_codes,",
+        LOOPS,
+        "validation",
+    ),
+    Mutant(
+        "stage 1 shares the raw weights in place of the average",
+        "stage1/train.py",
+        'run.save(now, state, {"": nets.average})',
+        'run.save(now, state, {"": nets.tokenizer})',
+        LOOPS,
+        "average",
+    ),
+    Mutant(
+        "stage 2 shares the raw weights in place of the average",
+        "stage2/train.py",
+        '{"prior": nets.average,',
+        '{"prior": nets.prior,',
+        LOOPS,
+        "average",
+    ),
+    Mutant(
+        "the GAN shares the raw weights in place of the average",
+        "stage1/train_gan.py",
+        '{"generator": nets.average}',
+        '{"generator": nets.bare_generator}',
+        LOOPS,
+        "average",
+    ),
+    Mutant(
+        "the average takes codebooks in slowly",
+        "vqgen/training/average.py",
+        'if name.endswith("codebook"):',
+        'if name.endswith("codes"):',
+        TRAINING,
+        "codebooks",
+    ),
+    Mutant(
+        "usage ignores all but the first code map",
+        "vqgen/evaluation/metrics.py",
+        "for part in codes:",
+        "for part in codes[:1]:",
+        "tests/evaluation/test_metrics.py",
+        "usage",
+    ),
+    Mutant(
+        "training's usage ignores all but the first code map",
+        "stage1/train.py",
+        "usage.update(codes)",
+        "usage.update(codes[:1])",
+        LOOPS,
+        "all_code_maps",
+    ),
+    Mutant(
+        "validation's usage ignores all but the first code map",
+        "stage1/train.py",
+        "usage.update([out.codes for out in q])",
+        "usage.update([q[0].codes])",
+        LOOPS,
+        "all_code_maps",
+    ),
+    # The step of stage 1
+    Mutant("data.flip is ignored", "vqgen/data/order.py", "        if flip:\n", "        if False:\n", LOOPS, "vqgan"),
+    Mutant(
+        "flips turn images upside down",
+        "vqgen/data/order.py",
+        "x.flip(-1), x)",
+        "x.flip(-2), x)",
+        LOOPS,
+        "vqgan",
+    ),
+    Mutant(
+        "the perceptual gradient has the wrong sign",
+        "stage1/train.py",
+        "gradient = gradient + perceptual.weight * perceptual_gradient",
+        "gradient = gradient - perceptual.weight * perceptual_gradient",
+        LOOPS,
+        "vqgan",
+    ),
+    Mutant(
+        "the perceptual weight is left out of the gradient",
+        "stage1/train.py",
+        "gradient = gradient + perceptual.weight * perceptual_gradient",
+        "gradient = gradient + perceptual_gradient",
+        LOOPS,
+        "vqgan",
+    ),
+    Mutant(
+        "the adversarial gradient has the wrong sign",
+        "stage1/train.py",
+        "gradient = gradient + adv_weight * adv_gradient",
+        "gradient = gradient - adv_weight * adv_gradient",
+        LOOPS,
+        "vqgan",
+    ),
+    Mutant(
+        "the adaptive weight forgets the perceptual gradient",
+        "stage1/train.py",
+        "adaptive_weight(gradient, adv_gradient,",
+        "adaptive_weight(torch.autograd.grad(F.mse_loss(y, x), y)[0], adv_gradient,",
+        LOOPS,
+        "vqgan",
+    ),
+    Mutant(
+        "the quantizer's loss has no gradient",
+        "stage1/train.py",
+        'run.accelerator.backward(losses["quantizer_loss"] + (x_rec * gradient).sum())',
+        "run.accelerator.backward((x_rec * gradient).sum())",
+        LOOPS,
+        "vqgan",
+    ),
+    Mutant(
+        "the decoder's adversarial loss also trains D",
+        "stage1/train.py",
+        '(adv_gradient,) = torch.autograd.grad(losses["adv_loss"], y)',
+        '(adv_gradient,) = torch.autograd.grad(losses["adv_loss"], y, retain_graph=True)\n'
+        '        losses["adv_loss"].backward()',
+        LOOPS,
+        "vqgan",
+    ),
+    Mutant(
+        "R1 is not weighted for the steps it leaves out",
+        "stage1/train.py",
+        'loss = loss + adversarial.r1 * R1_EVERY * losses["r1_loss"]',
+        'loss = loss + adversarial.r1 * losses["r1_loss"]',
+        LOOPS,
+        "vqgan",
+    ),
+    Mutant(
+        "LeCam's loss is logged and not learned",
+        "stage1/train.py",
+        'loss = loss + adversarial.lecam * losses["lecam_loss"]',
+        "loss = loss",
+        LOOPS,
+        "vqgan",
+    ),
+    Mutant(
+        "D learns from reconstructions as if they were real",
+        "stage1/train.py",
+        "torch.cat([x.requires_grad_(penalised), x_rec])",
+        "torch.cat([x_rec, x.requires_grad_(penalised)])",
+        LOOPS,
+        "vqgan",
+    ),
+    Mutant(
+        "D has the tokenizer's learning rate",
+        "stage1/train.py",
+        "run.lowered * disc_lr_at(now.share, config)",
+        "run.lowered * lr_at(now.share, config.optim)",
+        LOOPS,
+        "vqgan",
+    ),
+    # What all loops share
+    Mutant(
+        "gradients are not clipped",
+        "vqgen/training/run.py",
+        "self.accelerator.clip_grad_norm_(model.parameters(), self.config.optim.grad_clip)",
+        "self.accelerator.clip_grad_norm_(model.parameters(), 1e9)",
+        LOOPS,
+        "update_of",
+    ),
+    Mutant(
+        "accumulation does not divide",
+        "vqgen/training/run.py",
+        "gradient_accumulation_steps=config.train.accumulation,",
+        "",
+        LOOPS,
+        "update_of",
+    ),
+    Mutant(
+        "passes are summed in the log",
+        "vqgen/training/run.py",
+        "accumulate(self._terms, terms, self.accumulation)",
+        "accumulate(self._terms, terms, 1)",
+        LOOPS,
+        "update_of",
+    ),
+    Mutant(
+        "a resumed run forgets accumulation",
+        "vqgen/training/run.py",
+        "first=self.step * self.accumulation)",
+        "first=self.step)",
+        FAULTS,
+        "again_and_again",
+    ),
+    Mutant(
+        "a resumed run starts its epoch anew",
+        "vqgen/training/run.py",
+        "first=self.step * self.accumulation)",
+        "first=0)",
+        FAULTS,
+        "again_and_again",
+    ),
+    Mutant(
+        "weight decay on norms and biases",
+        "vqgen/training/schedule.py",
+        '{"params": kept, "weight_decay": 0.0}',
+        '{"params": kept, "weight_decay": weight_decay}',
+        f"{LOOPS} {TRAINING}",
+        "update_of or parameter_groups",
+    ),
+    Mutant(
+        "the learning rate ignores warm-up",
+        "vqgen/training/schedule.py",
+        "return optim.lr * warmup * 0.5",
+        "return optim.lr * 0.5",
+        f"{LOOPS} {TRAINING}",
+        "update_of or warm",
+    ),
+    Mutant(
+        "the learning rate is computed and not set",
+        "vqgen/training/schedule.py",
+        '        group["lr"] = lr\n',
+        "        pass\n",
+        LOOPS,
+        "update_of",
+    ),
+    Mutant(
+        "rollbacks lower nothing",
+        "vqgen/training/run.py",
+        "return 0.5**self.rollbacks",
+        "return 1.0",
+        f"{TRAINING} {GAN}",
+        "halved or overflows",
+    ),
+    Mutant(
+        "a step that is not finite is taken",
+        "vqgen/training/run.py",
+        "optimizer.optimizer.found_inf = bad",
+        "pass",
+        GAN,
+        "overflows",
+    ),
+    Mutant(
+        "each step repeats the same random numbers",
+        "vqgen/training/run.py",
+        "seed_step(self.config.seed, self.step)",
+        "seed_step(self.config.seed, 0)",
+        TRAINING,
+        "random_numbers",
+    ),
+    Mutant(
+        "the optimizer's state is not resumed",
+        "vqgen/training/state.py",
+        "load_optimizer(part, state[name])",
+        "pass",
+        FAULTS,
+        "again_and_again",
+    ),
+    Mutant(
+        "the random numbers of a step depend on what came before",
+        "vqgen/training/run.py",
+        "        seed_step(self.config.seed, self.step)\n",
+        "",
+        FAULTS,
+        "again_and_again",
+    ),
+    Mutant(
+        "a stopped run's means start anew",
+        "vqgen/training/run.py",
+        'self.means.load_state_dict(saved["means"])',
+        "pass",
+        FAULTS,
+        "again_and_again",
+    ),
+    Mutant(
+        "a checkpoint of other data is taken",
+        "vqgen/training/checkpoints.py",
+        "if name in state and state[name] != now:",
+        "if False:",
+        "tests/training/test_checkpoints.py",
+        "moved",
+    ),
+    Mutant(
+        "evaluation's time counts as training",
+        "vqgen/training/schedule.py",
+        "self.spent, self.started = self.seconds, None",
+        "pass",
+        TRAINING,
+        "paused",
+    ),
+    # Stage 2 and the GAN
+    Mutant(
+        "class dropout is never applied",
+        "vqgen/data/order.py",
+        "class_ids = class_ids.masked_fill(hidden.to(device, non_blocking=True), -1)",
+        "pass",
+        LOOPS,
+        "prior",
+    ),
+    Mutant(
+        "the prior predicts the token before",
+        "vqgen/priors/prior.py",
+        "tokens[:, :-1]",
+        "tokens[:, 1:]",
+        LOOPS,
+        "validation_of_stage2 or prior",
+    ),
+    Mutant(
+        "the GAN's D loss also trains G",
+        "stage1/train_gan.py",
+        "            with torch.no_grad():\n                fakes",
+        "            with torch.enable_grad():\n                fakes",
+        LOOPS,
+        "gan",
+    ),
+    Mutant(
+        "G's loss also trains D",
+        "stage1/train_gan.py",
+        "nets.bare_disc.requires_grad_(False)",
+        "nets.bare_disc.requires_grad_(True)",
+        LOOPS,
+        "gan",
+    ),
+    Mutant(
+        "G is trained on D's noise",
+        "stage1/train_gan.py",
+        "noise(config, run, now, i, turn=1)",
+        "noise(config, run, now, i, turn=0)",
+        LOOPS,
+        "gan",
+    ),
+    Mutant(
+        "G is trained to be told apart",
+        "vqgen/adversarial/losses.py",
+        '    assert name == "non_saturating", name\n    return F.softplus(-fake).mean()',
+        '    assert name == "non_saturating", name\n    return F.softplus(fake).mean()',
+        LOOPS,
+        "gan",
+    ),
+    # Codebooks
+    Mutant(
+        "codes that fall out of use stay there",
+        "vqgen/quantizers/codebook.py",
+        "            elif self.revive_below:\n                self._revive(vectors)",
+        "            elif self.revive_below:\n                pass",
+        CODEBOOK,
+    ),
+    Mutant(
+        "the commitment term moves the codebook",
+        "vqgen/quantizers/common.py",
+        "return difference * (commitment_weight * scale), for_z_q, None, None",
+        "return difference * (codebook_weight * scale), for_z_q, None, None",
+        "tests/quantizers/test_common.py",
+    ),
+]
+
+
+def outcome(mutant: Mutant) -> str:
+    """Plants one mutant in a copy, and says `killed`, `SURVIVED` or why neither can be said."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "project"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".*_cache", "__pycache__"))
+        text = (copy / mutant.file).read_text()
+        if text.count(mutant.old) != 1:
+            return f"NOT PLANTED: the text is there {text.count(mutant.old)} times"
+        (copy / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests.split()]
+        command += ["-k", mutant.chosen] if mutant.chosen else []
+        environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+        return {0: "SURVIVED", 1: "killed"}.get(done.returncode, f"NO VERDICT: pytest exits with {done.returncode}")
+
+
+def main(words: list[str]) -> int:
+    chosen = [mutant for mutant in MUTANTS if all(word in mutant.bug for word in words)]
+    print("| bug | file | tests | outcome |\n|---|---|---|---|", flush=True)
+    with ThreadPoolExecutor(JOBS) as pool:
+        outcomes = []
+        for mutant, found in zip(chosen, pool.map(outcome, chosen), strict=True):
+            tests = mutant.tests + (f" -k '{mutant.chosen}'" if mutant.chosen else "")
+            print(f"| {mutant.bug} | {mutant.file} | {tests} | {found} |", flush=True)
+            outcomes.append(found)
+    print(f"{outcomes.count('killed')} of {len(outcomes)} killed")
+    return int(outcomes.count("killed") != len(outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
