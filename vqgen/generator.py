@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vqgen.adversarial.dcgan import DCGANGenerator, load_gan
-from vqgen.data.images import to_square
+from vqgen.data.pixels import to_square
 from vqgen.errors import InputError, expanded, require
 from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import classes_in_turn, generate_images, sample_images
@@ -182,7 +182,7 @@ class Generator:
                 data.resize,
             )
         data = replace(data, image_size=self.image_size)
-        squares = [torch.from_numpy(to_square(picture, data, self.channels)) for picture in pictures]
+        squares = [torch.from_numpy(to_square(picture, self.channels, data)) for picture in pictures]
         parts = [squares[i : i + DEFAULTS.batch_size] for i in range(0, len(squares), DEFAULTS.batch_size)]
         return [
             picture

@@ -266,9 +266,10 @@ class ImageSet:
 
     def _decode(self, i: int) -> np.ndarray | None:
         """Image i as uint8 (C, H, W), or None if it does not load, with the reason in `_broken`."""
+        mode = "L" if self.channels == 1 else "RGB"
         try:
             with _opened(self._source, self._rows[i]) as image:
-                return to_square(image, self._data, self.channels)
+                pixels = np.asarray(_resize(_as(mode, _flatten(image, self._data.background)), self._data))
         except DECODE_ERRORS as error:
             if isinstance(error, OSError) and error.errno in PASSING:
                 raise
@@ -281,6 +282,7 @@ class ImageSet:
                 with contextlib.suppress(OSError):  # a full disk ends a run where it matters
                     self._skipped.add({self._listed_name(i): self._broken[i]})
             return None
+        return np.ascontiguousarray(rearrange(pixels, "h w -> 1 h w" if self.channels == 1 else "h w c -> c h w"))
 
     def _describe(self, i: int) -> str:
         """A broken image's name and reason, for a message."""
@@ -410,13 +412,6 @@ def _probe_channels(source: _Source, rows: np.ndarray, background: str) -> int:
 
 
 # Pixels
-
-
-def to_square(image: Image.Image, data: DataConfig, channels: int) -> np.ndarray:
-    """Any image as the uint8 (C, H, W) square that `data` asks for, with C = channels, 1 or 3."""
-    mode = "L" if channels == 1 else "RGB"
-    pixels = np.asarray(_resize(_as(mode, _flatten(image, data.background)), data))
-    return np.ascontiguousarray(rearrange(pixels, "h w -> 1 h w" if channels == 1 else "h w c -> c h w"))
 
 
 def _flatten(image: Image.Image, background: str) -> Image.Image:
