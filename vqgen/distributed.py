@@ -1,10 +1,16 @@
 """The process group as the quantizers and metrics see it: plain functions that also work without one."""
 
-from typing import Any
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from vqgen.errors import InputError
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -49,3 +55,32 @@ def object_from_main(value: Any) -> Any:
         dist.broadcast_object_list(box, src=0)
         return box[0]
     return value
+
+
+def computed_by_main(compute: Callable[[], T]) -> T:
+    """What compute() returns on the main process, on all of them; all call this at the same point.
+
+    Raises:
+        InputError, OSError: compute() raised it on the main process.
+    """
+    if world_size() == 1:
+        return compute()
+    value = error = None
+    if rank() == 0:
+        try:
+            value = compute()
+        except (InputError, OSError) as raised:  # without it, the other processes would wait for a value
+            error = raised
+    value, error = object_from_main((value, error))
+    if error is not None:
+        raise error
+    return value
+
+
+def cores_per_process() -> int:
+    """This machine's cores that this process may use, divided by the processes on this machine; at least 1.
+
+    A launcher says in LOCAL_WORLD_SIZE how many processes it has started here; else all are taken to be here.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))

@@ -1,4 +1,4 @@
-"""The token store: a data set, encoded once by the tokenizer, memory-mapped from disk."""
+"""The token store: the tokens of a data set, which the tokenizer encodes once, memory-mapped from disk."""
 
 import errno
 import hashlib
@@ -16,26 +16,26 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from vqgen.data.images import ImageSet
+from vqgen.data.images import MAX_THREADS, ImageSet
 from vqgen.data.skipped import SkippedFile, read_skipped
-from vqgen.distributed import from_main, rank, world_size
+from vqgen.distributed import cores_per_process, from_main, rank, world_size
 from vqgen.errors import InputError
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8
 
 logger = logging.getLogger("vqgen")
 
-LEFT_OUT = -2  # the class id in the store of an image that did not load
+LEFT_OUT = -2  # the class id, on disk, of an image that did not load
 ENCODED_AT_ONCE = 64
 
 
 class TokenStore:
-    """Token sequences with their class ids; a dataset of a `DataLoader` whose collate_fn returns its argument.
+    """Token sequences with their class ids; a dataset for a `DataLoader` whose `collate_fn` returns its argument.
 
     Args:
-        folder: holds tokens.npy (n, N), uint16 or uint32, class_ids.npy (n,), and skipped.txt if images did not load.
+        folder: has tokens.npy (n, N), uint16 or uint32, class_ids.npy (n,), and skipped.txt if images did not load.
 
     Raises:
-        OSError, EOFError, ValueError: a file is not there or not whole.
+        OSError, EOFError, ValueError: a file is missing or damaged.
     """
 
     def __init__(self, folder: Path):
@@ -65,19 +65,21 @@ def encode_images(
     accelerator: Accelerator,
     skipped: Path | None = None,
 ) -> TokenStore:
-    """The images as tokens: from the store on disk if these very ones are there, else encoded now and kept.
+    """The images as tokens: from the store on disk if it has them, else encoded now and stored.
+
+    All processes call it at the same point, and share the work.
 
     Args:
         images: what to encode.
         model: the tokenizer, on its device, in eval mode.
-        cache: the folder that holds the stores.
+        cache: the folder of all stores.
         tokenizer_hash: identifies the tokenizer.
         mirror: store each image and its mirror image.
         accelerator: of the processes that share the work.
-        skipped: a file to name the images in that do not load, now or when the store was made; see `SkippedFile`.
+        skipped: the file that lists the images that do not load, now or when the store was made; see `SkippedFile`.
 
     Raises:
-        InputError: the store or that file cannot be written.
+        InputError: the store or that file cannot be written, or no image loads.
     """
     made_from = {"tokenizer": tokenizer_hash, "data": images.fingerprint, "mirror": mirror, **images.crop}
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
@@ -90,7 +92,7 @@ def encode_images(
                 count = len(images) * (2 if mirror else 1)
                 dtype = np.uint16 if layout.vocab_size <= 1 << 16 else np.uint32
                 try:
-                    if folder.exists():  # though it does not load
+                    if folder.exists():  # a damaged store
                         shutil.rmtree(folder)
                     shutil.rmtree(beside, ignore_errors=True)
                     beside.mkdir(parents=True)
@@ -114,7 +116,7 @@ def encode_images(
                 except OSError:
                     if not folder.exists():
                         raise
-                    shutil.rmtree(beside)  # another run has made the same store meanwhile
+                    shutil.rmtree(beside)  # meanwhile another run has made the same store
         except BaseException:
             if accelerator.is_main_process:
                 shutil.rmtree(beside, ignore_errors=True)
@@ -143,10 +145,10 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _reserve(path: Path, dtype: type, shape: tuple[int, ...]) -> None:
-    """Makes an array's file with room on the disk for all of it: a full one would kill who writes to its memory map.
+    """Makes an array's file, and reserves its space: a disk that fills up would kill a process that writes to the map.
 
     Raises:
-        OSError: there is not so much room.
+        OSError: the disk has too little space.
     """
     np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):  # not on a Mac
@@ -154,23 +156,23 @@ def _reserve(path: Path, dtype: type, shape: tuple[int, ...]) -> None:
             try:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system has no such thing
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system cannot reserve space
                     raise
 
 
 @torch.no_grad()
 def _encode_share(images: ImageSet, model: VQModel, folder: Path, mirror: bool) -> None:
-    """Encodes this process's stretch of the images; a mirror image's row is its image's plus their number."""
+    """Encodes this process's share of the images. The mirror image of row i is row i + len(images)."""
     tokens, class_ids = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("tokens", "class_ids"))
     layout, device = model.code_layout(images.image_size), next(model.parameters()).device
-    stretch = np.array_split(np.arange(len(images)), world_size())[rank()]
-    threads = max(1, min(8, (os.cpu_count() or 1) // world_size()))  # Pillow decodes without the interpreter's lock
+    share = np.array_split(np.arange(len(images)), world_size())[rank()]
+    threads = min(MAX_THREADS, cores_per_process())  # Pillow decodes without the interpreter's lock
     with (
         ThreadPoolExecutor(threads) as pool,
-        tqdm(total=len(stretch), desc="encoding", unit=" images", disable=None if rank() == 0 else True) as bar,
+        tqdm(total=len(share), desc="encoding", unit=" images", disable=None if rank() == 0 else True) as bar,
     ):
-        for start in range(0, len(stretch), ENCODED_AT_ONCE):
-            rows = stretch[start : start + ENCODED_AT_ONCE]
+        for start in range(0, len(share), ENCODED_AT_ONCE):
+            rows = share[start : start + ENCODED_AT_ONCE]
             read = zip(rows, pool.map(images.read, rows), strict=True)
             loaded = [(row, pixels) for row, pixels in read if pixels is not None]
             class_ids[rows] = LEFT_OUT

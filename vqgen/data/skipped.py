@@ -1,35 +1,39 @@
-"""The list of images that were skipped, which the processes of a run share."""
+"""The list of images that do not load and were skipped, which the processes of a run share."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: two processes that meet the same image at the same time may both name it
+except ImportError:  # Windows: two processes that skip an image at the same time may both list it
     fcntl = None  # type: ignore[assignment]
+
+# Errors of the machine at this moment: they do not mean that the file is broken.
+PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
 
 
 def one_line(text: str) -> str:
-    """A file's name as one line that any file and terminal takes.
+    """A file's name as one line that can be written to any file and terminal.
 
-    Line breaks, control characters, bytes that are no text, and backslashes are written as Python's escapes, so that
-    the name can be had back.
+    Line breaks, control characters, undecodable bytes and backslashes become Python's escapes, from which the name can
+    be restored.
     """
     unsafe = r"[\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
     return re.sub(unsafe, lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def count_skipped(path: Path) -> int:
-    """How many images a `skipped.txt` names; 0 if there is none."""
+    """How many images a `skipped.txt` lists; 0 if there is no such file."""
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def read_skipped(path: Path) -> dict[str, str]:
-    """Names and reasons in a `skipped.txt`; none if it is not there."""
+    """Names and reasons in a `skipped.txt`; empty if there is no such file."""
     lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
     return {name: reason for name, _, reason in (line.partition("\t") for line in lines)}
 
@@ -37,16 +41,19 @@ def read_skipped(path: Path) -> dict[str, str]:
 class SkippedFile:
     """A file with a line `name<TAB>reason` for each image that was skipped.
 
-    Any number of processes and threads add to it; each name is in it once. It is there only if a line is.
+    Any number of processes and threads may add to it; each name is in it once. Without a line there is no file.
+
+    Args:
+        path: the file.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self._known: set[str] = set()
-        self._seen = 0  # bytes: up to here the lines in the file are known
+        self._seen = 0  # bytes of the file whose lines are in _known
 
     def add(self, reasons: Mapping[str, str]) -> None:
-        """Writes the names, each of one line, that are not in the file yet, with their reasons.
+        """Adds the names that are not in the file yet, with their reasons; each name and reason is one line.
 
         Raises:
             OSError: the file cannot be read or written.

@@ -16,8 +16,8 @@ from accelerate import Accelerator
 import vqgen
 from vqgen.cli.parse import read_yaml
 from vqgen.cli.reflect import check_options
-from vqgen.data.folders import user_cache_folder
 from vqgen.data.images import ImageSet, load_images
+from vqgen.data.sources.listing import user_cache_folder
 from vqgen.errors import InputError, require
 from vqgen.evaluation.features import FeatureNetwork, Features
 from vqgen.evaluation.metrics import ClassProbe, confidence_score, frechet_distance, kernel_distance, manifold_figures

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
+from vqgen.data.skipped import PASSING
 from vqgen.distributed import rank, world_size
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
-PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}  # say nothing about what was read
 DISK_ERRORS = FULL | UNWRITABLE | PASSING | {errno.EIO}
 NO_MEMORY = "can't allocate memory|Cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED|CUDA error: out of memory"
 GOES_ON = "the same command then goes on from the newest checkpoint"

@@ -1,4 +1,4 @@
-"""Which image files a folder holds; what holds many is listed once, as on a slow disk that takes minutes."""
+"""Which image files a folder holds. The list of a large folder is kept: on a slow disk, making it takes minutes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from collections import Counter
 from pathlib import Path
 
 from vqgen.data.skipped import one_line
+from vqgen.data.sources.base import EXTENSIONS
 
 logger = logging.getLogger("vqgen")
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
-MAX_VISITS = 16  # of one folder: links can lead to it in more ways than could ever be listed
-KEPT_FROM = 10_000  # images; of fewer the listing is not worth keeping
-SETTLED_NS = 2 * 10**9  # what changes so soon after another change may show the same time of modification
+MAX_VISITS = 16  # of one folder: links can lead to it along more paths than could ever be listed
+KEPT_FROM = 10_000  # images; a shorter list is not worth keeping
+SETTLED_NS = 2 * 10**9  # two changes within this time may leave the same time of modification
 
 
 def user_cache_folder() -> Path:
-    """vqgen/ in the user's cache folder, there or not.
+    """The folder `vqgen` in the user's cache folder; it need not exist.
 
     Raises:
         RuntimeError: the user has no home.
@@ -34,7 +34,7 @@ def list_images(root: Path) -> list[str]:
     """The paths of all image files below a folder, relative to it, sorted; hidden ones are left out.
 
     Links are followed, but no folder is entered below itself. A folder that cannot be listed is left out with a
-    warning. The listing of a large folder is kept in the user's cache folder, for as long as no folder in it changes.
+    warning. The list of a large folder is kept in the user's cache folder, and used as long as no folder in it changes.
 
     Raises:
         OSError: the root cannot be listed.
@@ -44,10 +44,10 @@ def list_images(root: Path) -> list[str]:
         return kept
     started = time.time_ns()
     names: list[str] = []
-    signatures: dict[str, list[int]] = {}  # of each folder, when it was listed
-    lasting = True  # whether changes would show in the signatures
+    signatures: dict[str, list[int]] = {}  # of each folder, from just before it was listed
+    lasting = True  # whether any change would show in the signatures
     visits: Counter[tuple[int, ...]] = Counter()
-    to_list: list[tuple[str, frozenset[tuple[int, ...]]]] = [("", frozenset())]  # folders, and what they lie in
+    to_list: list[tuple[str, frozenset[tuple[int, ...]]]] = [("", frozenset())]  # a folder, and the folders above it
     while to_list:
         parent, above = to_list.pop()
         path = os.path.join(root, parent)
@@ -80,7 +80,7 @@ def list_images(root: Path) -> list[str]:
                 folders.append(f"{parent}{entry.name}/")
             elif entry.name.lower().endswith(EXTENSIONS):
                 names.append(parent + entry.name)
-            lasting = lasting and not dead  # a folder may appear at its other end
+            lasting = lasting and not dead  # a folder may yet appear where the link leads
         to_list += [(folder, above | {identity}) for folder in sorted(folders, reverse=True)]
     names.sort()
     newest = max(mtime for *_, mtime in signatures.values())
@@ -90,7 +90,7 @@ def list_images(root: Path) -> list[str]:
 
 
 def _signature(path: str) -> list[int]:
-    """Which folder it is, and when a name in it last came or went."""
+    """Which folder it is, and when a name was last added to it or removed."""
     stat = os.stat(path)
     return [stat.st_dev, stat.st_ino, stat.st_mtime_ns]
 
@@ -101,7 +101,7 @@ def _listing_file(root: Path) -> Path:
 
 
 def _read_listing(root: Path) -> list[str] | None:
-    """The names that are kept of a folder, unless a folder in it has changed, or the file is damaged."""
+    """The kept list of a folder; None if there is none, a folder has changed since, or the file is damaged."""
     with contextlib.suppress(OSError, RuntimeError, ValueError):
         checksum, _, content = _listing_file(root).read_bytes().partition(b"\n")
         if checksum.decode() == hashlib.sha256(content).hexdigest():
@@ -113,7 +113,7 @@ def _read_listing(root: Path) -> list[str] | None:
 
 def _write_listing(root: Path, names: list[str], signatures: dict[str, list[int]]) -> None:
     content = json.dumps({"folders": signatures, "names": names}).encode()
-    with contextlib.suppress(OSError, RuntimeError):  # then it is listed anew next time
+    with contextlib.suppress(OSError, RuntimeError):  # the next run then lists the folder again
         path = _listing_file(root)
         beside = path.with_suffix(f".{os.getpid()}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)

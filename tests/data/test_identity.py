@@ -1,0 +1,70 @@
+"""The fingerprint: what changes it, and what does not."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from data.files import load, save, write_shard
+
+from vqgen.data import identity as identity_module
+
+
+def rewrite(path: Path, at: int) -> None:
+    """Changes one byte, and neither the size nor the time of modification."""
+    stat = path.stat()
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_fingerprint_follows_content_names_and_classes(folder):
+    def fingerprints(**settings):
+        return [part.fingerprint for part in load(folder, **settings)]
+
+    before = fingerprints()
+    assert before == fingerprints()
+    assert before[0] != before[1]
+    int(before[0], 16)
+    for settings in ({"image_size": 16}, {"resize": "pad"}, {"background": "red"}, {"cache_gb": 0}, {"channels": 3}):
+        assert fingerprints(**settings) == before
+
+    rewrite(folder / "cat" / "3.png", -20)
+    one_byte = fingerprints()
+    assert one_byte[0] != before[0]
+    (folder / "cat").rename(folder / "bat")
+    renamed = fingerprints()
+    assert renamed[0] != one_byte[0]
+    save(folder / "bat" / "new.png")
+    assert fingerprints()[0] != renamed[0]
+
+
+def test_fingerprint_is_of_the_images_that_load_or_not(damaged, tmp_path):
+    settings = {"val_source": str(tmp_path / "held")}
+    assert load(damaged, **settings)[0].fingerprint == load(damaged, **settings, cache_gb=0)[0].fingerprint
+
+
+def test_fingerprint_of_large_files_is_of_size_and_time(folder, monkeypatch):
+    monkeypatch.setattr(identity_module, "HASHED_BYTES", 100)
+    before = load(folder)[0].fingerprint
+    rewrite(folder / "cat" / "3.png", -20)
+    assert load(folder)[0].fingerprint == before
+    os.utime(folder / "cat" / "3.png", ns=(0, 0))
+    assert load(folder)[0].fingerprint != before
+
+
+def test_fingerprint_of_arrays_and_shards(tmp_path):
+    pixels = np.zeros((4, 8, 8), np.uint8)
+    np.savez(tmp_path / "a.npz", images=pixels)
+    before = load(tmp_path / "a.npz")[0].fingerprint
+    stat = (tmp_path / "a.npz").stat()
+    pixels[3, 7, 7] = 1
+    np.savez(tmp_path / "a.npz", images=pixels)
+    os.utime(tmp_path / "a.npz", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (tmp_path / "a.npz").stat().st_size == stat.st_size
+    assert load(tmp_path / "a.npz")[0].fingerprint != before
+
+    write_shard(tmp_path / "a.tar", {str(k): (k, b"0") for k in range(4)})
+    before = load(tmp_path / "a.tar")[0].fingerprint
+    rewrite(tmp_path / "a.tar", (tmp_path / "a.tar").read_bytes().index(b"{}"))
+    assert load(tmp_path / "a.tar")[0].fingerprint != before

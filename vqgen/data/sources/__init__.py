@@ -1,0 +1,53 @@
+"""Where images come from: one file for each kind of source.
+
+A new kind of source is its file, an entry in `SOURCES` and a test.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from vqgen.data.pixels import reason
+from vqgen.data.sources.arrays import open_digits, open_idx, open_npz
+from vqgen.data.sources.base import NoImages, Parts, Source
+from vqgen.data.sources.folder import open_folder
+from vqgen.data.sources.tar import open_tar
+from vqgen.errors import InputError
+
+__all__ = ["SOURCES", "Parts", "Source", "open_source"]
+
+# Each takes the source as the user wrote it, and as a path with ~ expanded. It returns None for a source of another
+# kind. The first that returns images wins: `digits` may also be a folder, and IDX files lie in a folder.
+SOURCES: dict[str, Callable[[str, Path], Parts | None]] = {
+    "digits": open_digits,
+    "idx": open_idx,
+    "folder": open_folder,
+    "npz": open_npz,
+    "tar": open_tar,
+}
+REMEDY = "give a folder of images, an .npz, a .tar pattern, or digits"
+
+
+def open_source(key: str, source: str | Path) -> Parts:
+    """Opens images of any kind.
+
+    All processes call it at the same point: some sources are listed on the main process, for all.
+
+    Args:
+        key: what the messages call the setting.
+        source: the setting's value, such as a path.
+
+    Raises:
+        InputError: there is no such source, or it cannot be read.
+    """
+    try:
+        path = Path(source).expanduser()
+        for open_kind in SOURCES.values():
+            if (parts := open_kind(str(source), path)) is not None:
+                return parts
+        raise NoImages("a file of an unknown type" if path.exists() else "no such file or folder")
+    except NoImages as error:
+        raise InputError(f"{key}={source}: {error}; {REMEDY}") from error
+    except InputError as error:
+        raise InputError(f"{key}={source}: {error}") from error
+    except (OSError, RuntimeError) as error:  # a path without permission or too long, or ~ of an unknown user
+        raise InputError(f"{key}={source}: {reason(error)}") from error

@@ -1,0 +1,77 @@
+"""What a source of images is, and what several kinds of source use."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from vqgen.data.pixels import reason
+from vqgen.errors import InputError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
+MAX_CLASSES = 1_000_000  # every id up to the largest gets a name
+
+CONTAINER_ERRORS = (OSError, EOFError, ValueError, struct.error, zlib.error, zipfile.BadZipFile, tarfile.TarError)
+
+
+class Source(Protocol):
+    """Images that can be opened one by one, from several threads and processes at a time.
+
+    Attributes:
+        names: stable names: a path relative to the folder, the row of an array, or `shard.tar/key`.
+        class_ids: (N,) int64, -1 for an image without a class.
+        class_names: the classes in the order of their ids; empty if there are none.
+        files: the files that hold the images, for the fingerprint.
+    """
+
+    names: list[str]
+    class_ids: np.ndarray
+    class_names: list[str]
+
+    @property
+    def files(self) -> Sequence[str | Path]: ...
+
+    def num_bytes(self, row: int) -> int:
+        """Size of an image as it is stored.
+
+        Raises:
+            OSError: the image is not there, or is too large.
+        """
+
+    def open(self, row: int) -> Image.Image:
+        """An image, not decoded yet.
+
+        Raises:
+            Exception: the image does not load; see `pixels.DECODE_ERRORS`.
+        """
+
+
+Parts: TypeAlias = tuple[Source, Source | None]
+"""The part to train on, and the source's own held-out part if it has one."""
+
+
+class NoImages(InputError):
+    """There are no images where the user said; `open_source` adds to the message which sources there are."""
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns an error that a damaged file causes into an InputError that names the file."""
+    try:
+        yield
+    except CONTAINER_ERRORS as error:
+        raise InputError(f"{path} cannot be read ({reason(error)}); repair it or fetch it again") from error
+
+
+def numbers_as_names(class_ids: np.ndarray) -> list[str]:
+    """Names for classes that have only numbers: "0", "1", ... up to the largest id."""
+    return [str(class_id) for class_id in range(int(class_ids.max()) + 1)]
