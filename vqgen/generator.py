@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
@@ -66,7 +66,8 @@ class Generator:
             self.image_size, self.channels = model.image_size, model.channels
         else:
             assert tokenizer is not None, "a prior needs its tokenizer"
-            self.image_size, self.channels = model.layout.shapes[-1][-1] * tokenizer.stride, tokenizer.channels
+            finest = cast(Prior, model).layout.shapes[-1]
+            self.image_size, self.channels = finest[-1] * tokenizer.stride, tokenizer.channels
         self._data = data
         self.num_parameters = sum(p.numel() for part in self._models() for p in part.parameters())
 
