@@ -5,6 +5,7 @@ python stage1/evaluate.py RUN_DIR --compare OTHER_RUN_DIR
 """
 
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from vqgen.cli.program import run_program
 from vqgen.data.images import some_rows
 from vqgen.distributed import all_reduce_sum
-from vqgen.errors import require, section
+from vqgen.errors import need, require, section
 from vqgen.evaluation.features import FeatureCollector, cached_features, load_feature_network, my_batches
 from vqgen.evaluation.metrics import CodeUsage, image_psnr, image_ssim, psnr
 from vqgen.evaluation.perceptual import PerceptualDistance
@@ -43,6 +44,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
     if config.compare is not None:
         print(compare(run, Path(config.compare)))
         return
+    need("torchmetrics", "evaluation", "stage1/evaluate.py")
     model, checkpoint = load_tokenizer(run)
     out, cache = writable_folder("out", Path(config.out or run / "evaluation")), cache_folder(config)
     tracking = run_tracking(run, config.tracking)
@@ -118,6 +120,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
     print(f"{path}; the worst and the best reconstructions: {out / 'extremes.png'}")
     if (run / "config.yaml").is_file():
         log_evaluation(run, tracking, report.numbers(), {"extremes": picture})
+    print(f"next: accelerate launch stage2/train.py stage1={quote(str(run))}")
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,12 +30,13 @@ from vqgen.cli.parse import load_config
 from vqgen.cli.program import run_program
 from vqgen.cli.reflect import Sections, check_options
 from vqgen.data.images import ImageSet, load_images, some_rows
-from vqgen.errors import InputError, require, section
+from vqgen.errors import InputError, need, require, section
 from vqgen.evaluation.features import FeatureNetwork, cached_features, load_feature_network
 from vqgen.evaluation.perceptual import PerceptualDistance
 from vqgen.evaluation.report import Report, cache_folder, evaluation_device, sample_figures, shown, writable_folder
+from vqgen.generator import Generator
 from vqgen.priors.prior import Prior
-from vqgen.priors.sampling import Sampler, classes_in_turn, load_sampler
+from vqgen.priors.sampling import classes_in_turn
 from vqgen.quantizers import BASES, QUANTIZERS
 from vqgen.settings import CompareConfig, DataConfig, GANConfig, SampleConfig, Stage1Config, Stage2Config
 from vqgen.tokenizers import ARCHITECTURES
@@ -46,7 +48,6 @@ ROOT = Path(__file__).parents[1]
 MODELS = {"dcgan": "DCGAN", "vqvae": "VQ-VAE + prior", "vqgan": "VQGAN + prior"}
 BATCH = 256  # images drawn at a time
 SPEED_ROUNDS = 5
-OPTIONS = ("temperature", "top_k", "top_p", "cfg_scale")
 SHARED = ("run_dir", "seed", "stage1", "train.max_steps", "train.max_seconds")  # and data.*, which all get
 REMEDY = "set seconds=, seed=, run_dir= or data.*= of the comparison"
 TOKENIZER_SECTIONS: Sections = {
@@ -61,6 +62,7 @@ ROWS, GAP = 6, 28  # of the picture's panels; pixels between them, which a title
 
 
 def main(config: CompareConfig) -> None:
+    need("torchmetrics", "evaluation", "stage2/compare.py")
     folder = writable_folder("run_dir", Path(config.run_dir))
     cache = cache_folder(config)
     data = DataConfig(**check_options(DataConfig, config.data, "data"))
@@ -99,7 +101,7 @@ def main(config: CompareConfig) -> None:
     sampled = {name: folder / name if name == "dcgan" else folder / name / "stage2" for name in MODELS}
 
     # The figures: of reconstructions by stage1/evaluate.py, of samples by the same functions as stage2/evaluate.py's.
-    samplers = {name: load_sampler(run, accelerator.device) for name, run in sampled.items()}
+    generators = {name: Generator.from_pretrained(run).to(accelerator.device) for name, run in sampled.items()}
     columns: dict[str, dict[str, float]] = {name: {} for name in MODELS}
     real: dict[str, float] = {}
     for name in ("vqvae", "vqgan"):
@@ -107,7 +109,7 @@ def main(config: CompareConfig) -> None:
         kept = ("psnr", "ssim", "perceptual", "r" + network.frechet_name, "usage")
         columns[name] |= {key: report.figures[key].value for key in kept if key in report.figures}
         real |= {key: report.figures[key].floor for key in columns[name] if report.figures[key].floor is not None}
-    drawn = {name: samples(name, sampler, config, folder, accelerator.device) for name, sampler in samplers.items()}
+    drawn = {name: samples(name, generator, config, folder) for name, generator in generators.items()}
     for name, part in drawn.items():
         report = sample_report(part, train_set, held_out, network, config, cache, accelerator)
         kept = tuple(key for key in report.figures if not key.startswith("confidence"))
@@ -115,12 +117,12 @@ def main(config: CompareConfig) -> None:
         real |= {key: report.figures[key].floor for key in kept if report.figures[key].floor is not None}
     rates = cached(
         folder / "speed.json",
-        {name: [sampler.checkpoint, drawing_options(sampler)] for name, sampler in samplers.items()}
+        {name: [generator.checkpoint, generator.options(SampleConfig())] for name, generator in generators.items()}
         | {"on": [str(accelerator.device), platform.node()]},
-        lambda: images_per_second(samplers, accelerator.device),
+        lambda: images_per_second(generators),
     )
-    for name, sampler in samplers.items():
-        columns[name]["parameters"] = sampler.num_parameters
+    for name, generator in generators.items():
+        columns[name]["parameters"] = generator.num_parameters
         runs = [sampled[name]] + ([folder / name / "stage1"] if name != "dcgan" else [])
         columns[name]["training seconds"] = sum(load_checkpoint(run)["seconds"] for run in runs)
         columns[name]["images/s when sampling"] = rates[name]
@@ -131,6 +133,7 @@ def main(config: CompareConfig) -> None:
     (folder / "comparison.md").write_text(f"{heading}\n\n{table}\n")
     picture(drawn, held_out, folder, accelerator.device).save(folder / "comparison.png")
     print(f"{heading}\n\n{table}\n\n{folder / 'comparison.md'}; side by side: {folder / 'comparison.png'}")
+    print(f"next: python stage2/sample.py {quote(str(sampled['vqgan']))}")
 
 
 def train(
@@ -202,22 +205,18 @@ class Drawn:
         return images, torch.from_numpy(self.class_ids[rows])
 
 
-def drawing_options(sampler: Sampler) -> dict[str, float]:
-    """The settings that stage2/sample.py draws with."""
-    return {} if sampler.is_gan else {name: getattr(SampleConfig(), name) for name in OPTIONS}
-
-
-def samples(name: str, sampler: Sampler, config: CompareConfig, folder: Path, device: torch.device) -> Drawn:
+def samples(name: str, generator: Generator, config: CompareConfig, folder: Path) -> Drawn:
     """The samples of a model, drawn now unless they are there; in FOLDER/NAME/samples.npz."""
-    made_from = [sampler.checkpoint, config.seed, config.num_images, drawing_options(sampler)]
+    options = generator.options(SampleConfig())
+    made_from = [generator.checkpoint, config.seed, config.num_images, options]
     path = folder / name / "samples.npz"
 
     def draw() -> None:
-        class_ids = classes_in_turn(config.num_images, range(len(sampler.class_names)))
+        class_ids = classes_in_turn(config.num_images, generator.choices(None))
         images = []
         for start in tqdm(range(0, config.num_images, BATCH), f"sampling {name}", leave=False, disable=None):
-            part = class_ids[start : start + BATCH].to(device)
-            images.append(sampler.draw(part, seed=config.seed, first=start, **drawing_options(sampler)).cpu())
+            part = class_ids[start : start + BATCH].to(generator.device)
+            images.append(generator.draw(part, seed=config.seed, first=start, **options).cpu())
         array = rearrange(torch.cat(images), "n c h w -> n h w c").numpy()
         np.savez_compressed(path, images=array, class_ids=class_ids.numpy())
 
@@ -251,14 +250,15 @@ def sample_report(
     return report
 
 
-def images_per_second(samplers: dict[str, Sampler], device: torch.device) -> dict[str, float]:
-    """How fast each draws: medians of rounds in which they take turns, as a machine's speed drifts."""
-    seconds: dict[str, list[float]] = {name: [] for name in samplers}
+def images_per_second(generators: dict[str, Generator]) -> dict[str, float]:
+    """How fast each draws: medians of rounds in which they take turns, since a machine's speed drifts."""
+    seconds: dict[str, list[float]] = {name: [] for name in generators}
     for first in range(0, (SPEED_ROUNDS + 1) * BATCH, BATCH):
-        for name, sampler in samplers.items():
-            class_ids = classes_in_turn(BATCH, range(len(sampler.class_names))).to(device)
+        for name, generator in generators.items():
+            class_ids = classes_in_turn(BATCH, generator.choices(None)).to(generator.device)
+            options = generator.options(SampleConfig())
             start = time.perf_counter()
-            sampler.draw(class_ids, seed=0, first=first, **drawing_options(sampler)).cpu()  # which waits for the device
+            generator.draw(class_ids, seed=0, first=first, **options).cpu()  # cpu() waits for the device
             if first > 0:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
     return {name: BATCH / statistics.median(each) for name, each in seconds.items()}

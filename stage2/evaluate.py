@@ -5,10 +5,10 @@ python stage2/evaluate.py --images A --reference B [key=value ...]
 python stage2/evaluate.py RUN_DIR --compare OTHER_RUN_DIR
 """
 
-import hashlib
 import math
 import os
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from vqgen.cli.reflect import check_options
 from vqgen.data.codes import TokenStore, encode_images
 from vqgen.data.images import ImageSet, load_set, some_rows
 from vqgen.distributed import all_reduce_sum, rank, world_size
-from vqgen.errors import require, section
+from vqgen.errors import need, require, section
 from vqgen.evaluation.features import (
     Features,
     cached_features,
@@ -46,10 +46,11 @@ from vqgen.evaluation.report import (
     sample_figures,
     writable_folder,
 )
+from vqgen.generator import Generator
 from vqgen.priors.prior import Prior
-from vqgen.priors.sampling import class_choices, classes_in_turn, sample_images
+from vqgen.priors.sampling import classes_in_turn
 from vqgen.settings import DataConfig, Stage2EvaluateConfig, TrackingConfig
-from vqgen.tokenizers.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
+from vqgen.tokenizers.vqmodel import VQModel, from_uint8, to_uint8
 from vqgen.training.tracking import image_grid, log_evaluation
 
 SYNOPSIS = (
@@ -66,7 +67,9 @@ def main(run_dir: str | None, config: Stage2EvaluateConfig) -> None:
     if config.compare is not None:
         require(run_dir is not None, f"usage: {SYNOPSIS}")
         print(compare(Path(run_dir), Path(config.compare)))
-    elif config.images is not None or config.reference is not None:
+        return
+    need("torchmetrics", "evaluation", "stage2/evaluate.py")
+    if config.images is not None or config.reference is not None:
         both = config.images is not None and config.reference is not None and run_dir is None
         require(both, f"give both --images and --reference, and no run; usage: {SYNOPSIS}")
         evaluate_images(config)
@@ -77,12 +80,10 @@ def main(run_dir: str | None, config: Stage2EvaluateConfig) -> None:
 
 def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     """Samples, likelihood and overfitting of a stage-2 run."""
-    folder = run / "model"
-    gan = (folder / "generator").is_dir()
-    require(not gan, f"{run} is a GAN's run, without codes: draw with stage2/sample.py, and measure with --images")
-    require(folder.is_dir(), f"{run}: no model there; give the folder of a stage-2 run, or train one first")
-    prior = Prior.from_pretrained(folder / "prior").eval()
-    tokenizer, tokenizer_hash = load_tokenizer(folder / "tokenizer")
+    generator = Generator.from_pretrained(run)
+    prior, tokenizer, tokenizer_hash = generator.model, generator.tokenizer, generator.tokenizer_hash
+    remedy = "draw with stage2/sample.py, and measure with --images"
+    require(not generator.is_gan, f"{run} is a GAN's run, without codes: {remedy}")
     out, cache = writable_folder("out", Path(config.out or run / "evaluation")), cache_folder(config)
     tracking = run_tracking(run, config.tracking)
     accelerator = evaluation_device()
@@ -96,8 +97,8 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     network = load_feature_network(
         config.features, config.feature_weights, train, seed=config.seed, cache=cache, accelerator=accelerator
     )
-    prior, tokenizer = prior.to(device), tokenizer.to(device)
-    samples = Samples(prior, tokenizer, config, device)
+    generator.to(device)
+    samples = Samples(generator, config)
 
     # Likelihood: of the codes under the prior and under mere counts, and of the images under prior and decoder.
     codes_dir = codes_folder(run) if os.access(codes_folder(run), os.W_OK) else cache / "codes"
@@ -115,8 +116,8 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     code_nats = nll * prior.layout.num_tokens
     decoder_nats = decoder_nll(tokenizer, train, held_out, config.batch_size, device)
 
-    # Samples, training and held-out images; and the latter two as the tokenizer reproduces them, among which copies are
-    # looked for: what the tokenizer does to every image would else hide that two are the same.
+    # Features of samples, training images and held-out images. Copies are looked for among the reconstructions of the
+    # real images, because the tokenizer's own errors would otherwise make a copy look unlike its original.
     def features_of(images, rows, description, folder=cache):
         options = {"batch_size": config.batch_size, "cache": folder, "accelerator": accelerator}
         return cached_features(images, rows, network, description=description, **options)
@@ -136,7 +137,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     if not accelerator.is_main_process:
         return
 
-    report = Report("samples", {"run": str(run), "checkpoint": hash_of(folder / "prior"), "tokenizer": tokenizer_hash,
+    report = Report("samples", {"run": str(run), "checkpoint": generator.checkpoint, "tokenizer": tokenizer_hash,
                                 **{name: getattr(config, name) for name in SAMPLING}})  # fmt: skip
     crop = train.crop
     protocol = {
@@ -158,7 +159,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     report.add("code_bits_per_dim", code_nats / math.log(2) / dims, likelihood)
     report.add("bound_bits_per_dim", (code_nats + decoder_nats) / math.log(2) / dims, {**likelihood, **fitted})
 
-    # Features by their angle: by distance, a flat image of small features is everyone's neighbour.
+    # Features are compared by their angle: by distance, a flat image of small features would be near to all others.
     centre = known.kept.mean(dim=0)
     directions = [F.normalize(part.kept - centre) for part in (drawn, control, known)]
     in_features = [nearest(queries, directions[2]) for queries in directions[:2]]
@@ -187,6 +188,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     print(report.table())
     print(f"{path}; samples nearest to training images, which are below them: {out / 'closest.png'}")
     log_evaluation(run, tracking, report.numbers(), {"closest": picture})
+    print(f"next: python stage2/evaluate.py {quote(str(out))} --compare OTHER_RUN_DIR")
 
 
 def evaluate_images(config: Stage2EvaluateConfig) -> None:
@@ -236,18 +238,18 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
     path = report.save(out)
     print(report.table())
     print(path)
+    print(f"next: python stage2/evaluate.py {quote(str(out))} --compare OTHER_EVALUATION")
 
 
 SAMPLING = ("seed", "cfg_scale", "temperature", "top_k", "top_p", "class_ids")
 
 
 class Samples:
-    """A prior's samples as a set of images, drawn as they are asked for."""
+    """A prior's samples as a set of images, drawn when they are asked for."""
 
-    def __init__(self, prior: Prior, tokenizer: VQModel, config: Stage2EvaluateConfig, device: torch.device):
-        self.prior, self.tokenizer, self.config = prior, tokenizer, config
-        choices = class_choices(prior.class_names, config.class_ids)
-        self.class_ids = classes_in_turn(config.num_images, choices).to(device)
+    def __init__(self, generator: Generator, config: Stage2EvaluateConfig):
+        self.generator, self.config, self.options = generator, config, generator.options(config)
+        self.class_ids = classes_in_turn(config.num_images, generator.choices(config.class_ids)).to(generator.device)
 
     def __len__(self) -> int:
         return self.config.num_images
@@ -255,9 +257,7 @@ class Samples:
     def __getitems__(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """The samples of consecutive rows, uint8 (B, C, H, W), and their class ids."""
         first, class_ids = int(rows[0]), self.class_ids[rows[0] : rows[-1] + 1]
-        options = {name: getattr(self.config, name) for name in ("temperature", "top_k", "top_p", "cfg_scale")}
-        images = sample_images(self.prior, self.tokenizer, class_ids, seed=self.config.seed, first=first, **options)
-        return images, class_ids
+        return self.generator.draw(class_ids, seed=self.config.seed, first=first, **self.options), class_ids
 
 
 class Reproduced:
@@ -314,7 +314,7 @@ def nearest_training_image(
             (distance, index), (least, place) = nearest(part.thumbnails, references), best[i]
             best[i] = torch.minimum(distance, least), torch.where(distance < least, index + batch[0], place)
     found = []
-    for distance, index in best:  # each process has searched its share; all learn of all, and the nearest wins
+    for distance, index in best:  # each process has searched its share; the nearest of all processes' finds wins
         rows = torch.zeros(2, world_size(), len(distance), dtype=torch.float64, device=device)
         rows[:, rank()] = torch.stack([distance, index.double()]).nan_to_num(posinf=1e9).to(device)
         distances, places = all_reduce_sum(rows).cpu()
@@ -347,12 +347,6 @@ def codes_folder(run: Path) -> Path:
     """Where the run has its encoded data, if it is still there."""
     settings = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
     return Path(settings.get("codes_dir") or Path(settings.get("stage1", run)) / "codes")
-
-
-def hash_of(folder: Path) -> str:
-    """SHA-256 of a model's files."""
-    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ python stage2/sample.py RUN_DIR [num_images=64 class_ids=[3,7] cfg_scale=2.0 ...
 """
 
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from accelerate import Accelerator
@@ -11,9 +12,11 @@ from accelerate.utils import gather_object
 from einops import rearrange
 from tqdm import tqdm
 
+from vqgen.cli.parse import read_yaml
 from vqgen.cli.program import run_program
-from vqgen.errors import InputError, require
-from vqgen.priors.sampling import class_choices, classes_in_turn, load_sampler
+from vqgen.errors import InputError
+from vqgen.generator import Generator
+from vqgen.priors.sampling import classes_in_turn
 from vqgen.settings import SampleConfig
 from vqgen.training.tracking import image_grid
 
@@ -21,16 +24,8 @@ from vqgen.training.tracking import image_grid
 def main(run_dir: str, config: SampleConfig) -> None:
     state = Accelerator()
     device = state.device
-    sampler = load_sampler(Path(run_dir), device)
-    choices = class_choices(sampler.class_names, config.class_ids, no_class=not sampler.is_gan)
-    options = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "cfg_scale")}
-    if sampler.is_gan:
-        for name, value in options.items():
-            unchanged = value == getattr(SampleConfig(), name)
-            require(
-                unchanged, f"{name}={value}: only a prior draws with that, and {run_dir} is a GAN's run; leave it out"
-            )
-        options = {}
+    generator = Generator.from_pretrained(run_dir).to(device)
+    choices, options = generator.choices(config.class_ids), generator.options(config)
     out = Path(config.out or Path(run_dir) / "samples")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -42,10 +37,10 @@ def main(run_dir: str, config: SampleConfig) -> None:
     drawn = []
     for start in tqdm(starts, desc="sampling", unit=" batches", disable=None if state.is_main_process else True):
         part = class_ids[start : start + config.batch_size].to(device)
-        images = sampler.draw(part, seed=config.seed, first=start, **options)
+        images = generator.draw(part, seed=config.seed, first=start, **options)
         drawn.append((start, rearrange(images, "n c h w -> n h w c").cpu().numpy()))
     drawn = gather_object(drawn)
-    state.end_training()  # or a process that exits while the other still talks to it may abort
+    state.end_training()  # otherwise a process may abort when it exits while the other still talks to it
     if not state.is_main_process:
         return
     array = np.concatenate([images for _, images in sorted(drawn, key=lambda part: part[0])])
@@ -54,6 +49,16 @@ def main(run_dir: str, config: SampleConfig) -> None:
     image_grid(array[: 16 * columns], min(columns, len(array))).save(out / "grid.png")
     print(f"{config.num_images} images by {state.num_processes} x {device.type}: {out / 'samples.npz'}")
     print(f"the first of them as a picture: {out / 'grid.png'}")
+    print(f"next: {next_command(run_dir, out, generator)}")
+
+
+def next_command(run_dir: str, out: Path, generator: Generator) -> str:
+    """The command that measures these samples."""
+    if not generator.is_gan:
+        return f"python stage2/evaluate.py {quote(run_dir)}"
+    config = Path(run_dir) / "config.yaml"
+    reference = quote(read_yaml(config)["data"]["source"]) if config.is_file() else "REAL_IMAGES"
+    return f"python stage2/evaluate.py --images {quote(str(out / 'samples.npz'))} --reference {reference}"
 
 
 if __name__ == "__main__":

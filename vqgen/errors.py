@@ -1,11 +1,14 @@
 """The one exception for what a user can put right, and the checks that raise it."""
 
 import difflib
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -84,3 +87,35 @@ def require_options(constructor: Callable[..., Any], name: str, options: Mapping
             near = difflib.get_close_matches(key, known, 1, 0.5)
             takes = "" if near else f"; it takes {', '.join(known)}"
             raise InputError(f"{key}: {name} has no such option{takes}", *near)
+
+
+def need(module: str, extra: str, what: str) -> ModuleType:
+    """Imports a module of an optional dependency.
+
+    Args:
+        module: its name, as in an import statement.
+        extra: the extra of vqgen that installs it.
+        what: the program, setting or function that needs it, for the message.
+
+    Raises:
+        InputError: the package is not installed; the message says how to install it.
+    """
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != package:  # the package is there, and something else is missing
+            raise
+        raise InputError(f"{what} needs {package}, which is not installed; pip install 'vqgen[{extra}]'") from error
+
+
+def expanded(folder: str | Path) -> Path:
+    """A folder as a Path, with `~` replaced by the home directory.
+
+    Raises:
+        InputError: there is no such user.
+    """
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{folder}: {error}") from error

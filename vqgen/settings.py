@@ -294,8 +294,8 @@ class EvaluateConfig:
     """What both evaluations take."""
 
     features: str = "efficientnet-lite0"
-    """Feature network: `efficientnet-lite0` (ImageNet; comes with vqgen), `inception` (the standard one, downloaded)
-    or `lenet` (trained here on the reference's own classes, for digits and the like)."""
+    """Feature network: `efficientnet-lite0` (ImageNet; in vqgen[evaluation]), `inception` (the standard one,
+    downloaded) or `lenet` (trained here on the reference's own classes, for digits and the like)."""
     feature_weights: str | None = None
     """File of the feature network's weights; null takes the installed, downloads or trains them."""
     cache_dir: str | None = None

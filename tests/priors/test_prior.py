@@ -2,10 +2,11 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from vqgen.codes import CodeLayout
 from vqgen.errors import InputError
@@ -42,6 +43,29 @@ def test_logits_are_finite_exactly_where_a_token_is_legal(layout, model_type):
     legal = (ids >= ranges[:, :1]) & (ids < ranges[:, 1:])
     assert torch.equal(logits.isfinite(), legal.expand_as(logits))
     assert (logits[~legal.expand_as(logits)] == -torch.inf).all()
+
+
+def test_the_legality_mask_has_a_row_for_each_codebook_not_for_each_position():
+    side, levels, size = 8, 4, 512  # residual: four codebooks a position
+    layout = CodeLayout(((levels, side, side),), (size,))
+    prior = small(layout)
+    buffers = dict(prior.named_buffers())
+    assert buffers["illegal"].shape == (levels, levels * size)
+    assert buffers["illegal_row"].shape == (layout.num_tokens,)
+    own = sum(b.nbytes for name, b in buffers.items() if name.startswith("illegal"))
+    assert own == levels * levels * size + 8 * layout.num_tokens
+    assert not {"illegal", "illegal_row"} & prior.state_dict().keys()
+    ranges, ids = layout.token_ranges(), torch.arange(layout.vocab_size)
+    illegal = (ids < ranges[:, :1]) | (ids >= ranges[:, 1:])  # the definition, (N, vocab_size)
+    logits = torch.randn(2, layout.num_tokens, layout.vocab_size + 4)
+    expected = logits[..., : layout.vocab_size].masked_fill(illegal, -torch.inf)
+    assert torch.equal(prior.legal(logits, start=0), expected)
+    for start, end in ((5, 6), (7, 20), (255, 256)):
+        assert torch.equal(prior.legal(logits[:, start:end], start), expected[:, start:end])
+
+
+def test_a_single_codebook_needs_no_mask():
+    assert not [name for name, _ in small().named_buffers() if name.startswith("illegal")]
 
 
 @torch.no_grad()
@@ -144,10 +168,51 @@ def test_saved_prior_is_a_llama_of_transformers(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("resaved", [False, True], ids=["saved", "saved, loaded and saved again"])
+def test_generate_of_transformers_draws_no_class_tokens(tmp_path, model_type, resaved):
+    prior = small(model_type=model_type)
+    inputs = torch.full((20, 1), PLAIN.vocab_size + 1)
+    embeddings = prior.lm.get_output_embeddings().weight
+    codes = PLAIN.vocab_size
+    # Aligned with the hidden state, class tokens have by far the highest logits.
+    embeddings[codes:] = 50 * prior.lm(inputs, output_hidden_states=True).hidden_states[-1][0, -1]
+    assert (prior.lm(inputs).logits[:, -1].argmax(dim=1) >= codes).all()
+    prior.save_pretrained(tmp_path)
+    if resaved:
+        generation = json.loads((tmp_path / "generation_config.json").read_text())
+        del generation["suppress_tokens"]  # as older versions wrote it
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        Prior.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = lm.generate(inputs, max_new_tokens=PLAIN.num_tokens, do_sample=True)[:, 1:]
+    assert tokens.shape == (20, PLAIN.num_tokens)
+    assert (tokens < codes).all()
+    assert len(tokens.unique()) > 1
+
+
+@pytest.mark.parametrize("inside", ["", "prior", "model/prior"])
+@pytest.mark.parametrize("as_type", [str, Path])
+def test_a_prior_loads_from_a_run_its_model_or_its_own_folder(tmp_path, monkeypatch, inside, as_type):
+    prior = small()
+    prior.save_pretrained(tmp_path / inside)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    for folder in (tmp_path, Path("~", tmp_path.name)):
+        back = Prior.from_pretrained(as_type(folder))
+        assert not back.training
+        assert all(map(torch.equal, back.parameters(), prior.parameters()))
+
+
+def test_a_home_that_nobody_has_is_an_input_error():
+    with pytest.raises(InputError, match="~nobody-at-all/run"):
+        Prior.from_pretrained("~nobody-at-all/run")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_saved_prior_comes_back_whole(tmp_path, model_type):
     prior, tokens, class_ids = small(MANY, model_type=model_type), random_tokens(MANY), torch.tensor([0, 2, -1])
     prior.save_pretrained(tmp_path)
-    back = Prior.from_pretrained(tmp_path).eval()
+    back = Prior.from_pretrained(tmp_path)
     assert (back.layout, back.class_names) == (MANY, CLASSES)
     assert torch.equal(back(tokens, class_ids), prior(tokens, class_ids))
     assert back.state_dict().keys() == prior.state_dict().keys()

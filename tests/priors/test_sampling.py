@@ -1,12 +1,22 @@
 """Drawing tokens against brute force, and images that depend on nothing but seed, number and class."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from vqgen.adversarial.dcgan import DCGANGenerator
 from vqgen.codes import CodeLayout
+from vqgen.data.order import mixed_seed
 from vqgen.priors.prior import Prior
-from vqgen.priors.sampling import classes_in_turn, draw, sample_images, sample_tokens
+from vqgen.priors.sampling import (
+    classes_in_turn,
+    draw,
+    generate_images,
+    image_generators,
+    sample_images,
+    sample_tokens,
+)
 from vqgen.tokenizers.light import Light
 from vqgen.tokenizers.vqmodel import VQModel
 
@@ -26,8 +36,8 @@ def small(layout: CodeLayout = PLAIN, model_type: str = "llama") -> Prior:
     return prior
 
 
-def generators(count: int, seed: int = 0) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(1000 * seed + i) for i in range(count)]
+def generators(count: int, seed: int = 0) -> list[np.random.Generator]:
+    return [np.random.default_rng([seed, i]) for i in range(count)]
 
 
 @torch.no_grad()
@@ -35,7 +45,7 @@ def sample_uncached(
     prior: Prior, class_ids: Tensor, cfg_scale: float, count: int | None = None, temperature: float = 0.0
 ) -> Tensor:
     """sample_tokens in the plainest way: the whole sequence anew for each token."""
-    noise = torch.stack([torch.rand(prior.layout.num_tokens, generator=g, dtype=torch.float64) for g in generators(99)])
+    noise = torch.from_numpy(np.stack([g.random(prior.layout.num_tokens) for g in generators(99)]))
     tokens = torch.zeros(len(class_ids), prior.layout.num_tokens, dtype=torch.int64)
     for t in range(prior.layout.num_tokens):
         given, none = (prior(tokens, ids)[:, t].double() for ids in (class_ids, torch.full_like(class_ids, -1)))
@@ -197,6 +207,28 @@ def test_without_generators_torch_s_own_seed_decides():
     assert not torch.equal(draws[0], draws[2])
 
 
+# image_generators
+
+# Images of seed 0 whose 32-bit seeds are equal: all such pairs among the first 300,000.
+EQUAL_IN_32_BITS = [
+    (32393, 87090), (63486, 100812), (173612, 195554), (133617, 234920), (168666, 254584), (286264, 293018),
+]  # fmt: skip
+
+
+def test_images_whose_32_bit_seeds_are_equal_differ():
+    for pair in EQUAL_IN_32_BITS:
+        assert mixed_seed(0, pair[0]) == mixed_seed(0, pair[1])
+        first, second = (image_generators(0, i, 1)[0].random(16) for i in pair)
+        assert not np.isclose(first, second).any()
+
+
+def test_every_image_has_noise_of_its_own():
+    """Of images and seeds that are next to each other, and far apart."""
+    places = [(0, 0, 4000), (1, 0, 4000), (0, 1 << 31, 4000), (2**32 - 1, 0, 2000), (2**63, 0, 2000)]
+    drawn = [g.random() for place in places for g in image_generators(*place)]
+    assert len(set(drawn)) == len(drawn) == 16000
+
+
 # sample_images
 
 
@@ -242,6 +274,16 @@ def test_another_seed_gives_other_images(tokenizer):
     class_ids = torch.zeros(4, dtype=torch.int64)
     first, second = (in_batches(tokenizer, class_ids, 4, seed=seed) for seed in (0, 1))
     assert all(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_images_whose_32_bit_seeds_are_equal_are_not(tokenizer):
+    prior, gan = small(), DCGANGenerator(8, 1, [], width=4).eval()
+    a_class, no_class = torch.tensor([1]), torch.tensor([-1])
+    for pair in EQUAL_IN_32_BITS[:2]:
+        first, second = (sample_images(prior, tokenizer, a_class, seed=0, first=i) for i in pair)
+        assert not torch.equal(first, second)
+        first, second = (generate_images(gan, no_class, seed=0, first=i) for i in pair)
+        assert not torch.equal(first, second)
 
 
 def test_images_are_the_tokenizer_s_decoding_of_the_tokens(tokenizer):

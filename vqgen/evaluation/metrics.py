@@ -1,4 +1,4 @@
-"""Figures of merit of reconstructions, codes and samples. The arithmetic of the standard ones is torchmetrics'."""
+"""Figures of merit of reconstructions, codes and samples; torchmetrics computes the standard ones."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from vqgen.codes import CodeLayout
 from vqgen.distributed import all_reduce_sum, rank
+from vqgen.errors import need
 from vqgen.evaluation.features import Features
 
+EXTRA = "evaluation"  # the extra of vqgen that installs torchmetrics; training does without
 KID_SUBSETS, KID_SUBSET_SIZE = 50, 1000
 BLOCK = 512  # rows of a matrix of distances that are worked on at a time
 
@@ -23,25 +25,23 @@ def psnr(mse: Tensor) -> Tensor:
 
 def image_psnr(x: Tensor, y: Tensor) -> Tensor:
     """PSNR (B,) in dB of each pair of images uint8 (B, C, H, W); 100 where they are equal."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
+    metrics = need("torchmetrics.functional.image", EXTRA, "PSNR of single images")
     x, y = x.float(), y.float()
-    return peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3)).clamp_max(100)
+    return metrics.peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3)).clamp_max(100)
 
 
 def image_ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity (B,) of each pair of images uint8 (B, C, H, W) (Wang et al. 2004)."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
+    metrics = need("torchmetrics.functional.image", EXTRA, "SSIM")
     x, y = x.float(), y.float()
     side = min(11, 2 * ((min(x.shape[2:]) - 1) // 2) + 1)  # the window of very small images is as large as they are
-    return structural_similarity_index_measure(
+    return metrics.structural_similarity_index_measure(
         x, y, gaussian_kernel=side == 11, kernel_size=side, data_range=255.0, reduction="none"
     )
 
 
 class CodeUsage:
-    """Counts codes on their device, and says how many of them are in use.
+    """Counts codes on their device, and computes how many of them are in use.
 
     Args:
         layout: of the code maps, whose codebooks are all counted.
@@ -63,9 +63,10 @@ class CodeUsage:
             rows.view(-1).index_add_(0, flat, torch.ones_like(flat))
 
     def compute(self) -> dict[str, Tensor]:
-        """Over all processes since the last call, the mean over all codebooks of some figures.
+        """Means over all codebooks, of the codes that all processes counted since the last call.
 
-        They are the share of the codes that are used, the entropy of the codes' distribution in nats, and its exp.
+        Returns:
+            `usage`, the share of the codes in use; `entropy` of their distribution, in nats; `perplexity`, its exp.
         """
         counts = all_reduce_sum(self.counts.clone()).float()  # (Q, K)
         self.counts.zero_()
@@ -75,11 +76,11 @@ class CodeUsage:
         return {"usage": used.mean(), "entropy": entropy.mean(), "perplexity": entropy.exp().mean()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was counted since the last `compute`, over all processes, who all must ask."""
+        """The counts since the last `compute`, summed over all processes; all of them must call it."""
         return {"counts": all_reduce_sum(self.counts.clone())}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Goes on from there, on any number of processes."""
+        """Goes on from a state that any number of processes saved."""
         if rank() == 0:
             self.counts.copy_(state["counts"])
 
@@ -89,30 +90,28 @@ class CodeUsage:
 
 def frechet_distance(a: Features, b: Features) -> float:
     """Frechet distance between the Gaussians of two sets' features (Heusel et al. 2017, eq. 6)."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
+    fid = need("torchmetrics.image.fid", EXTRA, "the Frechet distance")
     with _quiet():
-        metric = FrechetInceptionDistance(feature=_AsTheyAre(len(a.total)), sync_on_compute=False)
-        for side, features in (("fake", a), ("real", b)):  # these sums are what the metric itself would have kept
+        metric = fid.FrechetInceptionDistance(feature=_AsTheyAre(len(a.total)), sync_on_compute=False)
+        for side, features in (("fake", a), ("real", b)):  # the metric itself would have kept the same sums
             setattr(metric, f"{side}_features_sum", features.total)
             setattr(metric, f"{side}_features_cov_sum", features.outer)
             setattr(metric, f"{side}_features_num_samples", features.count[0])
         metric.orig_dtype = torch.float64
-        return metric.compute().clamp_min(0).item()  # which leaves NaN as it is
+        return metric.compute().clamp_min(0).item()  # clamp_min keeps NaN
 
 
 def kernel_distance(a: Features, b: Features, seed: int) -> tuple[float, float | None]:
     """Squared maximum mean discrepancy, cubic kernel (KID, Binkowski et al. 2018): mean and deviation over subsets.
 
-    It has no bias, and so may be a little below 0. Where one subset is all there is, there is no deviation.
+    The estimate is unbiased, so it may be a little below 0. The deviation is None if one subset holds all features.
     """
-    from torchmetrics.image.kid import KernelInceptionDistance
-
+    kid = need("torchmetrics.image.kid", EXTRA, "the kernel distance")
     size = min(KID_SUBSET_SIZE, len(a.kept), len(b.kept))
-    subsets = KID_SUBSETS if max(len(a.kept), len(b.kept)) > size else 1  # else each is all there is
+    subsets = KID_SUBSETS if max(len(a.kept), len(b.kept)) > size else 1
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        metric = KernelInceptionDistance(_AsTheyAre(a.kept.shape[1]), subsets, size, sync_on_compute=False)
+        metric = kid.KernelInceptionDistance(_AsTheyAre(a.kept.shape[1]), subsets, size, sync_on_compute=False)
         metric.update(a.kept, real=False)
         metric.update(b.kept, real=True)
         mean, deviation = metric.compute()
@@ -124,11 +123,10 @@ def confidence_score(a: Features, seed: int) -> tuple[float, float]:
 
     With Inception it is the Inception score. Mean and deviation of ten splits.
     """
-    from torchmetrics.image.inception import InceptionScore
-
+    inception = need("torchmetrics.image.inception", EXTRA, "the Inception score")
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        metric = InceptionScore(
+        metric = inception.InceptionScore(
             _AsTheyAre(a.logits.shape[1]), splits=min(10, len(a.logits) // 2), sync_on_compute=False
         )
         metric.update(a.logits)
@@ -168,7 +166,7 @@ def manifold_figures(fake: Tensor, real: Tensor) -> dict[str, float]:
 
 
 def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance (n,) of each query (n, D) from the nearest reference (m, D), and that one's index (n,)."""
+    """Distance (n,) of each query (n, D) from the nearest reference (m, D), and the index (n,) of that reference."""
     centre = references.double().mean(dim=0)
     references = references.double() - centre
     found = [torch.cdist(block.double() - centre, references).min(dim=1) for block in queries.split(BLOCK)]
@@ -176,7 +174,7 @@ def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def share_closer(a: Tensor, b: Tensor) -> float:
-    """The chance that a value drawn from a is below one drawn from b, ties counting half (Mann and Whitney's U)."""
+    """The probability that a value of a is below one of b; ties count half (Mann and Whitney's U)."""
     b = b.sort().values
     below, up_to = torch.searchsorted(b, a), torch.searchsorted(b, a, right=True)
     return (1 - (below + up_to).double().mean() / (2 * len(b))).item()
@@ -222,7 +220,7 @@ def _radii(x: Tensor, k: int) -> Tensor:
 
 
 class _AsTheyAre(nn.Module):
-    """What torchmetrics calls its feature network, where the features are there already."""
+    """Stands in for torchmetrics' feature network, since it is given features."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -234,7 +232,7 @@ class _AsTheyAre(nn.Module):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torchmetrics warns of memory, and of sums that it has not made itself; both are meant."""
+    """Silences torchmetrics, which warns of memory use and of sums that it did not make itself; both are intended."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -20,7 +20,7 @@ SHIFT_TOLERANT = {  # name: file in the package stlpips_pytorch, and its SHA-256
     "vgg": ("vgg_shift_tolerant.pth", "44597da68f49c1837c100ff52299050f274d102eb102e5837178c79be6f0e250"),
 }
 PERCEPTUAL = (*SHIFT_TOLERANT, "lpips-vgg")
-REMEDY = "install the extra vqgen[perceptual] (pip install stlpips-pytorch), or do without it: none"
+REMEDY = "pip install 'vqgen[perceptual]', or do without it: none"
 SMALLEST = 24  # pixels; the trunks' padding by reflection has nothing to reflect in images below 21
 
 

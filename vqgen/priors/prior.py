@@ -14,18 +14,17 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vqgen.codes import CodeLayout
-from vqgen.errors import InputError, require, require_size
+from vqgen.errors import InputError, expanded, require, require_size
 
-# What transformers raises for settings that do not fit each other.
+# transformers raises these for settings that do not fit each other.
 MISFITS = (ArithmeticError, RuntimeError, TypeError, ValueError, StrictDataclassError)
 
 
 class Prior(nn.Module):
     """p(tokens | class), one token after the other.
 
-    The sequence starts with a class token in place of a word: id vocab_size is no class, vocab_size + 1 + c is class c.
-    The model is saved as the transformers checkpoint that it is; what else belongs to it is in its config.json, under
-    `vqgen`.
+    The sequence starts with a class token: id vocab_size is no class, vocab_size + 1 + c is class c. The model is saved
+    as a plain transformers checkpoint; the layout and the class names are in its config.json, under `vqgen`.
 
     Args:
         layout: of the code tokens.
@@ -40,8 +39,11 @@ class Prior(nn.Module):
         InputError: transformers has no such model, or the model no such option.
     """
 
+    layout: CodeLayout
+    class_names: list[str]
     lm: Any  # a causal language model of transformers
-    illegal: Tensor | None  # (N, vocab_size) bool: what cannot stand at a position; None if everything can
+    illegal: Tensor | None  # (R, vocab_size) bool: a row for each codebook's range of ids, True outside the range
+    illegal_row: Tensor | None  # (N,) int64: the row of each position; both are None if every token is legal everywhere
 
     def __init__(
         self,
@@ -73,7 +75,7 @@ class Prior(nn.Module):
         config.vqgen = {**dataclasses.asdict(layout), "class_names": class_names}
         try:
             lm = AutoModelForCausalLM.from_config(config)
-            # What does not fit each other shows at the latest in a pass. What looks ahead could not be sampled from.
+            # A forward pass finds sizes that do not fit each other. The prior must be causal, as it is sampled from.
             with torch.no_grad():
                 first = [lm.eval()(input_ids=torch.tensor([[0, second]])).logits[:, 0] for second in (0, 1)]
             require(torch.equal(*first), f"model_type={config.model_type}: is not causal; use llama, for example")
@@ -90,14 +92,23 @@ class Prior(nn.Module):
         facts = lm.config.vqgen
         self.layout = CodeLayout(tuple(tuple(shape) for shape in facts["shapes"]), tuple(facts["codebook_sizes"]))
         self.class_names = list(facts["class_names"])
-        ranges, ids = self.layout.token_ranges(), torch.arange(self.layout.vocab_size)
-        illegal = (ids < ranges[:, :1]) | (ids >= ranges[:, 1:])  # (N, vocab_size)
-        self.register_buffer("illegal", illegal if illegal.any() else None, persistent=False)
+        ids = torch.arange(self.layout.vocab_size)
+        # DDP broadcasts buffers at every pass, so they hold a row for each range, not for each of the N positions.
+        ranges, row = self.layout.token_ranges().unique(dim=0, return_inverse=True)  # (R, 2), (N,)
+        illegal = (ids < ranges[:, :1]) | (ids >= ranges[:, 1:])  # (R, vocab_size)
+        everything = not illegal.any()
+        self.register_buffer("illegal", None if everything else illegal, persistent=False)
+        self.register_buffer("illegal_row", None if everything else row, persistent=False)
+        # transformers' generate() would otherwise draw class tokens too. This lands in generation_config.json.
+        first_class_token = self.layout.vocab_size
+        lm.generation_config.suppress_tokens = list(
+            range(first_class_token, first_class_token + 1 + len(self.class_names))
+        )
 
     def forward(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
         """Logits (B, N, vocab_size) of each token given the class (-1 is none) and the tokens before it, (B, N).
 
-        What cannot stand at a position has the logit -inf.
+        Tokens that are illegal at a position have the logit -inf.
         """
         inputs = torch.cat([self.class_tokens(class_ids), tokens[:, :-1]], dim=1)
         return self.legal(self.lm(input_ids=inputs, use_cache=False).logits, start=0)
@@ -107,40 +118,48 @@ class Prior(nn.Module):
         return self.layout.vocab_size + 1 + class_ids[:, None]
 
     def legal(self, logits: Tensor, start: int) -> Tensor:
-        """The model's logits (B, n, ...) of positions from start on, with -inf for what cannot stand there."""
+        """The model's logits (B, n, ...) of positions from start on, with -inf for illegal tokens."""
         logits = logits[..., : self.layout.vocab_size]
-        if self.illegal is not None:
-            logits = logits.masked_fill(self.illegal[start : start + logits.shape[1]], -torch.inf)
+        if self.illegal is not None and self.illegal_row is not None:
+            row = self.illegal_row[start : start + logits.shape[1]]
+            logits = logits.masked_fill(self.illegal[row], -torch.inf)
         return logits
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Writes a transformers checkpoint, which `AutoModelForCausalLM.from_pretrained` loads too."""
         self.lm.save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls, folder: Path) -> "Prior":
-        """Reads what save_pretrained wrote.
+    def from_pretrained(cls, folder: str | Path) -> "Prior":
+        """The prior of a stage-2 run, in eval mode.
+
+        Args:
+            folder: of the run, of its `model/`, or of its `model/prior/`.
 
         Raises:
-            InputError: there is no prior in the folder.
+            InputError: there is no prior in the folder, or it does not load.
         """
-        if not (folder / "config.json").is_file():
-            raise InputError(f"{folder}: no prior there; give the folder of a stage-2 run")
+        given = expanded(folder)
+        places = [given, given / "prior", given / "model" / "prior"]
+        found = next((place for place in places if (place / "config.json").is_file()), None)
+        if found is None:
+            raise InputError(f"{given}: no prior there; give the folder of a stage-2 run")
+        folder = found
         prior = cls.__new__(cls)
         nn.Module.__init__(prior)
         try:
-            # Neither code nor pickles from the folder are run.
+            # Runs no code and no pickle from the folder.
             lm = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True)
         except (OSError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
             raise InputError(f"{folder} does not load as a prior: {_one_line(error)}") from error
         if not hasattr(lm.config, "vqgen"):
             raise InputError(f"{folder}: a language model, but not one that vqgen trained; give a stage-2 run")
         prior._set_up(lm)
-        return prior
+        return prior.eval()
 
 
 def _language_model_config(model_type: str, options: dict[str, Any], **fixed: Any) -> PreTrainedConfig:
-    """The transformers configuration of a model type, checked, with sizes that fit each other where none are given."""
+    """The checked transformers configuration of a model type; sizes that are not given follow from those that are."""
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = difflib.get_close_matches(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1) or ["llama"]
         raise InputError(f"model_type={model_type}: transformers has no such causal LM; the nearest is {near[0]}")
@@ -153,7 +172,7 @@ def _language_model_config(model_type: str, options: dict[str, Any], **fixed: An
             near = difflib.get_close_matches(key, known, n=1)
             hint = "" if near else f"; see transformers' {config_class.__name__}"
             raise InputError(f"{key}: {model_type} has no such option{hint}", *near)
-    # The defaults in transformers are those of one large published model; these follow from the sizes asked for.
+    # transformers' defaults are the sizes of one large published model.
     width, heads = options["hidden_size"], options["num_attention_heads"]
     gated = 8 * math.ceil(width / 3)  # Llama's 8/3: three matrices at the cost of the classic two of 4
     derived = {"intermediate_size": gated, "num_key_value_heads": heads, "head_dim": width // max(1, heads)}

@@ -1,0 +1,279 @@
+"""Images from a trained model in a few lines: `Generator.from_pretrained(folder).sample(class_ids=["cat"])`."""
+
+import difflib
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeAlias, cast
+
+import numpy as np
+import torch
+import yaml
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from vqgen.adversarial.dcgan import DCGANGenerator, load_gan
+from vqgen.data.pixels import to_square
+from vqgen.errors import InputError, expanded, require
+from vqgen.priors.prior import Prior
+from vqgen.priors.sampling import classes_in_turn, generate_images, sample_images
+from vqgen.settings import DataConfig, SampleConfig
+from vqgen.tokenizers.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
+
+logger = logging.getLogger("vqgen")
+
+DEFAULTS = SampleConfig()
+PRIOR_OPTIONS = ("temperature", "top_k", "top_p", "cfg_scale")  # of SampleConfig; a GAN has no use for them
+
+ClassIds: TypeAlias = Sequence[int | str] | int | str | None
+Images: TypeAlias = Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]
+
+
+class Generator:
+    """Draws images from a trained prior and its tokenizer, or from a GAN.
+
+    Args:
+        model: the prior or the GAN's generator, in eval mode.
+        tokenizer: of the prior; None for a GAN.
+        data: the settings that made squares of the training images; `reconstruct` does the same to its images. None
+            takes the defaults of `DataConfig` and the model's size.
+        checkpoint: SHA-256 of the files of all the models.
+        tokenizer_hash: SHA-256 of the tokenizer's files.
+
+    Attributes:
+        class_names: the classes in the order of their ids; empty if there are none.
+        image_size: side of the images, in pixels.
+        channels: of the images, 1 (grey) or 3 (RGB).
+        num_parameters: of the prior and its tokenizer, or of the GAN's generator.
+    """
+
+    def __init__(
+        self,
+        model: Prior | DCGANGenerator,
+        tokenizer: VQModel | None = None,
+        *,
+        data: DataConfig | None = None,
+        checkpoint: str = "",
+        tokenizer_hash: str = "",
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.checkpoint, self.tokenizer_hash = checkpoint, tokenizer_hash
+        self.class_names = model.class_names
+        if isinstance(model, DCGANGenerator):
+            self.image_size, self.channels = model.image_size, model.channels
+        else:
+            assert tokenizer is not None, "a prior needs its tokenizer"
+            finest = cast(Prior, model).layout.shapes[-1]
+            self.image_size, self.channels = finest[-1] * tokenizer.stride, tokenizer.channels
+        self._data = data
+        self.num_parameters = sum(p.numel() for part in self._models() for p in part.parameters())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Generator":
+        """The generator of a stage-2 run or of a GAN's run, on the CPU and in eval mode.
+
+        Args:
+            folder: of the run, or of its `model/`.
+
+        Raises:
+            InputError: there is no such model in the folder, or it does not load.
+        """
+        folder = expanded(folder)
+        inside = folder / "model" if (folder / "model").is_dir() else folder
+        gan = (inside / "generator").is_dir()
+        require(
+            gan or (inside / "prior").is_dir(),
+            f"{folder}: no model there to sample; give the folder of a stage-2 or GAN run, or train one first",
+        )
+        files = sorted(
+            path for path in inside.rglob("*") if path.name == "config.json" or path.suffix == ".safetensors"
+        )
+        checkpoint = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+        data = _training_data(inside.absolute().parent / "config.yaml")
+        if gan:
+            return cls(load_gan(inside / "generator"), data=data, checkpoint=checkpoint)
+        prior, (tokenizer, tokenizer_hash) = (
+            Prior.from_pretrained(inside / "prior"),
+            load_tokenizer(inside / "tokenizer"),
+        )
+        return cls(prior, tokenizer, data=data, checkpoint=checkpoint, tokenizer_hash=tokenizer_hash)
+
+    @property
+    def is_gan(self) -> bool:
+        """Whether it draws from noise, without codes."""
+        return not isinstance(self.model, Prior)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return next(self.model.parameters()).device
+
+    def to(self, device: str | torch.device) -> "Generator":
+        """Moves the models to a device; returns itself."""
+        for model in self._models():
+            model.to(device)
+        return self
+
+    def sample(
+        self,
+        class_ids: ClassIds = DEFAULTS.class_ids,
+        num_images: int = DEFAULTS.num_images,
+        *,
+        seed: int = DEFAULTS.seed,
+        cfg_scale: float = DEFAULTS.cfg_scale,
+        temperature: float = DEFAULTS.temperature,
+        top_k: int = DEFAULTS.top_k,
+        top_p: float = DEFAULTS.top_p,
+        batch_size: int = DEFAULTS.batch_size,
+    ) -> list[Image.Image]:
+        """Draws images; the same seed gives the same images, whatever num_images and batch_size.
+
+        Args:
+            class_ids: classes to draw in turn, by id or by name; None takes all, -1 is no class.
+            num_images: how many images to draw.
+            seed: 0 or more.
+            cfg_scale: classifier-free guidance (Ho and Salimans 2022); 1 is none. The prior's, like the next three.
+            temperature: divides the logits; 0 takes the likeliest token.
+            top_k: draw from the k likeliest tokens only; 0 is all.
+            top_p: draw from the likeliest tokens that together have this probability; 1 is all.
+            batch_size: images drawn at a time.
+
+        Raises:
+            InputError: the model knows no such class, or a setting cannot be used.
+        """
+        settings = SampleConfig(
+            num_images=num_images,
+            seed=seed,
+            cfg_scale=cfg_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            batch_size=batch_size,
+        )
+        options = self.options(settings)
+        ids = classes_in_turn(num_images, self.choices(class_ids))
+        parts = enumerate(ids.split(batch_size))
+        return [
+            picture
+            for i, part in parts
+            for picture in _pictures(self.draw(part.to(self.device), seed=seed, first=i * batch_size, **options))
+        ]
+
+    @torch.no_grad()
+    def reconstruct(self, images: Images) -> list[Image.Image]:
+        """Images as the tokenizer reproduces them, made squares of the model's size first, as for its training.
+
+        Args:
+            images: one or a sequence of PIL images or uint8 arrays, (H, W) or (H, W, C); or an array (N, H, W, C).
+
+        Raises:
+            InputError: the model is a GAN, which has no encoder; or what is given is no image.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise InputError("a GAN reconstructs no images; give the folder of a stage-2 run")
+        pictures = _as_pictures(images)
+        data = self._data or DataConfig()
+        if self._data is None and any(picture.size != (self.image_size, self.image_size) for picture in pictures):
+            logger.warning(
+                "the model has no config.yaml beside it, so images become squares by the default data.resize=%s",
+                data.resize,
+            )
+        data = replace(data, image_size=self.image_size)
+        squares = [torch.from_numpy(to_square(picture, self.channels, data)) for picture in pictures]
+        parts = [squares[i : i + DEFAULTS.batch_size] for i in range(0, len(squares), DEFAULTS.batch_size)]
+        return [
+            picture
+            for part in parts
+            for picture in _pictures(
+                to_uint8(tokenizer.decode(tokenizer.encode(from_uint8(torch.stack(part).to(self.device)))))
+            )
+        ]
+
+    def draw(self, class_ids: Tensor, *, seed: int, first: int = 0, **options: float) -> Tensor:
+        """Images uint8 (B, C, H, W) number `first` and on of a seed, for class ids (B,) on the models' device.
+
+        The options are those of `sample_tokens`; a GAN takes none.
+        """
+        if isinstance(self.model, Prior):
+            assert self.tokenizer is not None
+            return sample_images(self.model, self.tokenizer, class_ids, seed=seed, first=first, **options)
+        return generate_images(self.model, class_ids, seed=seed, first=first, **options)
+
+    def options(self, settings: SampleConfig) -> dict[str, float]:
+        """The options of `draw` that the settings ask for.
+
+        Raises:
+            InputError: the model is a GAN, and the settings change what only a prior draws with.
+        """
+        options = {name: getattr(settings, name) for name in PRIOR_OPTIONS}
+        if not self.is_gan:
+            return options
+        for name, value in options.items():
+            unchanged = value == getattr(DEFAULTS, name)
+            require(unchanged, f"{name}={value}: only a prior draws with that, and this model is a GAN; leave it out")
+        return {}
+
+    def choices(self, class_ids: ClassIds) -> Sequence[int]:
+        """The ids of the classes to draw: those asked for by id or name, or for None all that the model knows.
+
+        Raises:
+            InputError: the model knows no such class; the message has the nearest names.
+        """
+        if class_ids is None:
+            return range(len(self.class_names))
+        asked = [class_ids] if isinstance(class_ids, int | str | np.integer) else class_ids
+        return [self._id_of(name) if isinstance(name, str) else self._checked_id(name) for name in asked]
+
+    def _id_of(self, name: str) -> int:
+        if name in self.class_names:
+            return self.class_names.index(name)
+        near = difflib.get_close_matches(name, self.class_names, n=3, cutoff=0.0)
+        known = f"the nearest are {', '.join(near)}" if near else "it was trained without classes"
+        raise InputError(f"class_ids: {name} is no class of this model; {known}")
+
+    def _checked_id(self, class_id: int) -> int:
+        num_classes = len(self.class_names)
+        least = -1 if not (self.is_gan and num_classes) else 0  # a GAN with classes never trained without one
+        known = f"0 to {num_classes - 1}" + (", or -1 for none" if least < 0 else "")
+        known = known if num_classes else "-1 only, as it was trained without classes"
+        valid = isinstance(class_id, int | np.integer) and least <= class_id < num_classes
+        require(valid, f"class_ids: {class_id} is no class of this model; it takes {known}")
+        return int(class_id)
+
+    def _models(self) -> list[torch.nn.Module]:
+        return [self.model] if self.tokenizer is None else [self.model, self.tokenizer]
+
+
+def _training_data(path: Path) -> DataConfig | None:
+    """How a run's config.yaml makes squares of images; None if there is no such file, or it does not say."""
+    try:
+        section = yaml.safe_load(path.read_text())["data"]
+        return DataConfig(resize=section["resize"], background=section["background"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+
+
+def _as_pictures(images: Images) -> list[Image.Image]:
+    if isinstance(images, Image.Image):
+        return [images]
+    if isinstance(images, np.ndarray):
+        single = images.ndim == 2 or (images.ndim == 3 and images.shape[2] in (1, 3, 4))
+        images = [images] if single else list(images)
+    return [image if isinstance(image, Image.Image) else _picture(image) for image in images]
+
+
+def _picture(array: np.ndarray) -> Image.Image:
+    """An array uint8 (H, W) or (H, W, C) as an image."""
+    array = np.asarray(array)
+    fits = array.dtype == np.uint8 and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4)))
+    require(fits, f"images: an array of {array.dtype} {array.shape} is no image; give uint8 (H, W) or (H, W, C)")
+    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+
+
+def _pictures(images: Tensor) -> list[Image.Image]:
+    """Images uint8 (B, C, H, W) as PIL images."""
+    return [_picture(array) for array in rearrange(images, "b c h w -> b h w c").cpu().numpy()]
