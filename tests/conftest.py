@@ -1,5 +1,6 @@
 """Fixtures of the tests of programs: running a program in this process, and one tiny run of each stage."""
 
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from filelock import FileLock
 from programs import ROOT, THREADS, shell
 
 # As many threads here as in the programs that tests start: another number of threads gives other bits.
@@ -41,8 +43,13 @@ def program(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
-    """A folder with the tiny runs stage1/ and stage2/."""
-    folder = tmp_path_factory.mktemp("runs")
-    shell(f"accelerate launch stage1/train.py configs/debug/stage1.yaml run_dir={folder}/stage1")
-    shell(f"accelerate launch stage2/train.py configs/debug/stage2.yaml run_dir={folder}/stage2 stage1={folder}/stage1")
+    """A folder with stage1/ and stage2/, made by the two commands on tiny settings, once for all xdist workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            train = "accelerate launch {0}/train.py configs/debug/{0}.yaml run_dir={1}/{0}"
+            shell(train.format("stage1", folder))
+            shell(f"{train.format('stage2', folder)} stage1={folder}/stage1")
+            (folder / "done").touch()
     return folder
