@@ -9,7 +9,7 @@ from soak.mutations import PROGRAMS, mutated_configs
 
 from vqgen.adversarial.dcgan import DCGANDiscriminator, DCGANGenerator
 from vqgen.adversarial.discriminators import PatchDiscriminator
-from vqgen.cli.parse import load_config, read_yaml, save_config
+from vqgen.cli.parse import load_config
 from vqgen.cli.reflect import check_options, settings, usage
 from vqgen.errors import InputError
 from vqgen.priors.prior import Prior
@@ -26,6 +26,7 @@ from vqgen.settings import (
     TrackingConfig,
 )
 from vqgen.tokenizers.vqmodel import VQModel
+from vqgen.yaml_file import read_yaml, save_config
 
 STAGE1 = {"model": VQModel, "model.quantizer": EMAQuantizer, "discriminator": PatchDiscriminator}
 EVALUATE = {"data": DataConfig, "tracking": TrackingConfig}

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from vqgen.cli.parse import read_yaml
 from vqgen.errors import InputError
 from vqgen.settings import OptimConfig, Stage1Config, TrackingConfig, TrainConfig
 from vqgen.training.checkpoints import (
@@ -19,6 +18,7 @@ from vqgen.training.checkpoints import (
     save_checkpoint,
     written_whole,
 )
+from vqgen.yaml_file import read_yaml
 
 
 def run_config(tmp_path: Path, **changes) -> Stage1Config:

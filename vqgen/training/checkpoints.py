@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from vqgen.cli.parse import read_yaml, save_config
 from vqgen.distributed import object_from_main, rank, world_size
 from vqgen.errors import InputError
+from vqgen.yaml_file import WORKING_DIR, read_yaml, save_config
 
 logger = logging.getLogger("vqgen")
 
 # Settings that change nothing about the result, so that a run may go on with other values of them.
-FREE_SETTINGS = ["run_dir", "tracking", "data.workers", "train.log_every", "train.checkpoint_every"]
+FREE_SETTINGS = ["run_dir", WORKING_DIR, "tracking", "data.workers", "train.log_every", "train.checkpoint_every"]
 FREE_SETTINGS += ["train.keep_checkpoints", "train.milestone_every", "train.max_hours"]
 FREE_SETTINGS += ["train.accumulation"]  # but for rounding; `resumed_otherwise` says so
 
