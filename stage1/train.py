@@ -40,6 +40,7 @@ from vqgen.training.average import WeightEMA
 from vqgen.training.checkpoints import how_resumed, load_checkpoint, open_run, save_checkpoint, written_whole
 from vqgen.training.fsdp import refuse_fsdp
 from vqgen.training.guard import Diverged, FiniteGuard, going_back
+from vqgen.training.launchers import refuse_compiled_r1, refuse_other_engines
 from vqgen.training.means import Means, Stopwatch, accumulate
 from vqgen.training.schedule import Budget, lr_at, micro_batch_size, parameter_groups, ramp_at
 from vqgen.training.stop import Stop
@@ -65,11 +66,13 @@ def train(config: Stage1Config, rollbacks: int, stop: Stop) -> None:
     adv = config.loss.adversarial
     budget = Budget(config.train.max_steps, config.train.max_seconds)
     refuse_fsdp()
+    refuse_other_engines()
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
         gradient_accumulation_steps=config.train.accumulation,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # the quantizer keeps its own equal
     )
+    refuse_compiled_r1(accelerator, adv.r1 if adv.name != "none" else 0)
     device, accumulation = accelerator.device, accelerator.gradient_accumulation_steps
     micro_batch = micro_batch_size(config.train.batch_size, accumulation)
 

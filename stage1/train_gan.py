@@ -28,6 +28,7 @@ from vqgen.training.average import WeightEMA
 from vqgen.training.checkpoints import how_resumed, load_checkpoint, open_run, save_checkpoint, written_whole
 from vqgen.training.fsdp import refuse_fsdp
 from vqgen.training.guard import Diverged, FiniteGuard, going_back
+from vqgen.training.launchers import refuse_other_engines
 from vqgen.training.means import Means, accumulate
 from vqgen.training.schedule import Budget, lr_at, micro_batch_size, parameter_groups
 from vqgen.training.stop import Stop
@@ -43,6 +44,7 @@ def main(config: GANConfig) -> None:
 def train(config: GANConfig, rollbacks: int, stop: Stop) -> None:
     budget = Budget(config.train.max_steps, config.train.max_seconds)
     refuse_fsdp()
+    refuse_other_engines()
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
         gradient_accumulation_steps=config.train.accumulation,
