@@ -69,7 +69,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
     names = ["psnr_per_image", "ssim"] + (["perceptual"] if perceptual else [])
     per_image = torch.zeros(len(rows), len(names), dtype=torch.float64, device=device)
     squared_errors = torch.zeros(len(rows), dtype=torch.float64, device=device)
-    usage = CodeUsage(model.quantizer.num_codebooks, model.quantizer.codebook_size, device)
+    usage = CodeUsage(model.code_layout(images.image_size), device)
     collector = FeatureCollector(len(rows), (images.channels, images.image_size, images.image_size), network)
     for batch in my_batches(len(rows), config.batch_size, "reconstructing"):
         x, class_ids = images.__getitems__(rows[batch])
@@ -77,7 +77,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
         with torch.inference_mode():
             codes = model.encode(from_uint8(x))
             x_rec = to_uint8(model.decode(codes))  # rounded and clipped, as it would be saved
-            usage.update(codes[0])
+            usage.update(codes)
             columns = [image_psnr(x_rec, x), image_ssim(x_rec, x)]
             if perceptual:
                 columns.append(perceptual(from_uint8(x_rec), from_uint8(x)))

@@ -35,12 +35,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def as_saved(config: Any) -> dict[str, Any]:
+    """What `save_config` writes: every setting, and the working directory."""
+    return {**asdict(config), WORKING_DIR: os.getcwd()}
+
+
 def save_config(config: Any, path: Path) -> None:
-    """Writes a configuration, with every default and the working directory; the file is whole or not there at all."""
+    """Writes a configuration to a file, which is whole or not there at all."""
     beside = path.with_suffix(".tmp")
     with beside.open("w", encoding="utf-8") as file:
-        settings = {**asdict(config), WORKING_DIR: os.getcwd()}
-        yaml.dump(settings, file, _Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True)
+        yaml.dump(as_saved(config), file, _Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True)
     beside.rename(path)
 
 

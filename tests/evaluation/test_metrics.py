@@ -9,6 +9,7 @@ from torchmetrics.image import PeakSignalNoiseRatio
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
+from vqgen.codes import CodeLayout
 from vqgen.data.images import load_images
 from vqgen.evaluation.features import EfficientNetLite0, Features, collect_features
 from vqgen.evaluation.metrics import (
@@ -80,9 +81,9 @@ def test_ssim_of_images_smaller_than_its_window(size):
 def test_code_usage_and_perplexity_of_several_batches():
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(12, (2, 1, 3, 3), generator=generator) ** 2 % 16 for _ in range(3)]
-    usage = CodeUsage(1, 16, CPU)
+    usage = CodeUsage(CodeLayout(((1, 3, 3),), (16,)), CPU)
     for codes in batches:
-        usage.update(codes)
+        usage.update([codes])
     counts = np.bincount(torch.cat(batches).flatten().numpy(), minlength=16)
     p = counts[counts > 0] / counts.sum()
     figures = usage.compute()
@@ -92,27 +93,35 @@ def test_code_usage_and_perplexity_of_several_batches():
 
 
 def test_perplexity_runs_from_one_code_to_all():
-    usage = CodeUsage(1, 8, CPU)
-    usage.update(torch.full((5, 1, 1), 3))
+    usage = CodeUsage(CodeLayout(((1, 1),), (8,)), CPU)
+    usage.update([torch.full((5, 1, 1), 3)])
     assert [v.item() for v in usage.compute().values()] == pytest.approx([1 / 8, 0, 1])
-    usage.update(torch.arange(8).view(8, 1, 1))
+    usage.update([torch.arange(8).view(8, 1, 1)])
     assert [v.item() for v in usage.compute().values()] == pytest.approx([1, np.log(8), 8])
 
 
 def test_code_usage_starts_anew_after_each_compute():
-    usage = CodeUsage(1, 4, CPU)
-    usage.update(torch.tensor([[[0, 1, 2]]]))
+    usage = CodeUsage(CodeLayout(((1, 3),), (4,)), CPU)
+    usage.update([torch.tensor([[[0, 1, 2]]])])
     usage.compute()
-    usage.update(torch.tensor([[[3]]]))
+    usage.update([torch.tensor([[[3]]])])
     assert usage.compute()["usage"].item() == 0.25
 
 
 def test_code_usage_of_several_codebooks_is_their_mean():
-    usage = CodeUsage(2, 4, CPU)
-    usage.update(torch.tensor([[[0, 0, 0, 0], [0, 1, 2, 3]]]))  # (B, Q, S): the first uses one code, the second all
+    usage = CodeUsage(CodeLayout(((2, 4),), (4,)), CPU)
+    usage.update([torch.tensor([[[0, 0, 0, 0], [0, 1, 2, 3]]])])  # (B, Q, S): the first uses one code, the second all
     figures = usage.compute()
     assert figures["usage"].item() == pytest.approx((1 / 4 + 1) / 2)
     assert figures["entropy"].item() == pytest.approx(np.log(4) / 2)
+    assert figures["perplexity"].item() == pytest.approx((1 + 4) / 2)
+
+
+def test_code_usage_counts_every_code_map():
+    usage = CodeUsage(CodeLayout(((1, 1, 1), (1, 2, 2)), (2, 4)), CPU)
+    usage.update([torch.tensor([[[[1]]]]), torch.tensor([[[[0, 1], [2, 3]]]])])  # half of two codes, and all of four
+    figures = usage.compute()
+    assert figures["usage"].item() == pytest.approx((1 / 2 + 1) / 2)
     assert figures["perplexity"].item() == pytest.approx((1 + 4) / 2)
 
 

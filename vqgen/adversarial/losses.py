@@ -1,12 +1,14 @@
 """What a discriminator and its opponent minimise, and what keeps the two in balance."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqgen.distributed import all_reduce_sum, world_size
 
-WON_ACCURACY = 0.99  # of a discriminator that has learned more than it can teach
+WON_ACCURACY = 0.99  # share of images or patches that a discriminator which has won tells apart
 
 
 def discriminator_loss(name: str, real: Tensor, fake: Tensor) -> Tensor:
@@ -43,6 +45,18 @@ def discriminator_accuracy(name: str, real: Tensor, fake: Tensor) -> Tensor:
     """Share of the logits on the right side, a scalar; 0.5 is a discriminator that cannot tell."""
     boundary = 0.5 if name == "least_squares" else 0.0  # least squares aims at 1 and 0, the others at both signs
     return 0.5 * ((real > boundary).float().mean() + (fake < boundary).float().mean())
+
+
+class DiscriminatorWatch:
+    """Notices when a discriminator has won: it has learned more than it can teach."""
+
+    def __init__(self) -> None:
+        self.has_won = False
+
+    def has_just_won(self, figures: Mapping[str, float]) -> bool:
+        """Whether `disc_accuracy` has risen above WON_ACCURACY since the last call; without that figure it has not."""
+        before, self.has_won = self.has_won, figures.get("disc_accuracy", 0.0) > WON_ACCURACY
+        return self.has_won and not before
 
 
 def r1_penalty(real: Tensor, x: Tensor) -> Tensor:

@@ -115,9 +115,8 @@ def _check_there(run: Path, key: str, saved: str, found: str) -> None:
     """Raises InputError if a source that the run decided is not there."""
     if found in BUILT_IN_SOURCES or _exists(found):
         return
-    started_in = _settings(run).get(WORKING_DIR)
-    elsewhere = started_in and not os.path.isabs(saved) and started_in != os.getcwd()
-    places = f"is not there, nor at {os.path.join(started_in, saved)}" if elsewhere else "is not there"
+    there = os.path.join(_settings(run).get(WORKING_DIR, ""), saved)
+    places = "is not there" + (f", nor at {there}" if there != os.path.abspath(saved) and there != saved else "")
     raise InputError(f"data.{key}={saved} of {run} {places}; give data.{key}=")
 
 

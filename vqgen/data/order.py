@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from vqgen.data.codes import TokenStore
 from vqgen.data.images import ImageSet
 from vqgen.distributed import rank, world_size
+from vqgen.tokenizers.vqmodel import from_uint8
 from vqgen.training.stop import ignore_signals
 
 
@@ -44,19 +45,81 @@ class BatchOrder:
             yield batch
 
 
+class Place(NamedTuple):
+    """Where a run is in the endless stream of batches, and in what portions it takes them.
+
+    Attributes:
+        seed: of the run.
+        micro_batch: examples per forward pass of one process.
+        accumulation: passes per update.
+        first: number of global micro-batches that were taken before.
+    """
+
+    seed: int
+    micro_batch: int
+    accumulation: int
+    first: int
+
+    def flips(self, probability: float) -> Iterator[Tensor]:
+        """(micro_batch,) bool for each pass from here on: this process's part of each update's coin flips."""
+        for number in itertools.count(self.first):
+            step, i = divmod(number, self.accumulation)
+            yield coin_flips(probability, self.micro_batch, self.seed, step, i, self.accumulation)
+
+
 def endless_batches(
-    dataset: ImageSet | TokenStore, micro_batch: int, *, first: int, seed: int, workers: int, device: torch.device
+    dataset: ImageSet | TokenStore, place: Place, *, workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's micro-batches from global micro-batch number `first` on, in `BatchOrder`."""
+    """This process's micro-batches from a place on, in `BatchOrder`, on the CPU."""
     loader: DataLoader[Any] = DataLoader(
         dataset,  # type: ignore[arg-type]  # it has what DataLoader uses, and is no subclass
-        batch_sampler=BatchOrder(len(dataset), micro_batch, first, seed),
+        batch_sampler=BatchOrder(len(dataset), place.micro_batch, place.first, place.seed),
         collate_fn=_as_is,
         num_workers=workers,
         worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda",
     )
     return iter(loader)
+
+
+def image_batches(
+    images: ImageSet, place: Place, *, flip: bool, workers: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images (B, C, H, W) in [-1, 1] and class ids (B,) on the device, from a place on, without end.
+
+    Args:
+        images: to draw from.
+        place: in the stream of batches.
+        flip: mirror half of the images left to right.
+        workers: processes that decode images, where they are not in memory.
+        device: of the models.
+    """
+    batches = endless_batches(images, place, workers=0 if images.in_memory else workers, device=device)
+    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    flips = place.flips(0.5)
+    for pixels, class_ids in batches:
+        x = from_uint8(pixels.to(device, non_blocking=True, memory_format=memory_format))  # (B, C, H, W)
+        if flip:
+            x = torch.where(next(flips).to(device, non_blocking=True)[:, None, None, None], x.flip(-1), x)
+        yield x, class_ids.to(device, non_blocking=True)
+
+
+def token_batches(
+    codes: TokenStore, place: Place, *, class_dropout: float, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens (B, N) and class ids (B,) on the device, from a place on, without end.
+
+    Args:
+        codes: to draw from.
+        place: in the stream of batches.
+        class_dropout: share of the examples whose class id becomes -1, no class.
+        device: of the prior.
+    """
+    batches = endless_batches(codes, place, workers=0, device=device)
+    for (tokens, class_ids), hidden in zip(batches, place.flips(class_dropout), strict=False):
+        class_ids = class_ids.to(device, non_blocking=True)
+        class_ids = class_ids.masked_fill(hidden.to(device, non_blocking=True), -1)
+        yield tokens.to(device, non_blocking=True), class_ids
 
 
 def _as_is(batch: Any) -> Any:

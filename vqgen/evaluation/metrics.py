@@ -1,13 +1,14 @@
 """Figures of merit of reconstructions, codes and samples. The arithmetic of the standard ones is torchmetrics'."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqgen.codes import CodeLayout
 from vqgen.distributed import all_reduce_sum, rank
 from vqgen.evaluation.features import Features
 
@@ -43,23 +44,26 @@ class CodeUsage:
     """Counts codes on their device, and says how many of them are in use.
 
     Args:
-        num_codebooks: codes per position Q.
-        codebook_size: number of codes K of each codebook.
+        layout: of the code maps, whose codebooks are all counted.
         device: where the codes are.
     """
 
-    def __init__(self, num_codebooks: int, codebook_size: int, device: torch.device):
-        self.counts = torch.zeros(num_codebooks, codebook_size, dtype=torch.int64, device=device)
+    def __init__(self, layout: CodeLayout, device: torch.device):
+        sizes = [k for shape, k in zip(layout.shapes, layout.codebook_sizes, strict=True) for _ in range(shape[0])]
+        self.sizes = torch.tensor(sizes, device=device)  # (Q,) of all codebooks of all maps
+        self.counts = torch.zeros(len(sizes), max(sizes), dtype=torch.int64, device=device)
 
-    def update(self, codes: Tensor) -> None:
-        """Counts codes (B, Q, *S)."""
-        num_codebooks, codebook_size = self.counts.shape
-        first = codebook_size * torch.arange(num_codebooks, device=codes.device)
-        flat = (codes.flatten(2) + first[:, None]).flatten()
-        self.counts.view(-1).index_add_(0, flat, torch.ones_like(flat))
+    def update(self, codes: Sequence[Tensor]) -> None:
+        """Counts code maps [(B, Q, *S), ...]."""
+        first = 0
+        for part in codes:
+            rows = self.counts[first : (first := first + part.shape[1])]
+            offset = rows.shape[1] * torch.arange(len(rows), device=part.device)
+            flat = (part.flatten(2) + offset[:, None]).flatten()
+            rows.view(-1).index_add_(0, flat, torch.ones_like(flat))
 
     def compute(self) -> dict[str, Tensor]:
-        """Over all processes since the last call, the mean over the codebooks of some figures.
+        """Over all processes since the last call, the mean over all codebooks of some figures.
 
         They are the share of the codes that are used, the entropy of the codes' distribution in nats, and its exp.
         """
@@ -67,7 +71,8 @@ class CodeUsage:
         self.counts.zero_()
         p = counts / counts.sum(dim=1, keepdim=True)
         entropy = -torch.xlogy(p, p).sum(dim=1)  # (Q,)
-        return {"usage": (counts > 0).float().mean(), "entropy": entropy.mean(), "perplexity": entropy.exp().mean()}
+        used = (counts > 0).sum(dim=1) / self.sizes  # (Q,)
+        return {"usage": used.mean(), "entropy": entropy.mean(), "perplexity": entropy.exp().mean()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """What was counted since the last `compute`, over all processes, who all must ask."""

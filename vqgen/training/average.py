@@ -52,10 +52,26 @@ class WeightEMA:
     @contextmanager
     def whole(self) -> Iterator[Any]:
         """The averaged model, whole on each process, so that one alone can use it. All must call it."""
-        for parameter, shard in zip(self.model.parameters(), self.shards, strict=False):
-            parameter.data = gathered(shard)
-        yield self.model
-        self._put_back()
+        try:
+            for parameter, shard in zip(self.model.parameters(), self.shards, strict=False):
+                parameter.data = gathered(shard)
+            yield self.model
+        finally:
+            self._put_back()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged model's own state. All processes must call it."""
+        with self.whole() as model:
+            state = model.state_dict()
+        # FSDP's shards are many GPUs' memory when they are put together, so their sum waits on the CPU.
+        return {key: x.cpu() for key, x in state.items()} if self.shards else state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Loads what `state_dict` gave, also into averages that FSDP has cut."""
+        with self.whole() as model:
+            model.load_state_dict(state)
+            for parameter, shard in zip(model.parameters(), self.shards, strict=False):
+                shard.copy_(shard_like(parameter.detach(), shard))
 
     def _put_back(self) -> None:
         for parameter, _ in zip(self.model.parameters(), self.shards, strict=False):

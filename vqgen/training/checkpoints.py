@@ -4,58 +4,144 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps a second run out of a run's folder
+    fcntl = None  # type: ignore[assignment]
 
 import torch
 
 from vqgen.distributed import object_from_main, rank, world_size
 from vqgen.errors import InputError
-from vqgen.yaml_file import WORKING_DIR, read_yaml, save_config
+from vqgen.yaml_file import WORKING_DIR, as_saved, read_yaml, save_config
 
 logger = logging.getLogger("vqgen")
 
-# Settings that change nothing about the result, so that a run may go on with other values of them.
+# A run may go on with other values of these. Most change nothing about the result.
 FREE_SETTINGS = ["run_dir", WORKING_DIR, "tracking", "data.workers", "train.log_every", "train.checkpoint_every"]
-FREE_SETTINGS += ["train.keep_checkpoints", "train.milestone_every", "train.max_hours"]
-FREE_SETTINGS += ["train.accumulation"]  # but for rounding; `resumed_otherwise` says so
+FREE_SETTINGS += ["train.keep_checkpoints", "train.milestone_every", "train.max_hours", "train.eval_every"]
+FREE_SETTINGS += ["train.accumulation"]  # changes rounding; `how_resumed` says so
+# Where the data and the tokenizer lie; `check_made_from` sees to it that they are the same.
+FREE_SETTINGS += ["data.source", "data.val_source", "data.cache_gb", "stage1", "codes_dir"]
+
+BEFORE = {"model.name": "light"}  # settings that older versions did not write, and what they did
 
 CHECKSUMS = "SHA256SUMS"  # as sha256sum writes it, and checks it
 
 
-def open_run(config: Any) -> None:
+@contextmanager
+def open_run(config: Any) -> Iterator[None]:
     """Makes the run's folder with its config.yaml, or checks that the one there was made by the same settings.
 
-    A run that has no checkpoint yet has nothing to go on from, and so takes other settings.
+    Inside, no other process can open the run. A run that has no checkpoint yet has nothing to go on from, and so takes
+    other settings.
 
     Raises:
-        InputError: the folder holds a run with other settings, or cannot be written.
+        InputError: the folder holds a run with other settings, is in use, or cannot be written.
     """
     run_dir = Path(config.run_dir)
     path, model, checkpoints = run_dir / "config.yaml", run_dir / "model", run_dir / "checkpoints"
     exists = os.path.exists  # which, unlike Path.exists, is false for a name that is too long
-    if exists(old := _old(model)) and not exists(model):
-        old.rename(model)  # what the end of a process between the two renames of written_whole leaves
     for folder in (checkpoints, model):
         if exists(folder) and not exists(path):
             raise InputError(f"run_dir={run_dir} has a {folder.name} but no config.yaml, so it is no run; name another")
-    if not exists(model) and not _all_checkpoints(run_dir):
+    with ExitStack() as stack:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            save_config(config, path)
+            take = stack.enter_context(_lock(run_dir))
+            if exists(old := _old(model)) and not exists(model):
+                old.rename(model)  # what the end of a process between the two renames of written_whole leaves
+            if not exists(model) and not _all_checkpoints(run_dir):
+                save_config(config, path)
+            else:
+                _check_settings(config)
+            take()
         except OSError as error:
             raise InputError(f"run_dir={run_dir} cannot be written ({error.strerror}); name another") from error
-    there, asked = _flat(read_yaml(path)), _flat(asdict(config))
+        yield
+
+
+def _check_settings(config: Any) -> None:
+    """Raises InputError for the first setting that a run may not change, and that is not as its config.yaml says."""
+    run_dir = Path(config.run_dir)
+    there, asked = BEFORE | _flat(read_yaml(run_dir / "config.yaml")), _flat(asdict(config))
+    if there.get("train.mixed_precision") is None:
+        there["train.mixed_precision"] = asked["train.mixed_precision"]  # older versions left it open
     for key in sorted(there.keys() | asked.keys()):
         free = any(key == name or key.startswith(f"{name}.") for name in FREE_SETTINGS)
-        if not free and there.get(key) != asked.get(key):
+        if not free and there.get(key) != asked.get(key) and (key in asked or key not in BEFORE):
             raise InputError(
                 f"{run_dir} holds a run with {key}={there.get(key)}, but {key}={asked.get(key)} is asked for; "
                 f"repeat its own settings to go on with it, or name another run_dir="
             )
+
+
+@contextmanager
+def _lock(run_dir: Path) -> Iterator[Callable[[], None]]:
+    """Keeps other processes out of a run's folder, and yields what writes this process's name into the lock.
+
+    The system gives the lock back when this process ends, however it ends. Processes that load data do not inherit it.
+
+    Raises:
+        InputError: another process has it.
+        OSError: the folder cannot be written.
+    """
+    with (run_dir / ".lock").open("a+") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            remedy = "wait for it, stop it, or name another run_dir="
+            raise InputError(f"{run_dir} is in use by {owner}; {remedy}") from error
+        except OSError:
+            logger.warning(f"{run_dir}: its file system has no locks, so nothing keeps a second run out of it")
+
+        def take() -> None:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+
+        yield take
+
+
+def check_made_from(config: Any, state: Mapping[str, Any], made_from: Mapping[str, str | None]) -> None:
+    """Checks that a run goes on with what it was made from, wherever that lies now.
+
+    Args:
+        config: the run's configuration.
+        state: of its checkpoint.
+        made_from: hashes, by the names that they have in the checkpoint.
+
+    Raises:
+        InputError: something is not what it was.
+    """
+    words = {"data": "other data", "held_out": "other held-out images", "tokenizer": "another tokenizer"}
+    for name, now in made_from.items():
+        if name in state and state[name] != now:
+            raise InputError(f"{config.run_dir} was trained with {words[name]} than now; name another run_dir=")
+    there, asked = _flat(read_yaml(Path(config.run_dir) / "config.yaml")), _flat(asdict(config))
+    key = "data.val_source"
+    if "held_out" not in state and there.get(key) != asked.get(key):  # it was not hashed by older versions
+        raise InputError(
+            f"{config.run_dir} holds a run with {key}={there.get(key)}, but {key}={asked.get(key)} is asked for; "
+            f"its version did not note which images these were, so repeat that, or name another run_dir="
+        )
+
+
+def update_config(config: Any) -> None:
+    """Writes the settings that a run may change to its config.yaml, so that it says where the data lie now."""
+    path = Path(config.run_dir) / "config.yaml"
+    if read_yaml(path) != as_saved(config):
+        save_config(config, path)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def refuse_compiled_r1(accelerator: Accelerator, r1: float) -> None:
 
     Args:
         accelerator: knows the backend that the launch asks for.
-        r1: weight of the penalty; 0 where there is no discriminator.
+        r1: weight of the penalty.
 
     Raises:
         InputError: R1 is on, and a backend compiles backward passes.

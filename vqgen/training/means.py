@@ -1,7 +1,7 @@
 """What is measured at each step, without waiting for the device."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,8 @@ from vqgen.distributed import all_gather, all_reduce_sum, rank, world_size
 class Means:
     """Means of named numbers over a stretch of steps, kept on the device: reading them at every step would stall it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
 
@@ -37,14 +38,14 @@ class Means:
         sums = all_gather(torch.stack(list(self.sums.values()))) if self.sums else torch.zeros(world_size(), 0)
         return {"counts": dict(self.counts), "sums": sums}  # (world_size, n)
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from there: to the bit on as many processes, else with the mean of theirs."""
-        sums = state["sums"].to(device)
+        sums = state["sums"].to(self.device)
         sums = sums[rank()] if len(sums) == world_size() else sums.mean(dim=0)
         self.counts, self.sums = dict(state["counts"]), dict(zip(state["counts"], sums, strict=True))
 
 
-def accumulate(terms: dict[str, Tensor], values: dict[str, Tensor], passes: int) -> None:
+def accumulate(terms: dict[str, Tensor], values: Mapping[str, Tensor], passes: int) -> None:
     """Takes the values of one of so many passes into the terms of a step, which become their means."""
     for name, value in values.items():
         terms[name] = terms.get(name, 0) + value.detach() / passes

@@ -61,8 +61,10 @@ class Budget:
     def paused(self) -> Iterator[None]:
         """Stops the clock for what is not training."""
         self.spent, self.started = self.seconds, None
-        yield
-        self.start()
+        try:
+            yield
+        finally:
+            self.start()
 
 
 def lr_at(share: float, optim: OptimConfig) -> float:
@@ -72,11 +74,23 @@ def lr_at(share: float, optim: OptimConfig) -> float:
     return optim.lr * warmup * 0.5 * (1 + math.cos(math.pi * share))
 
 
+def set_lr(optimizer: Any, lr: float) -> float:
+    """Gives all parameters of an optimizer this learning rate, and returns it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
 def ramp_at(share: float, start: float, ramp: float) -> float:
     """Rises from 0 after a share of the budget, `start`, linearly to 1 over another, `ramp`."""
     if share < start or start >= 1:
         return 0.0
     return min(1.0, (share - start) / ramp) if ramp > 0 else 1.0
+
+
+def num_parameters(model: nn.Module) -> int:
+    """How many numbers a model learns or keeps as parameters."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

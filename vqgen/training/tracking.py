@@ -6,8 +6,7 @@ import math
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -92,15 +91,6 @@ class Tracker:
         if self.is_main:
             self.bar.close()
             self.wandb.close()
-
-    @contextmanager
-    def closed_on(self, error: type[Exception]) -> Iterator[None]:
-        """Closes before such an error goes on, as the run will be opened again."""
-        try:
-            yield
-        except error:
-            self.close()
-            raise
 
 
 def log_evaluation(

@@ -1,0 +1,438 @@
+"""The frame that all training loops share: processes, folder, resume, clock, stop, finite steps, checkpoints, log.
+
+A loop calls its `Run`; a `Run` never calls a loop's code, and knows no model and no loss.
+"""
+
+import gc
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
+
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from PIL import Image
+from torch import Tensor, nn
+
+import vqgen
+from vqgen.data.order import Place, endless_batches, seed_step
+from vqgen.data.skipped import count_skipped
+from vqgen.distributed import rank, world_size
+from vqgen.errors import InputError
+from vqgen.training.average import WeightEMA
+from vqgen.training.checkpoints import (
+    check_made_from,
+    how_resumed,
+    load_checkpoint,
+    newest_checkpoint,
+    open_run,
+    save_checkpoint,
+    update_config,
+    written_whole,
+)
+from vqgen.training.fsdp import check_fsdp, gathered, refuse_fsdp
+from vqgen.training.guard import Diverged, FiniteGuard
+from vqgen.training.launchers import refuse_other_engines
+from vqgen.training.means import Means, accumulate
+from vqgen.training.schedule import Budget, micro_batch_size
+from vqgen.training.state import TrainState
+from vqgen.training.stop import Stop
+from vqgen.training.tracking import Tracker
+
+MAX_ROLLBACKS = 5  # a 32nd of what was set: what that does not cure has another cause
+T = TypeVar("T")
+
+
+class Now(NamedTuple):
+    """Where a run is before an update, and what is due there.
+
+    Attributes:
+        step: updates so far.
+        share: of the run's budget that is spent, from 0 to 1 or a little more.
+        evaluates: whether an evaluation is due.
+        saves: whether a checkpoint is due.
+        ends: whether the run ends here, without another update.
+        logs: whether the update that follows is the last of those that a line of the log is about.
+    """
+
+    step: int
+    share: float
+    evaluates: bool
+    saves: bool
+    ends: bool
+    logs: bool
+
+
+def attempts(config: Any, *, lowered: str, to_lower: str, fsdp: bool = False) -> Iterator["Run"]:
+    """Yields the run to train with; and when that diverged, another that goes on from its newest checkpoint.
+
+    With the same settings it would diverge again, so a program multiplies some of them by `Run.lowered`.
+
+    Args:
+        config: a training program's configuration.
+        lowered: what the program lowers, in words.
+        to_lower: the settings that the user should lower if that is not enough.
+        fsdp: whether the program's models can be cut up by FSDP.
+
+    Raises:
+        InputError: going back does not help, or there is no checkpoint to go back to.
+        SystemExit: a signal stopped the run, and its exit code is not 0.
+    """
+    stop, rollbacks = Stop(config.train.max_hours), 0
+    while True:
+        run = Run(config, rollbacks, stop, fsdp)
+        yield run
+        if run.diverged is None:
+            break
+        remedy = f"lower {to_lower}, and name another run_dir="
+        checkpoint = newest_checkpoint(run.dir)
+        if checkpoint is None or run.rollbacks == MAX_ROLLBACKS:
+            kept = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+            raise InputError(f"{run.diverged}; {kept}; {remedy}") from run.diverged
+        rollbacks = run.rollbacks + 1
+        if rank() == 0:
+            print(f"{run.diverged}: going back to {checkpoint} with {lowered} at 1/{2**rollbacks} of what is set")
+        del run
+        gc.collect()  # the failed attempt's models would otherwise lie in memory beside those of the next
+    if stop.exit_code:
+        sys.exit(stop.exit_code)
+
+
+class Run:
+    """One attempt at a training run; used as `with run:`, which listens for signals and keeps a `Diverged`.
+
+    Args:
+        config: a training program's configuration, with the sections `optim`, `train` and `tracking`, `run_dir` and
+            `seed`. Its `train.mixed_precision` becomes what Accelerate made of it.
+        rollbacks: how often the run went back to a checkpoint so far.
+        stop: is asked whether to end the run.
+        fsdp: whether the program's models can be cut up by FSDP.
+
+    Attributes:
+        accelerator: of the processes.
+        device: of this process.
+        dir: the run's folder.
+        micro_batch: examples per forward pass of this process.
+        accumulation: passes per update.
+        lowered: factor of the settings that are lowered after each rollback.
+        diverged: why the run must go back to a checkpoint; None as long as all is well.
+        means: of what is logged, since the last line.
+
+    Raises:
+        InputError: a setting or the way the program was launched cannot be used.
+    """
+
+    def __init__(self, config: Any, rollbacks: int, stop: Stop, fsdp: bool = False):
+        self.config, self.rollbacks, self.stop = config, rollbacks, stop
+        self.dir = Path(config.run_dir)
+        self.budget = Budget(config.train.max_steps, config.train.max_seconds)
+        refuse_other_engines()
+        if not fsdp:
+            refuse_fsdp()
+        self.accelerator = Accelerator(
+            mixed_precision=config.train.mixed_precision,
+            gradient_accumulation_steps=config.train.accumulation,
+            # Buffers are equal on all processes: quantizers see to it, and the GAN takes two batches before a backward.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        if fsdp:
+            check_fsdp(self.accelerator)
+        config.train.mixed_precision = self.accelerator.mixed_precision
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.accumulation = self.accelerator.gradient_accumulation_steps
+        self.micro_batch = micro_batch_size(config.train.batch_size, self.accumulation)
+        self.diverged: Diverged | None = None
+        self.means = Means(self.device)
+        self.step = self.evaluated = self.saved = 0
+        self._guards: dict[str, FiniteGuard] = {}
+        self._terms: dict[str, Tensor] = {}  # of the passes since the last update
+        self._made_from: dict[str, Any] = {}
+        self._state: dict[str, Any] | None = None
+        self._open = ExitStack()
+        self._tracker: Tracker | None = None
+
+    def __enter__(self) -> "Run":
+        self._open.enter_context(self.stop.listening())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if isinstance(error, Diverged):
+            self.diverged = error.with_traceback(None)  # it would keep the models of this attempt
+            self.tracker.close()  # the next attempt opens it again
+            self.accelerator.free_memory()
+        self._open.close()
+        return isinstance(error, Diverged)
+
+    @property
+    def lowered(self) -> float:
+        """1, halved for each time that the run went back."""
+        return 0.5**self.rollbacks
+
+    @property
+    def place(self) -> Place:
+        """Where the run is in the endless stream of batches."""
+        return Place(self.config.seed, self.micro_batch, self.accumulation, first=self.step * self.accumulation)
+
+    @property
+    def tracker(self) -> Tracker:
+        """Of the run, once it is started."""
+        assert self._tracker is not None, "start the run first"
+        return self._tracker
+
+    # Before the first step
+
+    def open(self, *image_sets: Any) -> None:
+        """Makes the run's folder, or checks that the one there was made by the same settings; names skipped images.
+
+        Raises:
+            InputError: the folder holds a run with other settings, is in use by another process, or cannot be written.
+        """
+        if self.is_main:
+            self._open.enter_context(open_run(self.config))
+        self.accelerator.wait_for_everyone()
+        for images in image_sets:
+            images.report_skipped(self.dir / "skipped.txt")
+
+    def prepare(self, *parts: Any) -> Any:
+        """`Accelerator.prepare`, which passes on what is None; several parts come back as a list."""
+        prepared = iter(self.accelerator.prepare(*(part for part in parts if part is not None)))
+        return [part if part is None else next(prepared) for part in parts]
+
+    def resume(self, state: TrainState, then: str, **made_from: str | None) -> bool:
+        """Loads the newest checkpoint, if there is one, into the state; call it after `prepare`.
+
+        Args:
+            state: what the checkpoint holds beside the run's own numbers.
+            then: the next command, for a run that is finished.
+            made_from: hashes of what the run is made from, such as its data; None where there is no such thing.
+
+        Returns:
+            Whether the run is finished; this is said.
+
+        Raises:
+            InputError: the checkpoint was made from something else, or by a version that knew other parts.
+        """
+        self._made_from = made_from
+        saved = self._state = load_checkpoint(self.dir)
+        if saved is not None:
+            check_made_from(self.config, saved, made_from)
+            try:
+                self.step, self.evaluated, self.budget.spent = (saved[k] for k in ("step", "evaluated", "seconds"))
+                self.rollbacks = max(self.rollbacks, saved["rollbacks"])
+                state.load_state_dict(saved)
+                self.means.load_state_dict(saved["means"])
+                if self.accelerator.scaler:
+                    self.accelerator.scaler.load_state_dict(saved["scaler"])
+            except (KeyError, RuntimeError, ValueError) as error:
+                by = f"vqgen {saved.get('vqgen', 'before 0.2')}"
+                raise InputError(
+                    f"{self.dir}: its checkpoint was written by {by} and does not fit {vqgen.__version__} "
+                    f"({' '.join(str(error).split())[:150]}); go on with that version, or name another run_dir="
+                ) from error
+            self.saved = self.step
+        if saved is not None and self.budget.share(self.step, self.device) >= 1:
+            done = f"{self.dir} is finished, at step {self.step}; name another run_dir= for another run"
+            self.accelerator.print(f"{done}; next: {then}")
+            self.accelerator.end_training()
+            return True
+        if saved is not None and self.is_main:
+            update_config(self.config)
+        return False
+
+    def start(self, what: str, num_parameters: int, *, by_pass: str = "", by_process: str = "") -> None:
+        """Opens the log, and says what is trained and where it goes on.
+
+        Args:
+            what: is trained, on how many examples.
+            num_parameters: of the model, for the tracker.
+            by_pass: what in the run depends on the number of passes per update.
+            by_process: what in it depends on the number of processes.
+        """
+        saved, self._state = self._state, None  # the state is as large as the models and optimizers together
+        self._tracker = Tracker(
+            self.dir,
+            self.config,
+            logged=saved["logged"] if saved else 0,
+            is_main=self.is_main,
+            facts={"num_parameters": num_parameters},
+        )
+        resumed = how_resumed(saved, self.accumulation, by_pass=by_pass, by_process=by_process)
+        size = f"{num_parameters / 1e6:.2f} M parameters"
+        self.say(f"{self.dir}: {what}, {size}, {world_size()} x {self.device.type}{resumed}")
+
+    def batches(self, dataset: Any, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's batches of a data set, from where the run is, without end."""
+        return endless_batches(dataset, self.place, workers=workers, device=self.device)
+
+    # The loop
+
+    def steps(self) -> Iterator[Now]:
+        """Yields before each update, and once more at the end, so that the last update can be evaluated and saved."""
+        self.stop.training = True
+        self._window_step = self.step
+        self.budget.start()
+        self._window_start = self.budget.seconds
+        while True:
+            self._last = now = self._now()
+            yield now
+            if now.ends:
+                return
+            self.step += 1
+
+    def _now(self) -> Now:
+        train, step = self.config.train, self.step
+        share = self.budget.share(step, self.device)
+        last, stopping = share >= 1, self.stop.due
+        save_due = last or stopping or step % train.checkpoint_every == 0
+        if save_due:
+            for guard in self._guards.values():
+                guard.finish()
+        healthy = not any(guard.in_a_row for guard in self._guards.values())  # a checkpoint is what one can go back to
+        return Now(
+            step,
+            share,
+            evaluates=step > self.evaluated and (last or (step % train.eval_every == 0 and not stopping)),
+            saves=step > self.saved and save_due and (healthy or last),
+            ends=last or stopping,
+            logs=(step + 1) % train.log_every == 0,
+        )
+
+    def passes(self, batches: Iterator[T], *models: nn.Module | None) -> Iterator[T]:
+        """Yields a batch for each pass of an update; only the last pass exchanges the gradients of the models."""
+        seed_step(self.config.seed, self.step)
+        for i in range(self.accumulation):
+            with ExitStack() as unsynced:
+                if i < self.accumulation - 1:
+                    for model in filter(None, models):
+                        unsynced.enter_context(self.accelerator.no_sync(model))
+                yield next(batches)
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """Takes in what one pass measured, scalars by name; what is logged is the mean over the passes."""
+        accumulate(self._terms, terms, self.accumulation)
+
+    def update(self, **groups: tuple[nn.Module, Any]) -> None:
+        """Ends an update of some models: clips their gradients, and steps and zeroes their optimizers.
+
+        If a loss or a norm is not finite on any process, none of them is changed, which is decided on the device.
+
+        Args:
+            groups: a model and its optimizer, by the name that the norm of its gradient has in the log.
+
+        Raises:
+            Diverged: that was so for too many updates in a row.
+        """
+        terms, self._terms = self._terms, {}
+        for name, (model, _) in groups.items():
+            norm = self.accelerator.clip_grad_norm_(model.parameters(), self.config.optim.grad_clip)
+            terms[name] = gathered(norm)
+        scaled = self.accelerator.scaler is not None  # a scaler skips gradients that are not finite by itself
+        watched = [name for name in terms if name.endswith("_loss")] or ["loss"]
+        watched += [] if scaled else list(groups)
+        if (first := next(iter(groups))) not in self._guards:
+            bad_steps = self.config.train.max_bad_steps
+            self._guards[first] = FiniteGuard(bad_steps, self.say, self.device, self.stop)
+        bad = self._guards[first].check(self.step, **{name: terms[name] for name in watched})
+        for _, optimizer in groups.values():
+            if not scaled:
+                optimizer.optimizer.found_inf = bad
+            optimizer.step()
+            optimizer.zero_grad()
+        self.means.add(**terms)
+
+    def log(self, now: Now, figures: Mapping[str, Any], shown: tuple[str, ...]) -> None:
+        """Writes a line of the log after an update: the figures, the speed, and of both those that are shown."""
+        step, seconds = now.step + 1, self.seconds_of_window
+        speed = (step - self._window_step) * self.config.train.batch_size / seconds
+        figures = {**figures, "images_per_second": speed}
+        self.tracker.log(step, {f"train/{name}": value for name, value in figures.items()})
+        share = self.budget.share(step, self.device)
+        left = self.budget.seconds * (1 / share - 1)
+        self.tracker.progress(step, share, left, **{name: figures[name] for name in (*shown, "images_per_second")})
+        self._window_step, self._window_start = step, self.budget.seconds
+
+    @property
+    def seconds_of_window(self) -> float:
+        """Seconds of training since the last line of the log."""
+        return self.budget.seconds - self._window_start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops the clock for what is not training."""
+        with self.budget.paused():
+            yield
+
+    def report(self, now: Now, figures: Mapping[str, float], **pictures: Image.Image | None) -> None:
+        """Logs, prints and keeps what an evaluation found; a picture is needed on the main process only."""
+        self.evaluated = now.step
+        if figures:
+            named = {f"val/{name}": value for name, value in figures.items()}
+            self.tracker.log(now.step, named)
+            self.say(f"step {now.step}  " + "  ".join(f"{name} {value:.4g}" for name, value in named.items()))
+        for name, picture in pictures.items():
+            if picture is not None:
+                self.tracker.picture(now.step, name, picture)
+
+    def save(self, now: Now, state: TrainState, model: Mapping[str, Any]) -> None:
+        """Writes the models that people share to model/, and a checkpoint; all processes must call it.
+
+        Args:
+            now: where the run is.
+            state: what the checkpoint holds beside the run's own numbers.
+            model: things with `save_pretrained`, or averages of such, by their folder inside model/.
+        """
+        train = self.config.train
+        saved = {
+            "vqgen": vqgen.__version__,
+            "step": now.step,
+            "evaluated": self.evaluated,
+            "seconds": self.budget.seconds,
+            "processes": world_size(),
+            "accumulation": self.accumulation,
+            "rollbacks": self.rollbacks,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
+            "means": self.means.state_dict(),
+            **self._made_from,
+            **state.state_dict(),
+        }
+        with ExitStack() as stack:
+            whole = {
+                name: stack.enter_context(part.whole()) if isinstance(part, WeightEMA) else part
+                for name, part in model.items()
+            }
+            if self.is_main:
+                with written_whole(self.dir / "model") as folder:
+                    for name, part in whole.items():
+                        part.save_pretrained(folder / name)
+                saved["logged"] = self.tracker.flush()
+                save_checkpoint(self.dir, now.step, saved, train.keep_checkpoints, train.milestone_every)
+        self.saved = now.step
+
+    def say(self, text: str) -> None:
+        """Prints a line, on the main process."""
+        self.tracker.say(text)
+
+    def close(self, made: str, then: str) -> None:
+        """Ends the run and says what it made, where, and the next command to type.
+
+        Args:
+            made: what is in the run's model/.
+            then: the next command.
+        """
+        if count := count_skipped(self.dir / "skipped.txt"):
+            self.say(f"{count} images did not load; {self.dir / 'skipped.txt'} names them")
+        max_steps = self.config.train.max_steps
+        if self._last.share < 1:
+            self.say(
+                f"{self.stop.reason}: stopped at step {self.step}; the same command goes on from step {self.saved}"
+            )
+        else:
+            if max_steps and self.step < max_steps:
+                seconds = self.config.train.max_seconds
+                self.say(f"train.max_seconds={seconds:g} ended the run at step {self.step} of {max_steps}")
+            self.say(f"{made}: {self.dir / 'model'}; next: {then}")
+        self.tracker.close()
+        self.accelerator.end_training()
