@@ -36,7 +36,7 @@ from vqgen.quantizers import BASES, QUANTIZERS, quantizer_options
 from vqgen.settings import Stage1Config
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, to_uint8
 from vqgen.training.average import WeightEMA
-from vqgen.training.launchers import refuse_compiled_r1
+from vqgen.training.launchers import refuse_compiled
 from vqgen.training.means import Stopwatch
 from vqgen.training.run import Now, Run, attempts
 from vqgen.training.schedule import lr_at, num_parameters, parameter_groups, ramp_at, set_lr
@@ -254,7 +254,7 @@ def build(config: Stage1Config, run: Run) -> Nets:
     if adversarial.name != "none":
         fp16 = run.accelerator.mixed_precision == "fp16"
         require(not fp16, "train.mixed_precision=fp16 is too coarse for a discriminator's gradients; use bf16 or no")
-        refuse_compiled_r1(run.accelerator, adversarial.r1)
+        refuse_compiled(run.accelerator, r1=adversarial.r1, adaptive=adversarial.adaptive)
         disc, lecam = PatchDiscriminator(config.data.channels, **config.discriminator), LeCam().to(device)
         disc.check_size(config.data.image_size)
         disc = disc.to(device, memory_format=memory_format)

@@ -19,20 +19,18 @@ def refuse_other_engines() -> None:
         require(not asked, f"{engine}: is not supported; use accelerate launch --multi_gpu, or --use_fsdp for stage 2")
 
 
-def refuse_compiled_r1(accelerator: Accelerator, r1: float) -> None:
-    """R1 differentiates a gradient, which TorchDynamo's compiled backward passes do not allow.
+def refuse_compiled(accelerator: Accelerator, **settings: float) -> None:
+    """Call it for losses that run a backward pass twice or differentiate it, which compiled ones do not allow.
 
     Args:
-        accelerator: knows the backend that the launch asks for.
-        r1: weight of the penalty.
+        accelerator: knows the backend of TorchDynamo that the launch asks for.
+        settings: of `loss.adversarial`, which ask for such a loss if they are not 0.
 
     Raises:
-        InputError: R1 is on, and a backend compiles backward passes.
+        InputError: one is on, and the backend compiles backward passes.
     """
-    plugin = accelerator.state.dynamo_plugin
-    uncompiled = plugin.backend in (DynamoBackend.NO, DynamoBackend.EAGER)
-    require(
-        r1 == 0 or uncompiled,
-        f"--dynamo_backend {plugin.backend.value.lower()}: compiles no gradient penalty; "
-        "launch with --dynamo_backend no, or set loss.adversarial.r1=0",
-    )
+    backend = accelerator.state.dynamo_plugin.backend
+    if backend not in (DynamoBackend.NO, DynamoBackend.EAGER):
+        off = [f"loss.adversarial.{name}={type(value)(0)}".lower() for name, value in settings.items() if value]
+        flag = f"--dynamo_backend {backend.value.lower()}"
+        require(not off, f"{flag}: needs {' '.join(off)}; set that, or launch with --dynamo_backend no")
