@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from vqgen.cli.program import run_program
+from vqgen.cli.runs import run_images, run_tracking
 from vqgen.data.images import some_rows
 from vqgen.distributed import all_reduce_sum
 from vqgen.errors import need, require, section
@@ -27,8 +28,6 @@ from vqgen.evaluation.report import (
     compare,
     distances,
     evaluation_device,
-    run_images,
-    run_tracking,
     writable_folder,
 )
 from vqgen.settings import DataConfig, Stage1EvaluateConfig, TrackingConfig

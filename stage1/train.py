@@ -37,6 +37,7 @@ from vqgen.settings import Stage1Config
 from vqgen.tokenizers import ARCHITECTURES, build_tokenizer
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, to_uint8
 from vqgen.training.average import WeightEMA
+from vqgen.training.launchers import refuse_compiled
 from vqgen.training.means import Stopwatch
 from vqgen.training.run import Now, Run, attempts
 from vqgen.training.schedule import lr_at, num_parameters, parameter_groups, ramp_at, set_lr
@@ -257,6 +258,7 @@ def build(config: Stage1Config, run: Run) -> Nets:
     if adversarial.name != "none":
         fp16 = run.accelerator.mixed_precision == "fp16"
         require(not fp16, "train.mixed_precision=fp16 is too coarse for a discriminator's gradients; use bf16 or no")
+        refuse_compiled(run.accelerator, r1=adversarial.r1, adaptive=adversarial.adaptive)
         with section("discriminator"):
             disc = PatchDiscriminator(config.data.channels, **config.discriminator)
             disc.check_size(config.data.image_size)

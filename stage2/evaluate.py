@@ -17,9 +17,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from vqgen.cli.parse import read_yaml
 from vqgen.cli.program import run_program
 from vqgen.cli.reflect import check_options
+from vqgen.cli.runs import codes_folder, run_images, run_tracking
 from vqgen.data.codes import TokenStore, encode_images
 from vqgen.data.images import ImageSet, load_set, some_rows
 from vqgen.distributed import all_reduce_sum, rank, world_size
@@ -41,8 +41,6 @@ from vqgen.evaluation.report import (
     compare,
     evaluation_device,
     network_protocol,
-    run_images,
-    run_tracking,
     sample_figures,
     writable_folder,
 )
@@ -52,6 +50,7 @@ from vqgen.priors.sampling import classes_in_turn
 from vqgen.settings import DataConfig, Stage2EvaluateConfig, TrackingConfig
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, to_uint8
 from vqgen.training.tracking import image_grid, log_evaluation
+from vqgen.yaml_file import read_yaml
 
 SYNOPSIS = (
     "python stage2/evaluate.py RUN_DIR [key=value ...], or --images A --reference B [key=value ...], "
@@ -341,12 +340,6 @@ def closest(
     lines.append(torch.where(mirrored, pixels.flip(-1), pixels))
     lines.append(train.__getitems__(known_rows[in_features[1][order].numpy()])[0])
     return image_grid(rearrange(torch.cat(lines), "n c h w -> n h w c").numpy(), columns=len(order))
-
-
-def codes_folder(run: Path) -> Path:
-    """Where the run has its encoded data, if it is still there."""
-    settings = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
-    return Path(settings.get("codes_dir") or Path(settings.get("stage1", run)) / "codes")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ accelerate launch stage2/train.py [CONFIG.yaml] [key=value ...]
 """
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
@@ -14,13 +15,13 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from vqgen.cli.parse import read_yaml
 from vqgen.cli.program import run_program
 from vqgen.cli.reflect import check_options
+from vqgen.cli.runs import run_data
 from vqgen.data.codes import TokenStore, encode_images
 from vqgen.data.images import ImageSet, load_images
 from vqgen.data.order import token_batches
-from vqgen.errors import require, section
+from vqgen.errors import section
 from vqgen.evaluation.likelihood import prior_nll, unigram_entropy
 from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import classes_in_turn, sample_images
@@ -66,7 +67,7 @@ def prior_pass(nets: Nets, tokens: Tensor, class_ids: Tensor, run: Run) -> dict[
 
 def train(config: Stage2Config, run: Run) -> None:
     tokenizer, tokenizer_hash = load_tokenizer(Path(config.stage1))
-    train_images, val_images = load_data(config, tokenizer)
+    train_images, val_images = load_data(config, run, tokenizer)
     nets = build(config, run, tokenizer, train_images.class_names)
     run.open()
     tokenizer.to(run.device)
@@ -119,19 +120,13 @@ def train(config: Stage2Config, run: Run) -> None:
     run.close("the prior and its tokenizer", then)
 
 
-def load_data(config: Stage2Config, tokenizer: VQModel) -> tuple[ImageSet, ImageSet]:
+def load_data(config: Stage2Config, run: Run, tokenizer: VQModel) -> tuple[ImageSet, ImageSet]:
     """The images to train on and those held out: the tokenizer's own unless told otherwise, key by key."""
-    stage1_config = Path(config.stage1) / "config.yaml"
-    stage1_data = read_yaml(stage1_config).get("data", {}) if stage1_config.is_file() else {}
-    config.data = {**stage1_data, **config.data}
-    config.data["channels"] = config.data.get("channels") or tokenizer.channels
-    require("source" in config.data, f"{config.stage1} does not say which images it is for; give data.source=")
-    require(
-        config.data["channels"] == tokenizer.channels,
-        f"data.channels={config.data['channels']}: the tokenizer in {config.stage1} has {tokenizer.channels}",
-    )
-    config.data = check_options(DataConfig, config.data, "data")
-    return load_images(DataConfig(**config.data))
+    data, _, taken = run_data(Path(config.stage1), config.data, tokenizer.channels)
+    if taken:
+        run.accelerator.print(taken)
+    config.data = asdict(data)
+    return load_images(data)
 
 
 def build(config: Stage2Config, run: Run, tokenizer: VQModel, class_names: list[str]) -> Nets:

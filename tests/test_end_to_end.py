@@ -250,7 +250,7 @@ BAD = {
     "a size that is none": ("stage1", "model.encoder_blocks=-1", "model.encoder_blocks=-1: must be at least 0"),
     "a prior of too many layers": ("stage2", "model.num_hidden_layers=1000000", "must be at most 1000"),
     "an average of too many steps": ("stage1", "train.ema=0.5", "train.ema=0.5: must be at least 0 and below 0.28"),
-    "a home that nobody has": ("stage1", "data.source=~nobody-at-all/images", "Could not determine home directory"),
+    "a home that nobody has": ("stage1", "data.source=~nobody-at-all/images", "there is no home folder ~nobody-at-all"),
     "too many shards": ("stage1", "data.source={tmp}/{{0..9999999999}}.tar", "no shard"),
     "no budget": ("stage1", "train.max_steps=null", "train.max_seconds"),
 }

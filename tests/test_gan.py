@@ -13,7 +13,7 @@ from PIL import Image
 from programs import ENVIRONMENT, ROOT, launch_two, shell
 from safetensors.torch import load_file
 
-from vqgen.cli.parse import read_yaml
+from vqgen.yaml_file import read_yaml
 
 DEBUG = {"train": "configs/debug/stage1.yaml", "train_gan": "configs/debug/gan.yaml"}
 QUIET = "tracking.wandb=disabled"

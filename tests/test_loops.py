@@ -363,7 +363,7 @@ def test_usage_is_of_all_code_maps(program, monkeypatch, tmp_path):
 
 FLOORS = [  # from the ground up; a room imports from below, and from what stands beside it in the same line
     ["errors", "codes", "distributed"],
-    ["settings"],
+    ["settings", "yaml_file"],
     ["adversarial", "quantizers"],
     ["tokenizers"],
     ["data", "training"],

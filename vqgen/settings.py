@@ -5,6 +5,9 @@ from typing import Any, Literal
 
 from vqgen.errors import require, require_size
 
+# The settings that are paths, by the last part of their keys: the programs expand `~` in them.
+PATHS = {"run_dir", "source", "val_source", "stage1", "codes_dir", "weights", "out"}
+PATHS |= {"cache_dir", "feature_weights", "perceptual_weights", "compare", "images", "reference"}
 VQGAN_SETTINGS = ["loss.perceptual.name=alex", "loss.adversarial.name=non_saturating"]
 
 

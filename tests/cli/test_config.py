@@ -10,7 +10,7 @@ from soak.mutations import PROGRAMS, mutated_configs
 
 from vqgen.adversarial.dcgan import DCGANDiscriminator, DCGANGenerator
 from vqgen.adversarial.discriminators import PatchDiscriminator
-from vqgen.cli.parse import load_config, read_yaml, save_config
+from vqgen.cli.parse import load_config
 from vqgen.cli.reflect import check_options, complete_options, settings, usage
 from vqgen.errors import InputError
 from vqgen.priors.prior import Prior
@@ -27,6 +27,7 @@ from vqgen.settings import (
     TrackingConfig,
 )
 from vqgen.tokenizers import ARCHITECTURES, Light, build_tokenizer
+from vqgen.yaml_file import read_yaml, save_config
 
 STAGE1 = {"model": Light, "model.quantizer": EMAQuantizer, "discriminator": PatchDiscriminator}
 EVALUATE = {"data": DataConfig, "tracking": TrackingConfig}

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from vqgen.cli.parse import read_yaml
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig, OptimConfig, Stage1Config, TrackingConfig, TrainConfig
 from vqgen.training.checkpoints import (
@@ -22,6 +21,7 @@ from vqgen.training.checkpoints import (
     update_config,
     written_whole,
 )
+from vqgen.yaml_file import read_yaml
 
 
 def opened(config: Stage1Config) -> None:

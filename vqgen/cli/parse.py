@@ -4,29 +4,44 @@ A program takes `[CONFIG.yaml] [key=value ...]`: the dataclass holds the default
 of them, the command line what this one changes of both.
 """
 
+import os
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vqgen.cli.reflect import Sections, complete_options, first_line, merge, no_such_key, plain, settings, takes_more
+from vqgen.cli.reflect import Sections, complete_options, merge, no_such_key, plain, settings, takes_more
 from vqgen.errors import InputError, require
+from vqgen.settings import PATHS
+from vqgen.yaml_file import WORKING_DIR, YAML_ERRORS, first_line, read_yaml
 
 C = TypeVar("C")
 
-# What OmegaConf and PyYAML raise for text that is no YAML: PyYAML converts what has a tag, as in `!!int x`, unchecked.
-YAML_ERRORS = (
-    yaml.YAMLError,
-    OmegaConfBaseException,
-    ValueError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-)
+
+def is_setting(argument: str) -> bool:
+    """Tells `key=value` from a path, which may hold a `=` too: a path exists, or has a `/` before its first `=`.
+
+    A flag such as `--key=value` is a setting even if a file has that name.
+    """
+    key, equals, _ = argument.partition("=")
+    if argument.startswith("--"):
+        return True
+    return bool(equals) and "/" not in key and not os.path.exists(argument)
+
+
+def expand_home(path: str, key: str) -> str:
+    """Replaces a leading `~` or `~user` by that home folder, unless a file or folder has this very name.
+
+    Raises:
+        InputError: there is no such user; `key` is the setting that the path is for.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~") and not os.path.lexists(path.partition("/")[0]):
+        raise InputError(f"{key}={path}: there is no home folder {path.partition('/')[0]}; write the whole path")
+    return expanded
 
 
 def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C:
@@ -36,14 +51,15 @@ def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C
         InputError: a file that is not there or not YAML, a key that does not exist, a value of the wrong type or one
             that no setting takes.
     """
-    files = [a for a in arguments if "=" not in a]
+    files = [a for a in arguments if not is_setting(a)]
+    given = [a.removeprefix("--") for a in arguments if is_setting(a)]
     if len(files) > 1:
         raise InputError(f"{files[1]!r} is neither key=value nor the one config file, which is {files[0]!r} already")
-    layers = [read_yaml(Path(name)) for name in files]
+    layers = [_read_layer(Path(expand_home(name, "CONFIG.yaml"))) for name in files]
     known = {key: kind for key, kind, *_ in settings(cls, sections)}
-    for argument in [a for a in arguments if "=" in a]:
+    for argument in given:
         key, _, text = argument.partition("=")
-        expanded = key in ("data.source", "data.val_source") and sum(a.startswith(f"{key}=") for a in arguments) > 1
+        expanded = key in ("data.source", "data.val_source") and sum(a.startswith(f"{key}=") for a in given) > 1
         require(not expanded, f"{key} is given more than once; quote what the shell expands: '{key}=...{{0..9}}.tar'")
         try:
             layer = plain(OmegaConf.from_dotlist([argument]))
@@ -52,7 +68,7 @@ def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C
                 for part in reversed(key.split(".")):
                     layer = {part: layer}
             layers.append(layer)
-        except YAML_ERRORS as error:
+        except (*YAML_ERRORS, OmegaConfBaseException) as error:
             raise InputError(f"{argument}: {first_line(error)}; write key=value, lists as [1,2]") from error
 
     config: DictConfig = OmegaConf.structured(cls)
@@ -60,14 +76,14 @@ def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C
         for key, value in _leaves(layer):
             if key in sections or any(k.startswith(f"{key}.") for k in known):
                 require(value == {}, f"{key}: is a section; set its keys, as in {key}.KEY=VALUE (see --help)")
-            elif key in known:  # OmegaConf takes any list for a list of numbers, if what is in it is no value
+            elif key in known:  # OmegaConf would take a list of lists or of sections for a list of numbers
                 nested = value == {} or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value))
                 require(not nested, f"{key}={value}: is a {known[key]}, without sections or lists in it; see --help")
             elif not _is_open(sections, key):
                 raise InputError(no_such_key(key, list(known)))
         if layer.get("train", {}).get("mixed_precision") is False:
             layer["train"]["mixed_precision"] = "no"  # a bare `no` is false in YAML
-        config = merge(config, layer)
+        config = merge(config, _with_homes(layer))
     for name in sections:
         if "." not in name:
             given = plain(config[name])
@@ -82,21 +98,29 @@ def _typed(given: Mapping[str, Any], complete: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        InputError: no such file, or no YAML mapping in it.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such config file; give a .yaml, and settings as key=value")
+def _read_layer(path: Path) -> dict[str, Any]:
+    """The settings in a file: one that a user wrote, or a run's config.yaml."""
+    content = read_yaml(path)
+    content.pop(WORKING_DIR, None)
     try:
-        content = plain(OmegaConf.load(path))
-    except (*YAML_ERRORS, OSError) as error:
+        return typing.cast(dict[str, Any], plain(OmegaConf.create(content)))
+    except OmegaConfBaseException as error:
         raise InputError(f"{path}: not a YAML file of settings: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a YAML file of settings: expected `key: value` lines")
-    return content
+
+
+def _with_homes(layer: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The layer with `~` expanded in each setting that is a path, or a list of paths."""
+    expanded: dict[str, Any] = {}
+    for name, value in layer.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            value = _with_homes(value, f"{key}.")
+        elif name in PATHS and isinstance(value, str):
+            value = expand_home(value, key)
+        elif name in PATHS and isinstance(value, list):
+            value = [expand_home(v, key) if isinstance(v, str) else v for v in value]
+        expanded[name] = value
+    return expanded
 
 
 def _is_open(sections: Sections, key: str) -> bool:
@@ -115,10 +139,3 @@ def _leaves(layer: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def save_config(config: Any, path: Path) -> None:
-    """Writes the configuration as YAML, every default included; whole or not at all."""
-    beside = path.with_suffix(".tmp")
-    OmegaConf.save(OmegaConf.structured(config), beside)
-    beside.rename(path)

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vqgen.errors import InputError, require, require_choice, require_options, section
+from vqgen.yaml_file import first_line
 
 Constructor = Callable[..., Any]
 
@@ -196,11 +196,3 @@ def plain(config: Any) -> Any:
     if not OmegaConf.is_config(config):
         return config
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-
-
-def first_line(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
-        return f"{error.problem} in line {error.problem_mark.line + 1}"  # its text begins with what went well before
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

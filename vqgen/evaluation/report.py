@@ -14,15 +14,10 @@ import torch
 from accelerate import Accelerator
 
 import vqgen
-from vqgen.cli.parse import read_yaml
-from vqgen.cli.reflect import check_options
-from vqgen.data.images import ImageSet, load_images
 from vqgen.data.sources.listing import user_cache_folder
 from vqgen.errors import InputError, require
 from vqgen.evaluation.features import FeatureNetwork, Features
 from vqgen.evaluation.metrics import ClassProbe, confidence_score, frechet_distance, kernel_distance, manifold_figures
-from vqgen.settings import DataConfig, TrackingConfig
-from vqgen.training.checkpoints import load_checkpoint
 
 FORMAT = 1  # of evaluation.json; a figure whose arithmetic changes makes it another
 FILE = "evaluation.json"
@@ -320,38 +315,6 @@ def check_varied(features: Features, name: str, channels: int) -> None:
         raise InputError(f"{name}: each of the {count} images is of one flat colour; is the file what it should be?")
     if (thumbnails == thumbnails[:1]).all():
         raise InputError(f"{name}: all {count} images are the same; give different ones")
-
-
-def run_images(run: Path, given: Mapping[str, Any], channels: int) -> tuple[ImageSet, ImageSet, bool]:
-    """The training and the held-out images of a run, or of what the user gives in their place.
-
-    Also whether they are the run's own: the same source, or elsewhere the same images as in its checkpoint.
-
-    Raises:
-        InputError: the run does not say which images it was trained on, and the user neither.
-    """
-    own = _section(run, "data")
-    same = given.get("source", own.get("source")) == own.get("source")
-    if not same:
-        own = {key: value for key, value in own.items() if key != "val_source"}
-    settings = {"channels": channels, **own, **given}
-    require("source" in settings, f"{run} does not say which images it is for; give data.source=")
-    require(settings["channels"] == channels, f"data.channels={settings['channels']}: {run} is for {channels}")
-    train, held_out = load_images(DataConfig(**check_options(DataConfig, settings, "data")))
-    if not same:
-        checkpoint = load_checkpoint(run)
-        same = checkpoint is not None and checkpoint["data"] == train.fingerprint
-    return train, held_out, same
-
-
-def run_tracking(run: Path, given: Mapping[str, Any]) -> TrackingConfig:
-    """Where a run's numbers go, unless the user says otherwise."""
-    return TrackingConfig(**check_options(TrackingConfig, {**_section(run, "tracking"), **given}, "tracking"))
-
-
-def _section(run: Path, name: str) -> dict[str, Any]:
-    path = run / "config.yaml"
-    return read_yaml(path).get(name, {}) if path.is_file() else {}
 
 
 def cache_folder(config: Any) -> Path:

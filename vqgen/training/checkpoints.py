@@ -18,14 +18,14 @@ except ImportError:  # Windows: nothing keeps a second run out of a run's folder
 
 import torch
 
-from vqgen.cli.parse import read_yaml, save_config
 from vqgen.distributed import object_from_main, rank, world_size
 from vqgen.errors import InputError
+from vqgen.yaml_file import WORKING_DIR, as_saved, read_yaml, save_config
 
 logger = logging.getLogger("vqgen")
 
 # A run may go on with other values of these. Most change nothing about the result.
-FREE_SETTINGS = ["run_dir", "tracking", "data.workers", "train.log_every", "train.checkpoint_every"]
+FREE_SETTINGS = ["run_dir", WORKING_DIR, "tracking", "data.workers", "train.log_every", "train.checkpoint_every"]
 FREE_SETTINGS += ["train.keep_checkpoints", "train.milestone_every", "train.max_hours", "train.eval_every"]
 FREE_SETTINGS += ["train.accumulation"]  # changes rounding; `how_resumed` says so
 # Where the data and the tokenizer lie; `check_made_from` sees to it that they are the same.
@@ -140,7 +140,7 @@ def check_made_from(config: Any, state: Mapping[str, Any], made_from: Mapping[st
 def update_config(config: Any) -> None:
     """Writes the settings that a run may change to its config.yaml, so that it says where the data lie now."""
     path = Path(config.run_dir) / "config.yaml"
-    if _flat(read_yaml(path)) != _flat(asdict(config)):
+    if read_yaml(path) != as_saved(config):
         save_config(config, path)
 
 

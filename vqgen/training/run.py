@@ -33,6 +33,7 @@ from vqgen.training.checkpoints import (
 )
 from vqgen.training.fsdp import check_fsdp, gathered, refuse_fsdp
 from vqgen.training.guard import Diverged, FiniteGuard
+from vqgen.training.launchers import refuse_other_engines
 from vqgen.training.means import Means, accumulate
 from vqgen.training.schedule import Budget, micro_batch_size
 from vqgen.training.state import TrainState
@@ -126,6 +127,7 @@ class Run:
         self.config, self.rollbacks, self.stop = config, rollbacks, stop
         self.dir = Path(config.run_dir)
         self.budget = Budget(config.train.max_steps, config.train.max_seconds)
+        refuse_other_engines()
         if not fsdp:
             refuse_fsdp()
         self.accelerator = Accelerator(

@@ -8,9 +8,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -27,7 +27,7 @@ GOES_ON = "the same command then goes on from the newest checkpoint"
 
 
 class Stop:
-    """The wish to end a run early and save it: SIGTERM, SIGINT, SIGUSR1, or the clock.
+    """The wish to end a run early and save it: SIGTERM, SIGINT, SIGUSR1, the clock, or output that no one reads.
 
     Until training begins there is nothing to save, and a signal ends the process at once; so does a second SIGINT.
 
@@ -54,7 +54,7 @@ class Stop:
     @property
     def asked(self) -> bool:
         """Whether this process was asked to stop."""
-        return self.signal is not None or time.monotonic() > self.deadline
+        return self.signal is not None or time.monotonic() > self.deadline or output_is_unread()
 
     @property
     def due(self) -> bool:
@@ -66,6 +66,8 @@ class Stop:
         """What asked for it, in a word or two."""
         if self.signal is not None:
             return self.signal.name
+        if output_is_unread():
+            return "SIGPIPE"
         return "train.max_hours" if self.asked else "another process's wish"
 
     @property
@@ -85,6 +87,50 @@ class Stop:
             sys.exit(self.exit_code)
 
 
+class _Output:
+    """A text stream that drops what is written once its reader has ended, as `head` does in `train.py | head`."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        self.unread = False
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except BrokenPipeError:
+            self.unread = True
+            # Text is left in the buffer, and Python would fail again when it writes that at the end.
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, self.stream.fileno())
+            os.close(devnull)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def dropping_unread_output() -> Iterator[None]:
+    """Inside, a reader that ends early raises no BrokenPipeError: `output_is_unread` tells, and a `Stop` asks."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def output_is_unread() -> bool:
+    """Whether the reader of this process's output has ended."""
+    return any(isinstance(stream, _Output) and stream.unread for stream in (sys.stdout, sys.stderr))
+
+
 def ignore_signals(worker: int) -> None:
     """For processes that load data: they end with the one they load for, which needs them for the step it is in."""
     for number in SIGNALS:
@@ -99,12 +145,17 @@ def end_workers() -> None:
         process.kill()
 
 
+def is_launched() -> bool:
+    """Whether `accelerate launch` or torchrun has started this process."""
+    return "ACCELERATE_USE_CPU" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def end_with_launcher() -> None:
     """Asks for SIGTERM when `accelerate launch` or torchrun ends, which need not pass on what ended them.
 
     It is for Linux; elsewhere the processes of a launcher that was killed go on.
     """
-    if sys.platform == "linux" and ("ACCELERATE_USE_CPU" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
+    if sys.platform == "linux" and is_launched():
         import ctypes
 
         PR_SET_PDEATHSIG = 1

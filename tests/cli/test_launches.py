@@ -1,0 +1,94 @@
+"""Launches that the programs refuse, and output whose reader ends early."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from programs import ENVIRONMENT, ROOT
+
+from vqgen.training.checkpoints import newest_checkpoint
+
+STAGE1 = ["stage1/train.py", "configs/debug/stage1.yaml", "tracking.wandb=disabled"]
+VQGAN = ["loss.adversarial.name=hinge", "discriminator.width=8"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "settings", "said"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", [], "DeepSpeed: is not supported"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", [], "Megatron-LM: is not supported"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", VQGAN, "set that, or launch with --dynamo_backend no"),
+        (
+            "ACCELERATE_DYNAMO_BACKEND",
+            "AOT_EAGER",
+            [*VQGAN, "loss.adversarial.adaptive=false"],
+            "--dynamo_backend aot_eager: needs loss.adversarial.r1=0.0; ",
+        ),
+        (
+            "ACCELERATE_DYNAMO_BACKEND",
+            "AOT_EAGER",
+            [*VQGAN, "loss.adversarial.r1=0"],
+            "--dynamo_backend aot_eager: needs loss.adversarial.adaptive=false; ",
+        ),
+    ],
+)
+def test_launches_that_would_end_in_a_traceback_are_refused(
+    program, monkeypatch, tmp_path, variable, value, settings, said
+):
+    monkeypatch.setenv(variable, value)  # as `accelerate launch` does
+    code, _, errors = program(*STAGE1, *settings, f"run_dir={tmp_path}/run")
+    assert code == 2
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert said in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_backend_that_compiles_nothing_takes_every_loss(program, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    settings = [*VQGAN, "loss.adversarial.start=0", "train.max_steps=2", f"run_dir={tmp_path}/run"]
+    code, _, errors = program(*STAGE1, *settings)
+    assert code == 0, errors
+
+
+def read_one_line(command: list[str], errors: Path, **environment: str) -> tuple[int, str]:
+    """Runs a command whose output is read up to the first line; returns its exit code and that line."""
+    with errors.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=file, text=True
+        )
+    line = process.stdout.readline()
+    process.stdout.close()
+    return process.wait(timeout=300), line
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_run_whose_output_no_one_reads_is_saved_and_ends_quietly(tmp_path, launched):
+    run = tmp_path / "run"
+    command = [sys.executable, *STAGE1, f"run_dir={run}", "train.max_steps=1000000", "train.checkpoint_every=1000000"]
+    # What a launcher does with the exit code is not needed here, only that the program sees one.
+    environment = {"ACCELERATE_USE_CPU": "True"} if launched else {}
+    code, line = read_one_line(command, tmp_path / "errors", **environment)
+    assert line.startswith(f"{run}: 20000 training")
+    assert code == (0 if launched else 141)
+    assert (tmp_path / "errors").read_text() == ""
+    assert newest_checkpoint(run) is not None  # at the step whose line could not be written
+
+
+def test_text_that_is_still_in_the_buffer_at_the_end_ends_quietly_too(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with (tmp_path / "errors").open("w") as errors:
+        command = [sys.executable, "stage1/train.py", "--help"]
+        code = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdout=writer, stderr=errors).returncode
+    os.close(writer)
+    assert (code, (tmp_path / "errors").read_text()) == (141, "")
+
+
+def test_a_library_that_is_only_imported_leaves_messages_to_its_host():
+    code = "import logging, warnings; before = list(warnings.filters); import vqgen.cli.program; "
+    code += "print([f for f in warnings.filters if f not in before and 'PIL' in str(f)], logging.getLogger().handlers)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.stdout.endswith("[]\n")

@@ -1,0 +1,136 @@
+"""What a run's config.yaml says, for the programs that go on from the run: its images, and where its numbers go."""
+
+import dataclasses
+import glob
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vqgen.cli.reflect import check_options
+from vqgen.data.images import ImageSet, load_images
+from vqgen.errors import InputError, require
+from vqgen.settings import DataConfig, TrackingConfig
+from vqgen.training.checkpoints import load_checkpoint
+from vqgen.yaml_file import WORKING_DIR, read_yaml
+
+BUILT_IN_SOURCES = ("digits",)  # words that data.source takes besides paths
+UNSAID = ("channels", "cache_gb", "workers")  # settings of no interest to who asks which images a run takes
+
+
+class RunData(NamedTuple):
+    """Which images a run's successor takes."""
+
+    config: DataConfig
+    own: bool  # whether the source is the run's own
+    taken: str  # one line that says what the run decided; empty if the user gave everything
+
+
+def run_data(run: Path, given: Mapping[str, Any], channels: int) -> RunData:
+    """The images of a run, or those that the user gives in their place, setting by setting.
+
+    Another source than the run's brings its own held-out images: the run's `val_source` belongs to the run's source.
+
+    Args:
+        run: the run's folder; it may have no config.yaml, as a tokenizer that someone shares has none.
+        given: the user's `data` settings; None means that the run decides.
+        channels: of the run's model.
+
+    Raises:
+        InputError: the run does not say which images it was trained on, and the user neither; they are not there any
+            more; the images have other channels than the model.
+    """
+    given = {key: value for key, value in given.items() if value is not None or key != "channels"}
+    own = _section(run, "data")
+    same, left_out = True, None
+    if "source" in given:
+        same = "source" in own and os.path.realpath(given["source"]) == os.path.realpath(_found(run, own["source"]))
+        left_out = None if same or "val_source" in given else own.pop("val_source", None)
+    taken = {key: value for key, value in own.items() if key not in given and value is not None}
+    for key in {"source", "val_source"} & taken.keys():
+        taken[key] = _found(run, taken[key])
+        _check_there(run, key, own[key], taken[key])
+    settings = {**taken, **given}
+    require("source" in settings, f"{run} does not say which images it is for; give data.source=")
+    settings["channels"] = settings.get("channels", channels)
+    require(settings["channels"] == channels, f"data.channels={settings['channels']}: {run} is for {channels}")
+    config = DataConfig(**check_options(DataConfig, settings, "data"))
+    return RunData(config, same, _said(run, taken, left_out))
+
+
+def run_images(run: Path, given: Mapping[str, Any], channels: int) -> tuple[ImageSet, ImageSet, bool]:
+    """The training and the held-out images of a run, or of what the user gives in their place.
+
+    The third value says whether they are the run's own: the same source, or elsewhere the same images as in its
+    checkpoint.
+
+    Raises:
+        InputError: as `run_data`; no image loads.
+    """
+    config, same, _ = run_data(run, given, channels)
+    train, held_out = load_images(config)
+    if not same:
+        checkpoint = load_checkpoint(run)
+        same = checkpoint is not None and checkpoint["data"] == train.fingerprint
+    return train, held_out, same
+
+
+def run_tracking(run: Path, given: Mapping[str, Any]) -> TrackingConfig:
+    """Where a run's numbers go, unless the user says otherwise."""
+    return TrackingConfig(**check_options(TrackingConfig, {**_section(run, "tracking"), **given}, "tracking"))
+
+
+def codes_folder(run: Path) -> Path:
+    """Where a stage-2 run keeps its encoded data, there or not."""
+    settings = _settings(run)
+    if settings.get("codes_dir"):
+        return Path(_found(run, settings["codes_dir"]))
+    return Path(_found(run, settings["stage1"]) if "stage1" in settings else run) / "codes"
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    path = run / "config.yaml"
+    return read_yaml(path) if path.is_file() else {}
+
+
+def _section(run: Path, name: str) -> dict[str, Any]:
+    return dict(_settings(run).get(name) or {})
+
+
+def _found(run: Path, path: str) -> str:
+    """A path in a run's config.yaml as it is found from here.
+
+    A relative path starts from the folder that the run was started in. If it is not there, it starts from the current
+    folder: the project may have moved, or the run may come from another machine.
+    """
+    started_in = _settings(run).get(WORKING_DIR)
+    if path in BUILT_IN_SOURCES or os.path.isabs(path) or started_in is None or started_in == os.getcwd():
+        return path
+    there = os.path.join(started_in, path)
+    return there if _exists(there) else path
+
+
+def _check_there(run: Path, key: str, saved: str, found: str) -> None:
+    """Raises InputError if a source that the run decided is not there."""
+    if found in BUILT_IN_SOURCES or _exists(found):
+        return
+    there = os.path.join(_settings(run).get(WORKING_DIR, ""), saved)
+    places = "is not there" + (f", nor at {there}" if there != os.path.abspath(saved) and there != saved else "")
+    raise InputError(f"data.{key}={saved} of {run} {places}; give data.{key}=")
+
+
+def _exists(path: str) -> bool:
+    """Whether a file or folder is there, or any that the pattern stands for."""
+    path = os.path.expanduser(path)
+    return os.path.exists(path) or any(glob.iglob(re.sub(r"\{[^{}]*\}", "*", path)))
+
+
+def _said(run: Path, taken: Mapping[str, Any], left_out: str | None) -> str:
+    """What the run decided, in one line; of the settings at their defaults only the most important are named."""
+    defaults = {field.name: field.default for field in dataclasses.fields(DataConfig)}
+    important = ("source", "image_size")
+    said = [f"{k} {v}" for k, v in taken.items() if k not in UNSAID and (k in important or v != defaults.get(k))]
+    if left_out is not None:
+        said.append(f"but not val_source {left_out}, which belongs to another source")
+    return f"data: as {run / 'config.yaml'} says: {', '.join(said)}" if said else ""

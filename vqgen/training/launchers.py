@@ -1,0 +1,36 @@
+"""Which launches of Accelerate's the programs refuse, before they fail in a traceback."""
+
+import os
+
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
+
+from vqgen.errors import require
+
+
+def refuse_other_engines() -> None:
+    """Call it before `Accelerator()`, which would import the engine.
+
+    Raises:
+        InputError: the launch asks for DeepSpeed or Megatron-LM.
+    """
+    for name, engine in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
+        asked = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+        require(not asked, f"{engine}: is not supported; use accelerate launch --multi_gpu, or --use_fsdp for stage 2")
+
+
+def refuse_compiled(accelerator: Accelerator, **settings: float) -> None:
+    """Call it for losses that run a backward pass twice or differentiate it, which compiled ones do not allow.
+
+    Args:
+        accelerator: knows the backend of TorchDynamo that the launch asks for.
+        settings: of `loss.adversarial`, which ask for such a loss if they are not 0.
+
+    Raises:
+        InputError: one is on, and the backend compiles backward passes.
+    """
+    backend = accelerator.state.dynamo_plugin.backend
+    if backend not in (DynamoBackend.NO, DynamoBackend.EAGER):
+        off = [f"loss.adversarial.{name}={type(value)(0)}".lower() for name, value in settings.items() if value]
+        flag = f"--dynamo_backend {backend.value.lower()}"
+        require(not off, f"{flag}: needs {' '.join(off)}; set that, or launch with --dynamo_backend no")
