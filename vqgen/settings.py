@@ -179,9 +179,10 @@ class TrackingConfig:
     """Where the numbers go besides metrics.jsonl."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """`auto` (online with an API key, else offline), `online`, `offline` or `disabled`."""
-    project: str = "vqgen"
-    """Name of the wandb project."""
+    """`auto` does what WANDB_MODE and WANDB_DISABLED say, else goes online with an API key and offline without;
+    `online`, `offline` or `disabled`."""
+    project: str | None = None
+    """Name of the wandb project; null takes WANDB_PROJECT, or else vqgen."""
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,22 @@ import torch
 
 from vqgen.cli.parse import read_yaml
 from vqgen.errors import InputError
-from vqgen.settings import OptimConfig, Stage1Config, TrackingConfig, TrainConfig
+from vqgen.settings import DataConfig, OptimConfig, Stage1Config, TrackingConfig, TrainConfig
 from vqgen.training.checkpoints import (
+    check_made_from,
     how_resumed,
     load_checkpoint,
     newest_checkpoint,
     open_run,
     save_checkpoint,
+    update_config,
     written_whole,
 )
+
+
+def opened(config: Stage1Config) -> None:
+    with open_run(config):
+        pass
 
 
 def run_config(tmp_path: Path, **changes) -> Stage1Config:
@@ -27,10 +35,10 @@ def run_config(tmp_path: Path, **changes) -> Stage1Config:
 
 def test_open_run_writes_the_configuration_and_takes_the_same_again(tmp_path):
     config = run_config(tmp_path, model={"patch_size": 2, "quantizer": {"decay": 0.5}})
-    open_run(config)
+    opened(config)
     saved = read_yaml(tmp_path / "run" / "config.yaml")
     assert (saved["seed"], saved["model"]) == (0, {"patch_size": 2, "quantizer": {"decay": 0.5}})
-    open_run(config)
+    opened(config)
 
 
 @pytest.mark.parametrize(
@@ -43,11 +51,11 @@ def test_open_run_writes_the_configuration_and_takes_the_same_again(tmp_path):
     ],
 )
 def test_open_run_refuses_other_settings_by_key_and_values(tmp_path, changes, key, there, asked):
-    open_run(run_config(tmp_path))
+    opened(run_config(tmp_path))
     save_checkpoint(tmp_path / "run", 1, {}, keep=1)
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     with pytest.raises(InputError) as caught:
-        open_run(run_config(tmp_path, **changes))
+        opened(run_config(tmp_path, **changes))
     message = str(caught.value)
     assert f"{key}={there}, but {key}={asked} " in message
     assert "run_dir=" in message
@@ -56,33 +64,75 @@ def test_open_run_refuses_other_settings_by_key_and_values(tmp_path, changes, ke
 
 
 def test_open_run_takes_other_settings_while_there_is_nothing_to_go_on_from(tmp_path):
-    open_run(run_config(tmp_path))
-    open_run(run_config(tmp_path, seed=7))
+    opened(run_config(tmp_path))
+    opened(run_config(tmp_path, seed=7))
     assert read_yaml(tmp_path / "run" / "config.yaml")["seed"] == 7
 
 
 def test_open_run_lets_settings_differ_that_do_not_change_the_result(tmp_path):
-    open_run(run_config(tmp_path))
+    opened(run_config(tmp_path))
     save_checkpoint(tmp_path / "run", 1, {}, keep=1)
     often = TrainConfig(log_every=1, checkpoint_every=2, keep_checkpoints=3, milestone_every=4, max_hours=5.0)
     free = run_config(tmp_path, tracking=TrackingConfig("disabled", "other"), train=often)
     free.data.workers = 0
-    open_run(free)
+    opened(free)
+
+
+def test_a_run_goes_on_with_data_that_were_moved_but_not_with_others(tmp_path):
+    opened(run_config(tmp_path, data=DataConfig(source="here", val_source="there")))
+    save_checkpoint(tmp_path / "run", 1, {}, keep=1)
+    moved = run_config(tmp_path, data=DataConfig(source="elsewhere", val_source="also", cache_gb=0))
+    opened(moved)
+    state = {"data": "1", "held_out": "2"}
+    check_made_from(moved, state, {"data": "1", "held_out": "2"})
+    with pytest.raises(InputError, match="was trained with other data than now"):
+        check_made_from(moved, state, {"data": "3", "held_out": "2"})
+    with pytest.raises(InputError, match="was trained with other held-out images than now"):
+        check_made_from(moved, state, {"data": "1", "held_out": None})
+    with pytest.raises(InputError, match=r"data.val_source=there, but data.val_source=also is asked for"):
+        check_made_from(moved, {"data": "1"}, {"data": "1", "held_out": "2"})  # of a version that did not note it
+    update_config(moved)
+    assert read_yaml(tmp_path / "run/config.yaml")["data"]["source"] == "elsewhere"
+
+
+def test_a_run_that_an_older_version_left_goes_on(tmp_path):
+    """Its config.yaml has neither the architecture's name nor the precision that null stood for."""
+    opened(run_config(tmp_path, model={"patch_size": 2}))
+    save_checkpoint(tmp_path / "run", 1, {}, keep=1)
+    opened(run_config(tmp_path, model={"name": "light", "patch_size": 2}, train=TrainConfig(mixed_precision="bf16")))
+    with pytest.raises(InputError, match=r"model.name=light, but model.name=other"):
+        opened(run_config(tmp_path, model={"name": "other", "patch_size": 2}))
 
 
 def test_open_run_takes_a_run_that_was_moved(tmp_path):
     config = run_config(tmp_path)
-    open_run(config)
+    opened(config)
     save_checkpoint(tmp_path / "run", 1, {}, keep=1)
     (tmp_path / "run").rename(tmp_path / "moved")
     config.run_dir = str(tmp_path / "moved")
-    open_run(config)
+    opened(config)
+
+
+def test_a_second_process_is_kept_out_of_a_run_and_told_who_has_it(tmp_path):
+    """The first is killed with SIGKILL in the end, and its lock then is no obstacle."""
+    ready, parent = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with open_run(run_config(tmp_path)):
+            os.write(parent, b"!")
+            signal.pause()
+    os.read(ready, 1)
+    with pytest.raises(InputError, match=f"run is in use by process {child} on {socket.gethostname()}; wait for it"):
+        opened(run_config(tmp_path))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    opened(run_config(tmp_path))
 
 
 def test_open_run_says_where_it_cannot_write(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        open_run(Stage1Config(run_dir=str(tmp_path / "file" / "run")))
+        opened(Stage1Config(run_dir=str(tmp_path / "file" / "run")))
 
 
 def names(folder: Path) -> list[str]:
@@ -262,7 +312,7 @@ def test_a_process_killed_at_any_call_that_changes_the_disk_leaves_a_whole_check
     while not ended:
         n += 1
         shutil.rmtree(run, ignore_errors=True)
-        open_run(config)
+        opened(config)
         save(1)
         child = os.fork()
         if child == 0:
@@ -283,11 +333,11 @@ def test_a_process_killed_at_any_call_that_changes_the_disk_leaves_a_whole_check
             save(2)
             os._exit(0)
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        open_run(config)
+        opened(config)
         step = load_checkpoint(run)["step"]
         assert step == (2 if ended else step)
         assert (run / "model/model.safetensors").read_text() in ("1", "2")
         save(3)
-        assert names(run) == ["checkpoints", "config.yaml", "model"]
+        assert names(run) == [".lock", "checkpoints", "config.yaml", "model"]
         assert names(run / "checkpoints") == ["step_00000003"]
     assert n > 15

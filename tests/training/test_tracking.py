@@ -17,8 +17,8 @@ from vqgen.training.tracking import Tracker, image_grid
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Starts a tracker in a new run folder, without wandb unless told otherwise, and ends it after the test."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("API_KEY", "MODE", "DIR", "DISABLED", "PROJECT", "NAME", "ENTITY"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no netrc"))  # no key of whoever runs the tests
     trackers = []
 
@@ -136,6 +136,40 @@ def test_offline_makes_a_real_run_in_the_run_folder_and_goes_on_with_it(run, cap
 def test_auto_without_a_key_is_offline(run, caplog):
     tracker = run("auto")
     assert tracker.wandb.run.settings.mode == "offline"
+    assert warnings(caplog) == []
+
+
+@pytest.mark.parametrize(("name", "value"), [("WANDB_MODE", "disabled"), ("WANDB_DISABLED", "true")])
+def test_auto_follows_the_environment(run, monkeypatch, caplog, name, value):
+    monkeypatch.setenv(name, value)
+    tracker = run("auto")
+    tracker.log(1, {"loss": 0.5})
+    assert tracker.wandb.run is None
+    assert run("offline").wandb.run is not None  # what the configuration says goes before
+    assert warnings(caplog) == []
+
+
+def test_wandb_has_the_project_the_name_and_the_entity_of_the_environment(run, monkeypatch):
+    assert run("offline").wandb.run.project == "vqgen"
+    wandb.teardown()
+    for name in ("PROJECT", "NAME", "ENTITY"):
+        monkeypatch.setenv(f"WANDB_{name}", f"my-{name.lower()}")
+    tracker = run("auto")
+    assert (tracker.wandb.run.project, tracker.wandb.run.name) == ("my-project", "my-name")
+    assert tracker.wandb.run.entity == "my-entity"
+
+
+def test_a_key_without_a_network_becomes_an_offline_run(run, monkeypatch, caplog, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9")  # where nothing answers
+    wandb.teardown()
+    tracker = run("auto")
+    tracker.log(1, {"loss": 0.5})
+    tracker.close()
+    said = capsys.readouterr().out
+    assert "wandb: not reached (" in said
+    (folder,) = tracker.run_dir.glob("wandb/offline-run-*")
+    assert f"wandb sync {folder}\n" in said
     assert warnings(caplog) == []
 
 

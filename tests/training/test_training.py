@@ -1,7 +1,9 @@
 """Schedules, data order, weight average and steps gone wrong: what makes a run repeatable."""
 
+import contextlib
 import itertools
 import re
+import signal
 import time
 
 import numpy as np
@@ -9,16 +11,19 @@ import pytest
 import torch
 from torch import nn
 
+from vqgen.cli.parse import save_config
 from vqgen.data import order
 from vqgen.data.order import BatchOrder, coin_flips, mixed_seed, seed_step
 from vqgen.errors import InputError
-from vqgen.settings import OptimConfig, Stage1Config, TrainConfig
+from vqgen.settings import OptimConfig, Stage1Config, TrackingConfig, TrainConfig
 from vqgen.training import schedule
 from vqgen.training.average import WeightEMA
 from vqgen.training.checkpoints import save_checkpoint
-from vqgen.training.guard import Diverged, FiniteGuard, going_back
+from vqgen.training.guard import Diverged, FiniteGuard
 from vqgen.training.means import Means, Stopwatch
+from vqgen.training.run import Run, attempts
 from vqgen.training.schedule import Budget, lr_at, micro_batch_size, parameter_groups, ramp_at
+from vqgen.training.state import TrainState
 from vqgen.training.stop import Stop
 
 CPU = torch.device("cpu")
@@ -320,7 +325,7 @@ def test_codebooks_are_copied_and_not_averaged():
 
 
 def test_means_are_over_the_steps_that_a_name_came_in():
-    means = Means()
+    means = Means(CPU)
     for i in range(4):
         means.add(a=torch.tensor(float(i)), **({"b": torch.tensor(10.0 * i, requires_grad=True)} if i >= 2 else {}))
     assert means.compute() == {"a": 1.5, "b": 25.0}
@@ -346,12 +351,12 @@ def test_the_ramp_rises_from_its_start():
     assert [ramp_at(share, 1.0, 0.0) for share in shares] == [0] * 6  # never
 
 
-# FiniteGuard, going_back
+# FiniteGuard, attempts
 
 
 def test_a_step_that_is_not_finite_is_named_and_skipped_to_the_last_bit():
     said: list[str] = []
-    guard = FiniteGuard(3, 0, said.append, CPU, Stop())
+    guard = FiniteGuard(3, said.append, CPU, Stop())
     layer = nn.Linear(2, 1)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
     for step, scale in enumerate([1.0, torch.inf, torch.nan, 1.0]):
@@ -369,18 +374,17 @@ def test_a_step_that_is_not_finite_is_named_and_skipped_to_the_last_bit():
 
 
 def test_too_many_bad_steps_in_a_row_end_the_attempt():
-    guard = FiniteGuard(2, 1, lambda text: None, CPU, Stop())
+    guard = FiniteGuard(2, lambda text: None, CPU, Stop())
     good, bad = torch.tensor(0.0), torch.tensor(torch.nan)
     for step, value in enumerate([bad, good, bad]):
         guard.check(step, loss=value)
-    with pytest.raises(Diverged, match="step 3: loss not finite") as caught:
+    with pytest.raises(Diverged, match="step 3: loss not finite, for 2 steps in a row"):
         guard.check(3, loss=bad)
-    assert caught.value.rollbacks == 1
 
 
 def test_what_is_read_late_is_named_at_the_end():
     said: list[str] = []
-    guard = FiniteGuard(9, 0, said.append, CPU, Stop())
+    guard = FiniteGuard(9, said.append, CPU, Stop())
     guard.lag = 2  # as on a GPU
     for step in range(5):
         guard.check(step, rec_loss=torch.tensor(torch.nan if step in (1, 4) else 0.0))
@@ -389,43 +393,59 @@ def test_what_is_read_late_is_named_at_the_end():
     assert [text[:6] for text in said] == ["step 1", "step 4"]
 
 
-def test_going_back_lowers_until_it_helps_and_says_so(tmp_path, capsys):
-    config = Stage1Config(run_dir=str(tmp_path))
-    save_checkpoint(tmp_path, 20, {}, keep=1)
+def started(run: Run) -> Run:
+    """A run that is as far as its first step, without anything to train."""
+    run.open()
+    run.resume(TrainState(), "")
+    run.start("nothing", 0)
+    return run
+
+
+def test_a_run_that_diverges_is_tried_again_with_all_halved_until_it_helps(tmp_path, capsys):
+    config = Stage1Config(run_dir=str(tmp_path), tracking=TrackingConfig(wandb="disabled"))
+    save_config(config, tmp_path / "config.yaml")
     tried = []
-
-    def train(config, rollbacks, stop):
-        tried.append(rollbacks)
-        if rollbacks < 3:
-            raise Diverged("step 25: adv_loss not finite", rollbacks)
-
-    going_back(train, config, "the learning rate", "optim.lr")
-    assert tried == [0, 1, 2, 3]
-    assert "step 25: adv_loss not finite: going back to" in capsys.readouterr().out
-
-
-def test_a_resumed_run_goes_on_from_its_own_number_of_rollbacks(tmp_path, capsys):
-    save_checkpoint(tmp_path, 20, {}, keep=1)
-    tried = []
-
-    def train(config, rollbacks, stop):
-        rollbacks = max(rollbacks, 2)  # as the checkpoint has it
-        tried.append(rollbacks)
-        if rollbacks < 4:
-            raise Diverged("step 25: loss not finite", rollbacks)
-
-    going_back(train, Stage1Config(run_dir=str(tmp_path)), "the learning rate", "optim.lr")
-    assert tried == [2, 3, 4]
-    assert "1/16" in capsys.readouterr().out
+    for run in attempts(config, lowered="the learning rate", to_lower="optim.lr"):
+        with run:
+            if not tried:
+                save_checkpoint(tmp_path, 20, saved_state(rollbacks=2), keep=1)
+            started(run)
+            tried.append(run.lowered)
+            if len(tried) < 3:
+                raise Diverged("step 25: adv_loss not finite")
+            run.accelerator.end_training()
+    assert tried == [1 / 4, 1 / 8, 1 / 16]  # the checkpoint was of a run that had gone back twice
+    assert "step 25: adv_loss not finite: going back to" in (said := capsys.readouterr().out)
+    assert "step_00000020 with the learning rate at 1/8 of what is set" in said
 
 
 def test_what_going_back_does_not_cure_is_one_line_with_the_remedy(tmp_path):
-    def train(config, rollbacks, stop):
-        raise Diverged("step 7: rec_loss not finite", rollbacks)
+    config = Stage1Config(run_dir=str(tmp_path), tracking=TrackingConfig(wandb="disabled"))
 
-    config = Stage1Config(run_dir=str(tmp_path))
+    def diverge() -> None:
+        for run in attempts(config, lowered="the learning rate", to_lower="optim.lr=0.008"):
+            with run:
+                started(run)
+                raise Diverged("step 7: rec_loss not finite")
+
     with pytest.raises(InputError, match=r"no checkpoint yet; lower optim\.lr=0\.008"):
-        going_back(train, config, "the learning rate", "optim.lr=0.008")
-    save_checkpoint(tmp_path, 5, {}, keep=1)
+        diverge()
+    save_checkpoint(tmp_path, 5, saved_state(), keep=1)
     with pytest.raises(InputError, match=r"the last checkpoint is .*step_00000005; lower optim.lr"):
-        going_back(train, config, "the learning rate", "optim.lr=0.008")
+        diverge()
+
+
+def test_what_is_not_a_divergence_is_not_kept_and_signals_are_given_back(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    for run in attempts(Stage1Config(run_dir=str(tmp_path)), lowered="", to_lower=""):
+        with contextlib.suppress(ZeroDivisionError), run:
+            assert signal.getsignal(signal.SIGTERM) != before
+            raise ZeroDivisionError
+        assert run.diverged is None
+        assert signal.getsignal(signal.SIGTERM) == before
+
+
+def saved_state(**more) -> dict:
+    """A checkpoint's state of a run without anything to train."""
+    numbers = {"step": 20, "evaluated": 0, "seconds": 1.0, "rollbacks": 0, "processes": 1, "accumulation": 1}
+    return {**numbers, "means": Means(CPU).state_dict(), "scaler": {}, "logged": 0, **more}

@@ -6,8 +6,7 @@ import math
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -93,15 +92,6 @@ class Tracker:
             self.bar.close()
             self.wandb.close()
 
-    @contextmanager
-    def closed_on(self, error: type[Exception]) -> Iterator[None]:
-        """Closes before such an error goes on, as the run will be opened again."""
-        try:
-            yield
-        except error:
-            self.close()
-            raise
-
 
 def log_evaluation(
     run_dir: Path, tracking: TrackingConfig, figures: Mapping[str, float], pictures: Mapping[str, Image.Image]
@@ -123,27 +113,34 @@ class _Wandb:
             self._attempt(lambda: self._start(run_dir, tracking, config))
 
     def _start(self, run_dir: Path, tracking: TrackingConfig, config: dict[str, Any]) -> None:
+        mode: Any = tracking.wandb if tracking.wandb != "auto" else _mode_of_environment()
+        if mode == "disabled":
+            return
         import wandb  # here, since a run without it should not wait for its import
 
-        mode: Any = tracking.wandb
-        if mode == "auto":
-            mode = "online" if wandb.login(prompt=False) else "offline"
         # One id for the run's folder, so that a run that goes on is one run there too.
         id_file = run_dir / "wandb" / "id"
         if not id_file.exists():
             id_file.parent.mkdir(exist_ok=True)
             id_file.write_text(secrets.token_hex(4))
-        self.run = wandb.init(
-            project=tracking.project,
-            name="-".join(run_dir.parts[-2:]),
-            id=id_file.read_text(),
-            resume="allow",
-            mode=mode,
-            dir=run_dir,
-            config=config,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=60),
-        )
-        if mode == "offline":
+        options: dict[str, Any] = {
+            "project": tracking.project or os.environ.get("WANDB_PROJECT") or "vqgen",
+            "name": os.environ.get("WANDB_NAME") or "-".join(run_dir.parts[-2:]),
+            "id": id_file.read_text(),
+            "resume": "allow",
+            "dir": run_dir,
+            "config": config,
+            "settings": wandb.Settings(silent=True, console="off", init_timeout=60),
+        }
+        try:
+            mode = mode or ("online" if wandb.login(prompt=False) else "offline")
+            self.run = wandb.init(mode=mode, **options)
+        except (wandb.errors.CommError, wandb.errors.AuthenticationError) as error:
+            wandb.teardown()  # or the id would be in use
+            print(f"wandb: not reached ({_first_line(error)}), so this run is kept offline", flush=True)
+            mode = "offline"
+            self.run = wandb.init(mode=mode, **options)
+        if mode in ("offline", "dryrun"):
             # `wandb sync` may let a later file of a run replace an earlier one, so each holds the run from its start.
             lines = (run_dir / "metrics.jsonl").read_text().splitlines() if (run_dir / "metrics.jsonl").exists() else []
             for values in map(json.loads, lines):
@@ -173,8 +170,18 @@ class _Wandb:
             action()
         except Exception as error:  # whatever it is: a tracker must not cost anyone a training run
             self.run = None
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            logger.warning("wandb failed and is off for this run (%s); metrics.jsonl goes on", reason)
+            logger.warning("wandb failed and is off for this run (%s); metrics.jsonl goes on", _first_line(error))
+
+
+def _mode_of_environment() -> str | None:
+    """What wandb's own environment variables ask for; None if they leave it open."""
+    if os.environ.get("WANDB_DISABLED", "false").lower() in ("true", "1", "yes", "on"):
+        return "disabled"
+    return os.environ.get("WANDB_MODE") or None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def image_grid(images: np.ndarray, columns: int, gap: int = 2) -> Image.Image:

@@ -1,0 +1,361 @@
+"""What happens inside the three loops, against plain autograd and formulas written out here.
+
+After one update, Adam's first moment is the gradient, clipped and scaled. It is compared with the gradient of the
+summed loss, since rounding moves a gradient only a little. The weights are then compared with AdamW's formula for that moment.
+"""
+
+import ast
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from programs import ROOT
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vqgen.adversarial.dcgan import DCGANDiscriminator, DCGANGenerator
+from vqgen.adversarial.discriminators import PatchDiscriminator
+from vqgen.cli.parse import read_yaml
+from vqgen.data.images import load_images
+from vqgen.data.order import BatchOrder, coin_flips, mixed_seed
+from vqgen.evaluation.perceptual import PerceptualDistance
+from vqgen.priors.prior import Prior
+from vqgen.settings import DataConfig
+from vqgen.tokenizers.vqmodel import VQModel, load_tokenizer
+
+QUIET = "tracking.wandb=disabled"
+STEP = [
+    "train.max_steps=1",
+    "train.log_every=1",
+    "train.batch_size=16",
+    "train.accumulation=2",
+    "data.flip=true",
+    QUIET,
+]
+STEP += ["optim.grad_clip=0.02", "optim.weight_decay=0.3", "optim.warmup=0.5", "train.eval_images=100"]
+CLIP, DECAY, WARMUP = 0.02, 0.3, 1e-3 / 0.5  # the learning rate's factor before the first update
+
+
+def metrics(run: Path) -> dict[str, float]:
+    """Everything that the last lines of a run's log say."""
+    merged: dict[str, float] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        merged |= json.loads(line)
+    return merged
+
+
+def state(run: Path, step: int) -> dict:
+    return torch.load(run / f"checkpoints/step_{step:08d}/state.pt", weights_only=True)
+
+
+def first_batches(num_passes: int, size: int, channels: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """The first passes' images in [-1, 1], half of them mirrored, and class ids, of the built-in digits."""
+    train_set, _ = load_images(DataConfig(channels=channels))
+    order = BatchOrder(len(train_set), size, first=0, seed=0)
+    found = []
+    for i, rows in enumerate(itertools.islice(order, num_passes)):
+        pixels, class_ids = train_set.__getitems__(rows)
+        x = pixels.float() / 127.5 - 1
+        mirrored = coin_flips(0.5, size, 0, 0, i, num_passes)
+        assert 0 < mirrored.sum() < size
+        x[mirrored] = x[mirrored].flip(-1)
+        found.append((x, class_ids))
+    return found
+
+
+def clipped(model: nn.Module, largest: float = CLIP) -> tuple[dict[str, Tensor], float]:
+    """A model's gradients by name, scaled to a norm of `largest` at most, and the norm that they had."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt().item()
+    assert norm > largest  # or clipping would not show
+    return {name: g * largest / norm for name, g in gradients.items()}, norm
+
+
+def check_update(saved: dict, part: str, optimizer: str, before: nn.Module, gradients: dict, settings: dict) -> None:
+    """Checks a checkpoint's moments and weights of one update: AdamW (Loshchilov and Hutter 2019, algorithm 2)."""
+    betas, eps, lr, decay = settings["betas"], settings["eps"], settings["lr"], settings["decay"]
+    groups, moments = saved[optimizer]["param_groups"], saved[optimizer]["state"]
+    numbers = [number for group in groups for number in group["params"]]
+    named = dict(before.named_parameters())
+    matrices = {name for name, p in named.items() if p.ndim >= 2 and not name.startswith("quantizer.")}
+    order = [n for n in named if n in matrices] + [n for n in named if n not in matrices]
+    order = list(named) if len(groups) == 1 else order
+    assert len(numbers) == len(order) == len(gradients)
+    largest = max(g.abs().max() for g in gradients.values())
+    for number, name in zip(numbers, order, strict=True):
+        m, v = moments[number]["exp_avg"], moments[number]["exp_avg_sq"]
+        torch.testing.assert_close(m / (1 - betas[0]), gradients[name], rtol=1e-3, atol=1e-4 * largest, msg=name)
+        adam = m / (1 - betas[0]) / ((v / (1 - betas[1])).sqrt() + eps)
+        expected = named[name] * (1 - lr * (decay if name in matrices else 0.0)) - lr * adam
+        torch.testing.assert_close(saved[part][name], expected, rtol=1e-5, atol=1e-3 * lr, msg=name)
+
+
+def test_one_update_of_a_vqgan_is_that_of_the_summed_loss(program, tmp_path):
+    settings = ["loss.perceptual.name=alex", "loss.perceptual.start=0", "loss.perceptual.weight=0.5"]
+    settings += ["loss.perceptual.every=4", "loss.adversarial.name=non_saturating", "loss.adversarial.start=0"]
+    settings += ["loss.adversarial.ramp=0", "loss.adversarial.weight=0.7", "loss.adversarial.lecam=0.1"]
+    settings += ["loss.adversarial.r1=0.01", "discriminator.width=8", "discriminator.layers=2", *STEP]
+    code, _, errors = program("stage1/train.py", "configs/debug/stage1.yaml", f"run_dir={tmp_path}", *settings)
+    assert code == 0, errors
+    config = read_yaml(tmp_path / "config.yaml")
+    torch.manual_seed(0)
+    model = VQModel(**config["model"])
+    perceptual = PerceptualDistance("alex", [])
+    disc = PatchDiscriminator(1, **config["discriminator"])
+    means: dict[str, float] = {}
+    lecam = torch.zeros(2)
+    for x, _ in first_batches(2, 8):
+        x_rec, q = model(x)
+        image_loss = (rec := F.mse_loss(x_rec, x)) + 0.5 * (distance := perceptual(x_rec[::4], x[::4]).mean())
+        adv = F.softplus(-disc(x_rec)).mean()
+        norms = [torch.autograd.grad(term, model.last_layer, retain_graph=True)[0].norm() for term in (image_loss, adv)]
+        weight = 0.7 * (norms[0] / (norms[1] + 1e-6)).detach()
+        loss = image_loss + q[0].loss + weight * adv
+        for p, g in zip(params := list(model.parameters()), torch.autograd.grad(loss, params), strict=True):
+            p.grad = g / 2 if p.grad is None else p.grad + g / 2
+
+        x.requires_grad_()
+        real, fake = disc(torch.cat([x, x_rec.detach()])).chunk(2)  # together, as spectral norm moves at each call
+        disc_loss = F.softplus(-real).mean() + F.softplus(fake).mean()
+        drift = F.relu(real - lecam[1]).square().mean() + F.relu(lecam[0] - fake).square().mean()
+        slope = 0.5 * torch.autograd.grad(real.sum(), x, create_graph=True)[0].square().sum(dim=(1, 2, 3)).mean()
+        for p, g in zip(
+            params := list(disc.parameters()),
+            torch.autograd.grad(disc_loss + 0.1 * drift + 4 * 0.01 * slope, params),
+            strict=True,
+        ):
+            p.grad = g / 2 if p.grad is None else p.grad + g / 2
+        lecam = lecam + 0.01 * (torch.stack([real.mean(), fake.mean()]).detach() - lecam)
+        terms = {"loss": loss, "rec_loss": rec, "perceptual_loss": distance, "adv_loss": adv, "adv_weight": weight}
+        terms |= {"disc_loss": disc_loss, "lecam_loss": drift, "r1_loss": slope, "quantizer_loss": q[0].loss}
+        for name, value in terms.items():
+            means[name] = means.get(name, 0.0) + value.item() / 2
+
+    saved, logged = state(tmp_path, 1), metrics(tmp_path)
+    gradients, norm = clipped(model)
+    disc_gradients, disc_norm = clipped(disc)
+    means |= {"grad_norm": norm, "disc_grad_norm": disc_norm, "lr": 8e-3 * WARMUP}
+    assert {name: logged[f"train/{name}"] for name in means} == pytest.approx(means, rel=2e-3)
+    torch.manual_seed(0)
+    before = VQModel(**config["model"])
+    PerceptualDistance("alex", [])
+    disc_before = PatchDiscriminator(1, **config["discriminator"])
+    adam = {"betas": (0.9, 0.99), "eps": 1e-8, "lr": 8e-3 * WARMUP, "decay": DECAY}
+    check_update(saved, "model", "optimizer", before, gradients, adam)
+    adam = {"betas": (0.5, 0.9), "eps": 1e-6, "lr": 2e-3, "decay": 0.0}
+    check_update(saved, "disc", "disc_optimizer", disc_before, disc_gradients, adam)
+    torch.testing.assert_close(torch.stack([saved["lecam"]["real_mean"], saved["lecam"]["fake_mean"]]), lecam)
+
+
+def test_one_update_of_the_prior_is_that_of_its_loss_for_the_classes_that_were_not_hidden(runs, program, tmp_path):
+    arguments = [f"run_dir={tmp_path}", f"stage1={runs}/stage1", f"codes_dir={tmp_path}/codes", "class_dropout=0.5"]
+    code, _, errors = program("stage2/train.py", "configs/debug/stage2.yaml", *arguments, *STEP)
+    assert code == 0, errors
+    config = read_yaml(tmp_path / "config.yaml")
+    tokenizer, _ = load_tokenizer(runs / "stage1")
+    train_set, _ = load_images(DataConfig(channels=1))
+    layout = tokenizer.code_layout(32)
+    torch.manual_seed(0)
+    prior = Prior(layout, train_set.class_names, **config["model"])
+    before = {name: p.detach().clone() for name, p in prior.named_parameters()}
+    total, order = 0.0, BatchOrder(2 * len(train_set), 8, first=0, seed=0)  # each image and its mirror image
+    for i, rows in enumerate(itertools.islice(order, 2)):
+        rows = np.array(rows)
+        pixels, class_ids = train_set.__getitems__(rows % len(train_set))
+        x = pixels.float() / 127.5 - 1
+        mirrored = torch.from_numpy(rows >= len(train_set))
+        x[mirrored] = x[mirrored].flip(-1)
+        tokens = layout.flatten(tokenizer.encode(x))
+        hidden = coin_flips(0.5, 8, 0, 0, i, 2)
+        class_ids = torch.where(hidden, -1, class_ids)
+        logits = prior(tokens, class_ids)
+        loss = -logits.log_softmax(dim=-1).gather(-1, tokens[..., None]).mean()
+        (loss / 2).backward()
+        total += loss.item() / 2
+    gradients, norm = clipped(prior)
+    logged = metrics(tmp_path)
+    assert logged["train/loss"] == pytest.approx(total, rel=1e-5)
+    assert logged["train/grad_norm"] == pytest.approx(norm, rel=1e-3)
+    assert logged["train/lr"] == pytest.approx(3e-3 * WARMUP)
+    with torch.no_grad():
+        for name, p in prior.named_parameters():
+            p.copy_(before[name])
+    adam = {"betas": (0.9, 0.95), "eps": 1e-8, "lr": 3e-3 * WARMUP, "decay": DECAY}
+    check_update(state(tmp_path, 1), "model", "optimizer", prior, gradients, adam)
+
+
+def test_one_update_of_the_gan_is_a_step_of_d_and_then_one_of_g_against_it(program, tmp_path):
+    arguments = [f"run_dir={tmp_path}", *STEP, "optim.grad_clip=0.001"]
+    code, _, errors = program("stage1/train_gan.py", "configs/debug/gan.yaml", *arguments)
+    assert code == 0, errors
+    config, saved, logged = read_yaml(tmp_path / "config.yaml"), state(tmp_path, 1), metrics(tmp_path)
+
+    def built() -> tuple[DCGANGenerator, DCGANDiscriminator]:
+        torch.manual_seed(0)
+        generator = DCGANGenerator(32, 1, [str(i) for i in range(10)], **config["generator"])
+        return generator, DCGANDiscriminator(32, 1, 10, **config["discriminator"])
+
+    def noise(turn: int, i: int) -> Tensor:
+        source = torch.Generator().manual_seed(mixed_seed(0, 0, turn))
+        return torch.randn(16, config["generator"]["latent_dim"], generator=source)[8 * i : 8 * (i + 1)]
+
+    generator, disc = built()
+    batches, disc_loss, gen_loss = first_batches(2, 8), 0.0, 0.0
+    for i, (x, class_ids) in enumerate(batches):
+        fakes = generator(noise(0, i), class_ids).detach()
+        loss = F.softplus(-disc(x, class_ids)).mean() + F.softplus(disc(fakes, class_ids)).mean()
+        (loss / 2).backward()
+        disc_loss += loss.item() / 2
+    disc_gradients, disc_norm = clipped(disc, 0.001)
+    adam = {"betas": (0.5, 0.999), "eps": 1e-8, "lr": 2e-4 * WARMUP, "decay": DECAY}
+    check_update(saved, "disc", "disc_optimizer", built()[1], disc_gradients, adam)
+
+    with torch.no_grad():
+        for name, p in disc.named_parameters():
+            p.copy_(saved["disc"][name])  # what G learns against
+    for i, (_, class_ids) in enumerate(batches):
+        loss = F.softplus(-disc(generator(noise(1, i), class_ids), class_ids)).mean()
+        for p, g in zip(
+            params := list(generator.parameters()), torch.autograd.grad(loss, params), strict=True
+        ):  # D takes no part
+            p.grad = g / 2 if p.grad is None else p.grad + g / 2
+        gen_loss += loss.item() / 2
+    gradients, norm = clipped(generator, 0.001)
+    expected = {"disc_loss": disc_loss, "gen_loss": gen_loss, "grad_norm": norm, "disc_grad_norm": disc_norm}
+    assert {name: logged[f"train/{name}"] for name in expected} == pytest.approx(expected, rel=1e-3)
+    check_update(saved, "model", "optimizer", built()[0], gradients, adam | {"lr": 1e-3 * WARMUP})
+
+
+# The average, and what is evaluated and saved
+
+
+FIVE = [
+    "train.max_steps=5",
+    "train.checkpoint_every=1",
+    "train.keep_checkpoints=9",
+    "train.eval_every=5",
+    "train.ema=0.2",
+]
+FIVE += ["train.eval_images=100", QUIET]
+
+
+@pytest.mark.parametrize("name", ["stage1/train", "stage1/train_gan", "stage2/train"])
+def test_the_average_follows_its_formula_and_is_what_is_saved(runs, program, tmp_path, name):
+    config = {"stage1/train_gan": "gan"}.get(name, name.split("/")[0])
+    arguments = [f"configs/debug/{config}.yaml", f"run_dir={tmp_path}", *FIVE]
+    arguments += [f"stage1={runs}/stage1"] if name == "stage2/train" else []
+    code, _, errors = program(f"{name}.py", *arguments)
+    assert code == 0, errors
+    # EDM2's power profile: of a width sigma, gamma solves sigma^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+    gamma = max(root.real for root in np.roots([1, 7, 16 - 25, 12 - 25]))
+    assert (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) == pytest.approx(0.2**2)
+    steps = [state(tmp_path, step) for step in range(1, 6)]
+    (file,) = (path for path in tmp_path.glob("model/**/model.safetensors") if "tokenizer" not in path.parts)
+    shared = {key.removeprefix("model."): x for key, x in load_file(file).items()}
+    averaged = 0
+    for key, last in steps[-1]["model"].items():
+        if not last.is_floating_point() or "running" in key:
+            continue
+        expected = torch.zeros_like(last)
+        for t, saved in enumerate(steps, start=1):
+            expected = expected + (1 - (1 - 1 / t) ** (gamma + 1)) * (saved["model"][key] - expected)
+        is_average = "quantizer" not in key
+        torch.testing.assert_close(steps[-1]["ema"][key], expected if is_average else last, rtol=1e-4, atol=1e-6)
+        averaged += is_average and not torch.equal(expected, last)
+        in_file = [x for k, x in shared.items() if k == key or key.endswith(k)]
+        assert any(x.shape == last.shape and torch.equal(x, steps[-1]["ema"][key]) for x in in_file), key
+    assert averaged > 10
+
+
+def test_validation_of_stage1_is_of_the_shared_model_on_held_out_images(program, tmp_path):
+    arguments = [f"run_dir={tmp_path}", *FIVE, "data.val_fraction=0.1"]
+    code, _, errors = program("stage1/train.py", "configs/debug/stage1.yaml", *arguments)
+    assert code == 0, errors
+    model, _ = load_tokenizer(tmp_path)
+    train_set, held_out = load_images(DataConfig(channels=1))
+    rows = np.linspace(0, len(held_out) - 1, 100, dtype=int)
+    x = held_out.__getitems__(rows)[0].float() / 127.5 - 1
+    x_rec = model.decode(codes := model.encode(x))
+    mse = (x_rec.clamp(-1, 1) - x).square().mean().item()
+    used = [len(part.unique()) for part in codes]
+    logged = metrics(tmp_path)
+    assert logged["val/psnr"] == pytest.approx(10 * math.log10(4 / mse), abs=1e-3)
+    assert logged["val/usage"] == pytest.approx(used[0] / 64)
+    others = train_set.__getitems__(rows)[0].float() / 127.5 - 1
+    raw = VQModel(**read_yaml(tmp_path / "config.yaml")["model"]).eval()
+    raw.load_state_dict(state(tmp_path, 5)["model"])
+    for wrong_model, wrong_x in ((model, others), (raw, x)):
+        mse = (wrong_model.decode(wrong_model.encode(wrong_x)).clamp(-1, 1) - wrong_x).square().mean().item()
+        assert logged["val/psnr"] != pytest.approx(10 * math.log10(4 / mse), abs=2e-3)
+
+
+def test_validation_of_stage2_is_of_the_shared_prior_on_held_out_codes(runs, program, tmp_path):
+    arguments = [f"run_dir={tmp_path}", f"stage1={runs}/stage1", *FIVE]
+    code, _, errors = program("stage2/train.py", "configs/debug/stage2.yaml", *arguments, "train.eval_images=2000")
+    assert code == 0, errors
+    prior = Prior.from_pretrained(tmp_path / "model/prior").eval()
+    tokenizer, _ = load_tokenizer(tmp_path / "model/tokenizer")
+    nll = {}
+    for name, images in zip(("train", "val"), load_images(DataConfig(channels=1)), strict=True):
+        pixels, class_ids = images.__getitems__(np.arange(2000))
+        tokens = prior.layout.flatten(tokenizer.encode(pixels.float() / 127.5 - 1))
+        log_p = prior(tokens, class_ids).log_softmax(dim=-1).gather(-1, tokens[..., None])
+        nll[name] = -log_p.mean().item()
+    logged = metrics(tmp_path)
+    assert logged["val/nll"] == pytest.approx(nll["val"], rel=1e-5)
+    assert logged["val/nll"] != pytest.approx(nll["train"], rel=1e-4)
+    assert logged["val/code_bits_per_dim"] == pytest.approx(nll["val"] / math.log(2) * 16 / 32**2, rel=1e-5)
+
+
+# The shape of the house
+
+
+FLOORS = [  # from the ground up; a room imports from below, and from what stands beside it in the same line
+    ["errors", "codes", "distributed"],
+    ["settings"],
+    ["adversarial", "quantizers"],
+    ["tokenizers"],
+    ["data", "training"],
+    ["priors"],
+    ["evaluation"],
+    ["generator"],
+    ["cli"],
+]
+
+
+def test_no_room_imports_from_above_it():
+    floor = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+    for path in (ROOT / "vqgen").rglob("*.py"):
+        room = path.relative_to(ROOT / "vqgen").parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for name in names:
+                parts = name.split(".")
+                if parts[0] == "vqgen" and len(parts) > 1:
+                    above = floor[parts[1]] > floor[room]
+                    assert not above, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("name", ["stage1/train.py", "stage1/train_gan.py", "stage2/train.py"])
+def test_a_loop_fits_on_a_screen_and_nothing_calls_it_back(name):
+    tree = ast.parse((ROOT / name).read_text())
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    train = functions["train"]
+    assert train.end_lineno - train.lineno + 1 <= 100
+    handed_on = [
+        argument.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        for argument in [*node.args, *(keyword.value for keyword in node.keywords)]
+        if isinstance(argument, ast.Name) and argument.id in functions
+    ]
+    assert handed_on == ["main"]  # to run_program, which is the frame of a program and not of a loop
+    assert not any(isinstance(node, ast.Lambda) for node in ast.walk(tree))
