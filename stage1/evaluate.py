@@ -16,7 +16,7 @@ from torch import Tensor
 from vqgen.cli.program import run_program
 from vqgen.data.images import some_rows
 from vqgen.distributed import all_reduce_sum
-from vqgen.errors import need, require
+from vqgen.errors import need, require, section
 from vqgen.evaluation.features import FeatureCollector, cached_features, load_feature_network, my_batches
 from vqgen.evaluation.metrics import CodeUsage, image_psnr, image_ssim, psnr
 from vqgen.evaluation.perceptual import PerceptualDistance
@@ -51,14 +51,16 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
     accelerator = evaluation_device()
     device = accelerator.device
     others, images, _ = run_images(run, config.data, model.channels)  # to train on, and held out
-    model.code_layout(images.image_size)  # raises where the size does not suit the stride
+    with section("data"):
+        model.code_layout(images.image_size)  # raises where the size does not suit the stride
     rows = some_rows(len(images), config.num_images)
     network = load_feature_network(
         config.features, config.feature_weights, others, seed=config.seed, cache=cache, accelerator=accelerator
     )
     perceptual = None
     if config.perceptual != "none":
-        perceptual = PerceptualDistance(config.perceptual, config.perceptual_weights).to(device)
+        with section("perceptual", name="perceptual", weights="perceptual_weights"):
+            perceptual = PerceptualDistance(config.perceptual, config.perceptual_weights).to(device)
     model.to(device)
 
     def features_of(part, chosen, description):

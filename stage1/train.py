@@ -25,15 +25,16 @@ from vqgen.adversarial.losses import (
     r1_penalty,
 )
 from vqgen.cli.program import run_program
-from vqgen.cli.reflect import check_options
+from vqgen.cli.reflect import Sections, complete_options
 from vqgen.data.images import ImageSet, load_images
 from vqgen.data.order import image_batches
 from vqgen.distributed import all_reduce_sum, rank, world_size
-from vqgen.errors import require
+from vqgen.errors import require, section
 from vqgen.evaluation.metrics import CodeUsage, psnr
 from vqgen.evaluation.perceptual import PerceptualDistance
-from vqgen.quantizers import BASES, QUANTIZERS, quantizer_options
+from vqgen.quantizers import BASES, QUANTIZERS
 from vqgen.settings import Stage1Config
+from vqgen.tokenizers import ARCHITECTURES, build_tokenizer
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, to_uint8
 from vqgen.training.average import WeightEMA
 from vqgen.training.means import Stopwatch
@@ -42,6 +43,12 @@ from vqgen.training.schedule import lr_at, num_parameters, parameter_groups, ram
 from vqgen.training.state import TrainState
 from vqgen.training.tracking import image_grid
 
+SECTIONS: Sections = {
+    "model": ARCHITECTURES,
+    "model.quantizer": QUANTIZERS,
+    "model.quantizer.base": BASES,
+    "discriminator": PatchDiscriminator,
+}
 REC_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
 DISC_BETAS = (0.5, 0.9)  # VQGAN's
 # A hundred times Adam's default. Real and generated images pull D's last bias equally far, and rounding noise in its
@@ -224,14 +231,13 @@ def train(config: Stage1Config, run: Run) -> None:
 
 def load_data(config: Stage1Config) -> tuple[ImageSet, ImageSet]:
     """The images to train on and those held out; writes into the configuration what follows from them."""
-    config.model["quantizer"] = quantizer_options(**config.model.get("quantizer", {}))
     config.data.channels = config.data.channels or config.model.get("channels")
     train_set, val_set = load_images(config.data)
     config.data.channels = train_set.channels
     same = config.model.setdefault("channels", train_set.channels) == train_set.channels
     require(same, f"model.channels={config.model['channels']} and data.channels={train_set.channels} must be the same")
-    config.model = check_options(VQModel, config.model, "model")
-    config.discriminator = check_options(PatchDiscriminator, config.discriminator, "discriminator")
+    config.model = complete_options(SECTIONS, "model", config.model)
+    config.discriminator = complete_options(SECTIONS, "discriminator", config.discriminator)
     return train_set, val_set
 
 
@@ -240,22 +246,21 @@ def build(config: Stage1Config, run: Run) -> Nets:
     adversarial, device = config.loss.adversarial, run.device
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     torch.manual_seed(config.seed)
-    tokenizer = VQModel(**config.model)
-    tokenizer.code_layout(config.data.image_size)  # raises where the size does not suit the stride
+    with section("model", image_size="data.image_size"):
+        tokenizer = build_tokenizer(**config.model)
+        tokenizer.code_layout(config.data.image_size)  # raises where the size does not suit the stride
     perceptual = disc = lecam = disc_optimizer = None
     if config.loss.perceptual.name != "none":
-        perceptual = PerceptualDistance(
-            config.loss.perceptual.name,
-            config.loss.perceptual.weights,
-            "loss.perceptual.name",
-            "loss.perceptual.weights",
-        ).to(device, memory_format=memory_format)
+        with section("loss.perceptual"):
+            perceptual = PerceptualDistance(config.loss.perceptual.name, config.loss.perceptual.weights)
+        perceptual = perceptual.to(device, memory_format=memory_format)
     if adversarial.name != "none":
         fp16 = run.accelerator.mixed_precision == "fp16"
         require(not fp16, "train.mixed_precision=fp16 is too coarse for a discriminator's gradients; use bf16 or no")
-        disc, lecam = PatchDiscriminator(config.data.channels, **config.discriminator), LeCam().to(device)
-        disc.check_size(config.data.image_size)
-        disc = disc.to(device, memory_format=memory_format)
+        with section("discriminator"):
+            disc = PatchDiscriminator(config.data.channels, **config.discriminator)
+            disc.check_size(config.data.image_size)
+        disc, lecam = disc.to(device, memory_format=memory_format), LeCam().to(device)
         disc_optimizer = torch.optim.AdamW(
             disc.parameters(), lr=adversarial.lr, betas=DISC_BETAS, eps=DISC_EPS, weight_decay=0.0, fused=True
         )
@@ -311,11 +316,6 @@ if __name__ == "__main__":
     run_program(
         main,
         Stage1Config,
-        {
-            "model": VQModel,
-            "model.quantizer": QUANTIZERS,
-            "model.quantizer.base": BASES,
-            "discriminator": PatchDiscriminator,
-        },
+        SECTIONS,
         "accelerate launch stage1/train.py [CONFIG.yaml] [key=value ...]",
     )

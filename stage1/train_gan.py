@@ -18,7 +18,7 @@ from vqgen.cli.reflect import check_options
 from vqgen.data.images import ImageSet, load_images
 from vqgen.data.order import image_batches, mixed_seed, own_part
 from vqgen.distributed import world_size
-from vqgen.errors import require
+from vqgen.errors import require, section
 from vqgen.priors.sampling import classes_in_turn, generate_images, latents
 from vqgen.settings import GANConfig
 from vqgen.training.average import WeightEMA
@@ -156,8 +156,10 @@ def build(config: GANConfig, run: Run, train_set: ImageSet) -> Nets:
     require(not fp16, "train.mixed_precision=fp16 is too coarse for a discriminator's gradients; use bf16 or no")
     torch.manual_seed(config.seed)
     shape, classes = (config.data.image_size, train_set.channels), train_set.class_names
-    generator: Any = DCGANGenerator(*shape, classes, **config.generator)
-    disc: Any = DCGANDiscriminator(*shape, len(classes), **config.discriminator)
+    with section("generator", image_size="data.image_size"):
+        generator: Any = DCGANGenerator(*shape, classes, **config.generator)
+    with section("discriminator"):
+        disc: Any = DCGANDiscriminator(*shape, len(classes), **config.discriminator)
     memory_format = torch.contiguous_format
     if run.device.type == "cuda":
         memory_format = torch.channels_last

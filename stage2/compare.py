@@ -30,7 +30,7 @@ from vqgen.cli.parse import load_config
 from vqgen.cli.program import run_program
 from vqgen.cli.reflect import Sections, check_options
 from vqgen.data.images import ImageSet, load_images, some_rows
-from vqgen.errors import InputError, need, require
+from vqgen.errors import InputError, need, require, section
 from vqgen.evaluation.features import FeatureNetwork, cached_features, load_feature_network
 from vqgen.evaluation.perceptual import PerceptualDistance
 from vqgen.evaluation.report import Report, cache_folder, evaluation_device, sample_figures, shown, writable_folder
@@ -39,7 +39,8 @@ from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import classes_in_turn
 from vqgen.quantizers import BASES, QUANTIZERS
 from vqgen.settings import CompareConfig, DataConfig, GANConfig, SampleConfig, Stage1Config, Stage2Config
-from vqgen.tokenizers.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
+from vqgen.tokenizers import ARCHITECTURES
+from vqgen.tokenizers.vqmodel import from_uint8, load_tokenizer, to_uint8
 from vqgen.training.checkpoints import load_checkpoint
 from vqgen.training.tracking import image_grid
 
@@ -50,7 +51,7 @@ SPEED_ROUNDS = 5
 SHARED = ("run_dir", "seed", "stage1", "train.max_steps", "train.max_seconds")  # and data.*, which all get
 REMEDY = "set seconds=, seed=, run_dir= or data.*= of the comparison"
 TOKENIZER_SECTIONS: Sections = {
-    "model": VQModel,
+    "model": ARCHITECTURES,
     "model.quantizer": QUANTIZERS,
     "model.quantizer.base": BASES,
     "discriminator": PatchDiscriminator,
@@ -72,7 +73,8 @@ def main(config: CompareConfig) -> None:
         config.features, None, train_set, seed=config.seed, cache=cache, accelerator=accelerator
     )
     if config.perceptual != "none":
-        PerceptualDistance(config.perceptual)
+        with section("perceptual", name="perceptual"):
+            PerceptualDistance(config.perceptual)
     for cls, sections, given in (
         (GANConfig, {"generator": DCGANGenerator, "discriminator": DCGANDiscriminator}, config.gan),
         (Stage1Config, TOKENIZER_SECTIONS, [*config.tokenizer, *config.vqgan]),

@@ -23,7 +23,7 @@ from vqgen.cli.reflect import check_options
 from vqgen.data.codes import TokenStore, encode_images
 from vqgen.data.images import ImageSet, load_set, some_rows
 from vqgen.distributed import all_reduce_sum, rank, world_size
-from vqgen.errors import need, require
+from vqgen.errors import need, require, section
 from vqgen.evaluation.features import (
     Features,
     cached_features,
@@ -90,7 +90,8 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     device = accelerator.device
     train, held_out, own = run_images(run, config.data, tokenizer.channels)
     require(own, "data.source: not the images that the prior was trained on; for others use --images and --reference")
-    fits = tokenizer.code_layout(train.image_size) == prior.layout
+    with section("data"):
+        fits = tokenizer.code_layout(train.image_size) == prior.layout
     require(fits, f"data.image_size={train.image_size}: is not what the prior was trained on")
     flip = read_yaml(run / "config.yaml")["data"]["flip"] if (run / "config.yaml").is_file() else False
     network = load_feature_network(

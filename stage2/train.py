@@ -20,7 +20,7 @@ from vqgen.cli.reflect import check_options
 from vqgen.data.codes import TokenStore, encode_images
 from vqgen.data.images import ImageSet, load_images
 from vqgen.data.order import token_batches
-from vqgen.errors import require
+from vqgen.errors import require, section
 from vqgen.evaluation.likelihood import prior_nll, unigram_entropy
 from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import classes_in_turn, sample_images
@@ -136,10 +136,12 @@ def load_data(config: Stage2Config, tokenizer: VQModel) -> tuple[ImageSet, Image
 
 def build(config: Stage2Config, run: Run, tokenizer: VQModel, class_names: list[str]) -> Nets:
     """The prior on its device, its optimizer and the average, all as they are before the first step."""
-    layout = tokenizer.code_layout(config.data["image_size"])
+    with section("data"):
+        layout = tokenizer.code_layout(config.data["image_size"])
     torch.manual_seed(config.seed)
     config.model = check_options(Prior, config.model, "model")
-    prior = Prior(layout, class_names, **config.model).to(run.device)
+    with section("model"):
+        prior = Prior(layout, class_names, **config.model).to(run.device)
     optimizer = torch.optim.AdamW(
         parameter_groups(prior, config.optim.weight_decay),
         lr=config.optim.lr,

@@ -147,7 +147,8 @@ def test_several_codes_a_position_from_images_to_images(program, tmp_path):
     quantizer = [f"model.quantizer.{setting}" for setting in residual]
     code, _, errors = program("stage1/train.py", DEBUG["stage1"], *quantizer, *FEW_STEPS, f"run_dir={tmp_path}/1")
     assert code == 2
-    assert "set model.quantizer.base.codebook_size" in errors  # the configuration has a size of its own
+    assert "model.quantizer.codebook_size=64: residual has no such option" in errors  # debug/stage1.yaml sets it
+    assert "set base.codebook_size" in errors
     code, _, errors = program("stage1/train.py", "model.widths=[8,16]", *quantizer, *FEW_STEPS, f"run_dir={tmp_path}/1")
     assert code == 0, errors
     arguments = [DEBUG["stage2"], f"stage1={tmp_path}/1", *FEW_STEPS]
@@ -215,6 +216,12 @@ BAD = {
         "model.quantizer.name=vqq",
         "model.quantizer.name=vqq: no such quantizer; there is ema, vq, ",
     ),
+    "a quantizer's size": (
+        "stage1",
+        "model.quantizer.name=lfq model.quantizer.codebook_size=500",
+        "model.quantizer.codebook_size=500: lfq needs a power of two; use 256 or 512",
+    ),
+    "an architecture that does not exist": ("stage1", "model.name=heavy", "model.name=heavy: no such model; there is "),
     "quantizer settings that mean nothing together": (
         "stage1",
         "model.quantizer.gradient=rotation model.quantizer.temperature=1",
@@ -227,7 +234,11 @@ BAD = {
     "no such config": ("stage1", "missing.yaml", "missing.yaml"),
     "no such data": ("stage1", "data.source={tmp}/missing", "missing"),
     "no image": ("stage1", "data.source={tmp}/empty", "no image"),
-    "size and stride": ("stage1", "data.image_size=36", "use 32 or 40"),
+    "size and stride": (
+        "stage1",
+        "data.image_size=36",
+        "error: data.image_size=36 is not divisible by the model's stride 8; use 32",
+    ),
     "broken image": ("stage1", "data.source={tmp}/broken data.on_error=raise", "bad.png"),
     "no tokenizer": ("stage2", "stage1={tmp}/empty", "no tokenizer"),
     "no stage 1": ("stage2", "stage1={tmp}/missing", "no tokenizer"),

@@ -234,7 +234,7 @@ BAD = {
     "too deep": (
         "train",
         "loss.adversarial.name=hinge discriminator.layers=4",
-        "discriminator.layers=4 is too deep for data.image_size=32; use 3 or fewer",
+        "discriminator.layers=4 is too deep for images of 32 pixels; use 3 or fewer",
     ),
     "a start beyond the run": (
         "train",
@@ -249,7 +249,11 @@ BAD = {
         "loss.adversarial.name=hinge train.mixed_precision=fp16",
         "use bf16 or no",
     ),
-    "no power of two": ("train_gan", "data.image_size=48", "use 32 or 64"),
+    "no power of two": (
+        "train_gan",
+        "data.image_size=48",
+        "data.image_size=48 is no 8, 16, 32, ... for a DCGAN; use 32",
+    ),
     "mistyped generator key": ("train_gan", "generator.widht=2", "did you mean generator.width?"),
     "guidance of a GAN": ("sample", "{gan} cfg_scale=2", "cfg_scale=2.0: "),
     "no such class of a GAN": ("sample", "{gan} class_ids=[10]", "10 is no class"),
@@ -262,7 +266,7 @@ BAD = {
     "two files for one network": (
         "train",
         "loss.perceptual.name=lpips-vgg",
-        "loss.perceptual.name=lpips-vgg needs loss.perceptual.weights=",
+        "loss.perceptual.name=lpips-vgg needs weights=[VGG16.pth,HEADS.pth]",
     ),
     "comparing for no time": ("compare", "seconds=0", "seconds=0.0: must be positive"),
     "comparing on nothing": ("compare", "run_dir={tmp}/run data.source={tmp}/missing", "missing"),

@@ -1,7 +1,8 @@
 """What happens inside the three loops, against plain autograd and formulas written out here.
 
 After one update, Adam's first moment is the gradient, clipped and scaled. It is compared with the gradient of the
-summed loss, since rounding moves a gradient only a little. The weights are then compared with AdamW's formula for that moment.
+summed loss, since rounding moves a gradient only a little. The weights are then compared with AdamW's formula for that
+moment.
 """
 
 import ast
@@ -26,7 +27,8 @@ from vqgen.data.order import BatchOrder, coin_flips, mixed_seed
 from vqgen.evaluation.perceptual import PerceptualDistance
 from vqgen.priors.prior import Prior
 from vqgen.settings import DataConfig
-from vqgen.tokenizers.vqmodel import VQModel, load_tokenizer
+from vqgen.tokenizers import build_tokenizer
+from vqgen.tokenizers.vqmodel import load_tokenizer
 
 QUIET = "tracking.wandb=disabled"
 STEP = [
@@ -104,7 +106,7 @@ def test_one_update_of_a_vqgan_is_that_of_the_summed_loss(program, tmp_path):
     assert code == 0, errors
     config = read_yaml(tmp_path / "config.yaml")
     torch.manual_seed(0)
-    model = VQModel(**config["model"])
+    model = build_tokenizer(**config["model"])
     perceptual = PerceptualDistance("alex", [])
     disc = PatchDiscriminator(1, **config["discriminator"])
     means: dict[str, float] = {}
@@ -142,7 +144,7 @@ def test_one_update_of_a_vqgan_is_that_of_the_summed_loss(program, tmp_path):
     means |= {"grad_norm": norm, "disc_grad_norm": disc_norm, "lr": 8e-3 * WARMUP}
     assert {name: logged[f"train/{name}"] for name in means} == pytest.approx(means, rel=2e-3)
     torch.manual_seed(0)
-    before = VQModel(**config["model"])
+    before = build_tokenizer(**config["model"])
     PerceptualDistance("alex", [])
     disc_before = PatchDiscriminator(1, **config["discriminator"])
     adam = {"betas": (0.9, 0.99), "eps": 1e-8, "lr": 8e-3 * WARMUP, "decay": DECAY}
@@ -287,7 +289,7 @@ def test_validation_of_stage1_is_of_the_shared_model_on_held_out_images(program,
     assert logged["val/psnr"] == pytest.approx(10 * math.log10(4 / mse), abs=1e-3)
     assert logged["val/usage"] == pytest.approx(used[0] / 64)
     others = train_set.__getitems__(rows)[0].float() / 127.5 - 1
-    raw = VQModel(**read_yaml(tmp_path / "config.yaml")["model"]).eval()
+    raw = build_tokenizer(**read_yaml(tmp_path / "config.yaml")["model"]).eval()
     raw.load_state_dict(state(tmp_path, 5)["model"])
     for wrong_model, wrong_x in ((model, others), (raw, x)):
         mse = (wrong_model.decode(wrong_model.encode(wrong_x)).clamp(-1, 1) - wrong_x).square().mean().item()

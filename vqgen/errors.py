@@ -1,8 +1,15 @@
 """The exception for what a user can put right, and the checks that raise it. Imports nothing else of vqgen."""
 
+import difflib
 import importlib
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 class InputError(ValueError):
@@ -10,7 +17,39 @@ class InputError(ValueError):
 
     The message is one line that says what is wrong and what to do; the programs print it alone and exit with code 2.
     Any other exception is a bug, and keeps its traceback.
+
+    The library's messages begin with the option that they are about, by the name that its constructor has for it, as in
+    `codebook_size=500: lfq needs a power of two; use 256 or 512`. Callers say where that option stands: see `section`.
+
+    Args:
+        message: the line.
+        near: the option that was probably meant; the line then ends with it.
     """
+
+    def __init__(self, message: str, near: str | None = None):
+        super().__init__(f"{message}; did you mean {near}?" if near else message)
+        self.message, self.near = message, near
+
+
+@contextmanager
+def section(name: str, **elsewhere: str) -> Iterator[None]:
+    """Puts `name.` in front of the option that an InputError raised inside begins with.
+
+    A line that begins with no option (`key=`, `key:` or `key.`) stays as it is.
+
+    Args:
+        name: the section that the options stand in, as in `model.quantizer`.
+        elsewhere: the full keys of the options that stand somewhere else, as in `image_size="data.image_size"`.
+    """
+
+    def full(key: str) -> str:
+        return elsewhere.get(key, f"{name}.{key}")
+
+    try:
+        yield
+    except InputError as error:
+        message = re.sub(r"\A\w+(?=[=:.])", lambda option: full(option[0]), error.message)
+        raise InputError(message, error.near and full(error.near)) from error.__cause__
 
 
 def require(condition: bool, message: str) -> None:
@@ -20,7 +59,8 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_size(key: str, value: int, most: int = 2**63, least: int = 1) -> None:
-    """Raises InputError for a whole number that is too small, or so large that it can only be a mistake."""
+    """Raises InputError for what is no whole number, or one so small or so large that it can only be a mistake."""
+    require(isinstance(value, Integral), f"{key}={value}: must be a whole number")
     require(value >= least, f"{key}={value}: must be at least {least}")
     require(value <= most, f"{key}={value}: must be at most {most}")
 
@@ -55,3 +95,27 @@ def expanded(folder: str | Path) -> Path:
         return Path(folder).expanduser()
     except RuntimeError as error:
         raise InputError(f"{folder}: {error}") from error
+
+
+def require_choice(key: str, value: Any, choices: Collection[str], what: str) -> None:
+    """Raises InputError for a value that is none of the choices, each of which is a `what`."""
+    require(value in list(choices), f"{key}={value}: no such {what}; there is {', '.join(choices)}")
+
+
+def require_options(constructor: Callable[..., Any], name: str, options: Mapping[str, Any]) -> None:
+    """Raises InputError for an option that a constructor does not take, with the reason or with the nearest option.
+
+    Args:
+        constructor: what the options are for. Its attribute `refused`, if it has one, gives reasons by option.
+        name: what the message calls it.
+        options: the keyword arguments that it shall be called with.
+    """
+    known = list(inspect.signature(constructor).parameters)
+    reasons: Mapping[str, str] = getattr(constructor, "refused", {})
+    for key, value in options.items():
+        if key in reasons:
+            raise InputError(f"{key}={value}: {name} has no such option: {reasons[key]}")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.5)
+            takes = "" if near else f"; it takes {', '.join(known)}"
+            raise InputError(f"{key}: {name} has no such option{takes}", *near)

@@ -195,6 +195,7 @@ class Stage1Config:
     """Seed of everything random; on the CPU the same seed gives the same bits."""
     data: DataConfig = field(default_factory=DataConfig)
     model: dict[str, Any] = field(default_factory=dict)
+    """The tokenizer's architecture"""
     loss: LossConfig = field(default_factory=LossConfig)
     discriminator: dict[str, Any] = field(default_factory=dict)
     optim: OptimConfig = field(default_factory=OptimConfig)

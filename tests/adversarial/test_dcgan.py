@@ -30,7 +30,7 @@ def test_the_papers_sizes():
 @pytest.mark.parametrize(("size", "use"), [(48, "32 or 64"), (4, "8 or 16"), (2, "8 or 16"), (33, "32 or 64")])
 def test_other_sizes_are_refused_with_those_that_fit(size, use):
     for make in (lambda: DCGANGenerator(size, 1, []), lambda: DCGANDiscriminator(size, 1, 0)):
-        with pytest.raises(InputError, match=f"data.image_size={size} .*; use {use}"):
+        with pytest.raises(InputError, match=f"^image_size={size} .*; use {use}"):
             make()
 
 

@@ -13,12 +13,14 @@ def test_the_deepest_that_fits_has_logits_and_one_more_is_refused_by_name(size, 
     disc.check_size(size)
     side = size // 2**deepest - 2
     assert disc(torch.zeros(2, 3, size, size)).shape == (2, 1, side, side)
-    with pytest.raises(InputError, match=f"too deep for data.image_size={size}; use {deepest} or fewer"):
+    with pytest.raises(
+        InputError, match=f"^layers={deepest + 1} is too deep for images of {size} pixels; use {deepest} or fewer"
+    ):
         PatchDiscriminator(3, layers=deepest + 1, width=4).check_size(size)
 
 
 def test_images_too_small_for_any():
-    with pytest.raises(InputError, match="at least 6 pixels"):
+    with pytest.raises(InputError, match="the least is 6 pixels"):
         PatchDiscriminator(1, layers=1).check_size(5)
 
 

@@ -15,6 +15,7 @@ from vqgen.adversarial.losses import (
     r1_penalty,
 )
 from vqgen.evaluation.perceptual import PerceptualDistance
+from vqgen.tokenizers.light import Light
 from vqgen.tokenizers.vqmodel import VQModel
 
 NAMES = ("minimax", "non_saturating", "hinge", "least_squares")
@@ -109,7 +110,7 @@ def test_a_step_that_is_not_finite_leaves_lecams_means():
 
 def vqgan() -> tuple[VQModel, PatchDiscriminator, torch.Tensor]:
     torch.manual_seed(0)
-    model = VQModel(1, 2, [8, 16], quantizer={"codebook_size": 16, "kmeans_iterations": 0}).eval()
+    model = Light(1, 2, [8, 16], quantizer={"codebook_size": 16, "kmeans_iterations": 0}).eval()
     disc = PatchDiscriminator(1, layers=1, width=4, norm="none")
     return model, disc, torch.rand(3, 1, 16, 16) * 2 - 1
 

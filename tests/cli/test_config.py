@@ -1,6 +1,7 @@
 """From the command line to a configuration; and what is said where that does not work."""
 
 import inspect
+import json
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ from soak.mutations import PROGRAMS, mutated_configs
 from vqgen.adversarial.dcgan import DCGANDiscriminator, DCGANGenerator
 from vqgen.adversarial.discriminators import PatchDiscriminator
 from vqgen.cli.parse import load_config, read_yaml, save_config
-from vqgen.cli.reflect import check_options, settings, usage
+from vqgen.cli.reflect import check_options, complete_options, settings, usage
 from vqgen.errors import InputError
 from vqgen.priors.prior import Prior
-from vqgen.quantizers import BASES, QUANTIZERS, EMAQuantizer
+from vqgen.quantizers import BASES, QUANTIZERS, EMAQuantizer, quantizer_options
 from vqgen.settings import (
     CompareConfig,
     DataConfig,
@@ -25,9 +26,9 @@ from vqgen.settings import (
     Stage2EvaluateConfig,
     TrackingConfig,
 )
-from vqgen.tokenizers.vqmodel import VQModel
+from vqgen.tokenizers import ARCHITECTURES, Light, build_tokenizer
 
-STAGE1 = {"model": VQModel, "model.quantizer": EMAQuantizer, "discriminator": PatchDiscriminator}
+STAGE1 = {"model": Light, "model.quantizer": EMAQuantizer, "discriminator": PatchDiscriminator}
 EVALUATE = {"data": DataConfig, "tracking": TrackingConfig}
 STAGE2 = {"model": Prior, "data": DataConfig}
 
@@ -351,10 +352,10 @@ def test_a_mutated_file_is_a_configuration_or_an_input_error(write):
 
 
 def test_check_options_fills_in_defaults_and_converts():
-    defaults = {name: p.default for name, p in inspect.signature(VQModel).parameters.items()}
+    defaults = {name: p.default for name, p in inspect.signature(Light).parameters.items()}
     defaults["widths"] = list(defaults["widths"])  # a tuple, but config.json has lists
-    assert check_options(VQModel, {}, "model") == defaults
-    assert check_options(VQModel, {"patch_size": "2", "widths": ["8", 16]}, "model") == {
+    assert check_options(Light, {}, "model") == defaults
+    assert check_options(Light, {"patch_size": "2", "widths": ["8", 16]}, "model") == {
         **defaults,
         "patch_size": 2,
         "widths": [8, 16],
@@ -369,6 +370,60 @@ def test_check_options_names_the_section():
 def test_check_options_leaves_further_options_of_an_open_constructor_as_they_are():
     complete = check_options(Prior, {"intermediate_size": 96}, "model")
     assert (complete["intermediate_size"], complete["model_type"]) == (96, "llama")
+
+
+SECTIONS = {"model": ARCHITECTURES, "model.quantizer": QUANTIZERS, "model.quantizer.base": BASES}
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_complete_options_are_those_that_a_saved_model_has(tmp_path, name):
+    complete = complete_options(SECTIONS, "model", {"widths": ["8", "16"], "quantizer": {"name": name}})
+    build_tokenizer(widths=[8, 16], quantizer={"name": name}).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == complete
+    assert complete_options(SECTIONS, "model", complete) == complete
+
+
+def test_complete_options_converts_and_fills_in_at_every_depth():
+    base = {"codebook_size": "8", "decay": "0.5"}
+    given = {"patch_size": "2", "quantizer": {"name": "residual", "dropout": 1, "base": base}}
+    complete = complete_options(SECTIONS, "model", given)
+    quantizer = complete["quantizer"]
+    assert [complete["name"], quantizer["name"], quantizer["base"]["name"]] == ["light", "residual", "ema"]
+    assert (complete["patch_size"], complete["widths"]) == (2, [24, 96])
+    assert type(quantizer["dropout"]) is float
+    assert quantizer["base"] == quantizer_options(codebook_size=8, decay=0.5)
+    assert given["quantizer"]["base"] == base == {"codebook_size": "8", "decay": "0.5"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "heavy"}, "model.name=heavy: no such model; there is light"),
+        ({"name": ["light"]}, "model.name=['light']: no such model"),
+        ({"width": [8]}, "model.width: light has no such option; did you mean model.widths?"),
+        ({"widths": "x"}, "model.widths: "),
+        ({"quantizer": {"name": "vqq"}}, "model.quantizer.name=vqq: no such quantizer; there is ema, vq, "),
+        ({"quantizer": {"decay": "x"}}, "model.quantizer.decay: "),
+        (
+            {"quantizer": {"name": "fsq", "code_dim": 3}},
+            "model.quantizer.code_dim=3: fsq has no such option: it is the",
+        ),
+        ({"quantizer": {"name": "vq", "levels": [3]}}, "model.quantizer.levels: vq has no such option; it takes code"),
+        ({"quantizer": {"name": "residual", "base": {"name": "residual"}}}, "model.quantizer.base.name=residual: no"),
+        ({"quantizer": {"name": "residual", "base": {"lookup": "x"}}}, "model.quantizer.base.lookup: "),
+    ],
+    ids=str,
+)
+def test_complete_options_refuses_by_the_full_key(options, message):
+    assert error_of(complete_options, SECTIONS, "model", options).startswith(message)
+
+
+def test_a_misfit_of_the_chosen_constructor_is_refused_before_the_program_starts():
+    given = ["model.quantizer.name=lfq", "model.quantizer.decay=0.5"]
+    message = error_of(load_config, Stage1Config, given, SECTIONS)
+    assert message.startswith("model.quantizer.decay: lfq has no such option; it takes codebook_size, spherical, ")
+    message = error_of(load_config, Stage1Config, ["model.quantizer.lookup=x"], SECTIONS)
+    assert message.startswith("model.quantizer.lookup: ")
 
 
 def test_check_options_takes_a_dataclass_too():
@@ -405,7 +460,7 @@ def test_what_help_calls_the_default_is_one_and_can_be_typed():
     found = settings(Stage1Config, STAGE1)
     config = load1(*[f"{key}={default}" for key, kind, default, _ in found if kind != "section"])
     model, quantizer = config.model, config.model.pop("quantizer")
-    assert {**model, "quantizer": None} == check_options(VQModel, {}, "model")
+    assert {**model, "quantizer": None} == check_options(Light, {}, "model")
     assert quantizer == check_options(EMAQuantizer, {}, "model.quantizer")
     assert config.discriminator == check_options(PatchDiscriminator, {}, "discriminator")
     config.model = config.discriminator = {}
@@ -416,11 +471,11 @@ SEVERAL = {"a": lambda x=1, y=2.0: None, "b": lambda x=1, y=3.0, z=True: None}
 
 
 def test_a_section_of_several_constructors_lists_what_they_share_once():
-    sections = {"model": VQModel, "model.quantizer": SEVERAL}
+    sections = {"model": Light, "model.quantizer": SEVERAL}
     found = [setting for setting in settings(Stage1Config, sections) if setting[0].startswith("model.quantizer.")]
     assert [(key.removeprefix("model.quantizer."), default, meaning.strip()) for key, _, default, meaning in found] == [
-        ("name", "a", "which one, and beside its name what it takes: a, b"),
-        ("x", "1", "(a, b)"),
+        ("name", "a", "the quantizer, a name with its options: a, b"),
+        ("x", "1", ""),
         ("y", "2.0", "(a)"),
         ("y", "3.0", "(b)"),
         ("z", "True", "(b)"),
@@ -428,7 +483,7 @@ def test_a_section_of_several_constructors_lists_what_they_share_once():
 
 
 def test_settings_of_a_quantizer_within_a_quantizer():
-    sections = STAGE1 | {"model.quantizer": QUANTIZERS, "model.quantizer.base": BASES}
+    sections = STAGE1 | SECTIONS
     arguments = ["model.quantizer.name=residual", "model.quantizer.base.name=fsq", "model.quantizer.base.levels=[4,4]"]
     config = load_config(Stage1Config, arguments, sections)
     assert config.model == {"quantizer": {"name": "residual", "base": {"name": "fsq", "levels": [4, 4]}}}
@@ -436,6 +491,7 @@ def test_settings_of_a_quantizer_within_a_quantizer():
         load_config(Stage1Config, ["model.quantizer.base.level=[4,4]"], sections)
     text = usage("program", Stage1Config, sections)
     assert text.count("lookup=euclidean") == 1  # within the other it takes the same
+    assert "  model.name=light  (str)\n      The tokenizer's architecture: light\n" in text
     assert "model.quantizer.base.name=ema" in text
     for key, _, _, meaning in settings(Stage1Config, sections):
         assert meaning.split(") ", 1)[-1], key

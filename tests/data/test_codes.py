@@ -22,6 +22,7 @@ from vqgen.data.order import BatchOrder
 from vqgen.data.skipped import read_skipped
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
+from vqgen.tokenizers.light import Light
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8
 
 
@@ -45,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 def tokenizer(seed: int = 0, codebook_size: int = 64) -> VQModel:
     torch.manual_seed(seed)
     quantizer = {"codebook_size": codebook_size, "code_dim": 2}
-    model = VQModel(patch_size=2, widths=(8,), quantizer=quantizer).eval().requires_grad_(False)
+    model = Light(patch_size=2, widths=(8,), quantizer=quantizer).eval().requires_grad_(False)
     model.quantizer.codebook.normal_(std=0.3)
     return model
 
@@ -203,7 +204,7 @@ def test_a_store_is_made_anew_when_anything_it_is_made_of_changes(encode, folder
         image.save(folder / "cat" / "0.png")
         encode(data)
     elif change == "channels":
-        encode(replace(data, channels=1), VQModel(channels=1, patch_size=2, widths=(8,)).eval())
+        encode(replace(data, channels=1), Light(channels=1, patch_size=2, widths=(8,)).eval())
     else:
         encode(replace(data, **{change: {"image_size": 16, "resize": "pad", "background": "black"}[change]}))
     assert len(stores(tmp_path)) == 2

@@ -17,6 +17,7 @@ from vqgen.priors.sampling import (
     sample_images,
     sample_tokens,
 )
+from vqgen.tokenizers.light import Light
 from vqgen.tokenizers.vqmodel import VQModel
 
 PLAIN = CodeLayout(((1, 4, 4),), (16,))
@@ -234,7 +235,7 @@ def test_every_image_has_noise_of_its_own():
 @pytest.fixture(scope="module")
 def tokenizer() -> VQModel:
     torch.manual_seed(0)
-    model = VQModel(widths=(16, 32), quantizer={"codebook_size": 16, "code_dim": 8}).eval().requires_grad_(False)
+    model = Light(widths=(16, 32), quantizer={"codebook_size": 16, "code_dim": 8}).eval().requires_grad_(False)
     model.quantizer.codebook.normal_(std=3)
     return model
 

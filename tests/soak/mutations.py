@@ -27,11 +27,11 @@ from vqgen.cli.reflect import settings
 from vqgen.priors.prior import Prior
 from vqgen.quantizers import BASES, QUANTIZERS
 from vqgen.settings import DataConfig, GANConfig, Stage1Config, Stage2Config
-from vqgen.tokenizers.vqmodel import VQModel
+from vqgen.tokenizers import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
 STAGE1 = {
-    "model": VQModel,
+    "model": ARCHITECTURES,
     "model.quantizer": QUANTIZERS,
     "model.quantizer.base": BASES,
     "discriminator": PatchDiscriminator,

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from vqgen.codes import CodeLayout
 from vqgen.errors import InputError
 from vqgen.priors.prior import Prior
+from vqgen.quantizers import QUANTIZERS, quantizer_options
+from vqgen.tokenizers import ARCHITECTURES, Light, build_tokenizer
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
 
 OPTIONS = {
@@ -28,7 +30,7 @@ OPTIONS = {
 def small(**changes) -> VQModel:
     """A tokenizer of stride 4 that tells images apart: its codes differ, and its blocks are not the identity."""
     torch.manual_seed(0)
-    model = VQModel(**{**OPTIONS, **changes}).eval()
+    model = Light(**{**OPTIONS, **changes}).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     model.quantizer.codebook.normal_()
@@ -88,14 +90,39 @@ def test_size_off_the_stride_is_refused_with_two_that_work(size, near):
     with pytest.raises(InputError) as caught:
         small().code_layout(size)
     message = str(caught.value)
-    assert message == (f"data.image_size={size} is not divisible by the model's stride 4; use {near[0]} or {near[1]}")
+    assert message == (f"image_size={size} is not divisible by the model's stride 4; use {near[0]} or {near[1]}")
     assert all(small().code_layout(n).num_tokens for n in near)
 
 
-@pytest.mark.parametrize("quantizer", [{"name": "emma"}, {"codebok_size": 3}])
-def test_unknown_quantizer_options_are_refused(quantizer):
-    with pytest.raises(InputError, match=r"model\.quantizer\."):
-        VQModel(**{**OPTIONS, "quantizer": quantizer})
+REFUSED = {
+    "a quantizer that does not exist": ({"quantizer": {"name": "emma"}}, "quantizer.name=emma: no such quantizer; "),
+    "a quantizer's option": (
+        {"quantizer": {"codebok_size": 3}},
+        "quantizer.codebok_size: ema has no such option; did you mean quantizer.codebook_size?",
+    ),
+    "a quantizer's value": (
+        {"quantizer": {"name": "lfq", "codebook_size": 500}},
+        "quantizer.codebook_size=500: lfq needs a power of two; use 256 or 512",
+    ),
+    "a level's value": ({"quantizer": {"name": "residual", "base": {"decay": 2.0}}}, "quantizer.base.decay=2.0: must"),
+    "an architecture that does not exist": ({"name": "heavy"}, "name=heavy: no such architecture; there is light"),
+    "a mistyped option": ({"width": [8]}, "width: light has no such option; did you mean widths?"),
+    "an unknown option": ({"zzzz": 1}, "zzzz: light has no such option; it takes channels, patch_size, widths, "),
+    "two channels": ({"channels": 2}, "channels=2: must be 1 or 3"),
+    "no pixel": ({"patch_size": 0}, "patch_size=0: must be at least 1"),
+    "half a pixel": ({"patch_size": 0.5}, "patch_size=0.5: must be a whole number"),
+    "no resolution": ({"widths": []}, "widths=[]: must be one or more channel counts"),
+    "too many blocks": ({"encoder_blocks": 1001}, "encoder_blocks=1001: must be at most 1000"),
+    "fewer than no blocks": ({"decoder_blocks": -1}, "decoder_blocks=-1: must be at least 0"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_options_are_named_as_the_constructor_names_them(options, message):
+    with pytest.raises(InputError) as caught:
+        build_tokenizer(**options)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
 
 
 def test_all_256_values_survive_the_way_to_floats_and_back():
@@ -129,18 +156,87 @@ def test_compiles_without_a_graph_break(training):
 def test_saved_model_comes_back_bit_for_bit(tmp_path):
     model = small()
     model.save_pretrained(tmp_path)
-    back = VQModel.from_pretrained(tmp_path, strict=True)
+    back = VQModel.from_pretrained(tmp_path)
     assert not back.training
     assert model.state_dict().keys() == back.state_dict().keys()
     assert all(torch.equal(value, back.state_dict()[name]) for name, value in model.state_dict().items())
     assert torch.equal(back(images())[0], model(images())[0])
 
 
-def test_config_json_is_the_constructor_s_arguments(tmp_path):
-    VQModel(**OPTIONS).save_pretrained(tmp_path)
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_config_json_is_the_architecture_s_name_and_all_of_its_options(tmp_path, name):
+    Light(widths=(8, 16), quantizer={"name": name}).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved == OPTIONS
-    assert saved.keys() == inspect.signature(VQModel).parameters.keys()
+    assert saved.pop("name") == "light"
+    assert saved.keys() == inspect.signature(Light).parameters.keys()
+    assert (saved["patch_size"], saved["widths"]) == (
+        inspect.signature(Light).parameters["patch_size"].default,
+        [8, 16],
+    )
+    assert saved["quantizer"] == json.loads(json.dumps(quantizer_options(name=name)))
+
+
+def test_an_architecture_without_a_name_is_not_saved(tmp_path):
+    class Nameless(Light):
+        pass
+
+    with pytest.raises(InputError, match="Nameless cannot be saved: it has no name in"):
+        Nameless(**OPTIONS).save_pretrained(tmp_path)
+
+
+def test_a_further_architecture_is_a_dict_entry(tmp_path, monkeypatch):
+    class Flat(VQModel):
+        def __init__(self, channels: int = 1, side: int = 4, quantizer: dict | None = None):
+            super().__init__(channels, side, quantizer)
+            dim = self.quantizer.code_dim
+            self.encoder = torch.nn.Conv2d(channels, 8, side, stride=side)
+            self.to_code, self.from_code = torch.nn.Conv2d(8, dim, 1), torch.nn.Conv2d(dim, 8, 1)
+            self.decoder = torch.nn.ConvTranspose2d(8, channels, side, stride=side)
+
+        @property
+        def last_layer(self) -> torch.nn.Parameter:
+            return self.decoder.weight
+
+    monkeypatch.setitem(ARCHITECTURES, "flat", Flat)
+    model = build_tokenizer("flat", side=8, quantizer={"name": "fsq"}).eval()
+    model.save_pretrained(tmp_path)
+    back = VQModel.from_pretrained(tmp_path)
+    assert type(back) is Flat
+    assert back.code_layout(16) == CodeLayout(((1, 2, 2),), (512,))
+    assert torch.equal(back(images())[0], model(images())[0])
+    with pytest.raises(InputError, match="its tokenizer is no Light but a Flat"):
+        Light.from_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert "its architecture 'flat' is not in this version of vqgen, which has light; use the" in error_of(tmp_path)
+
+
+def test_config_json_of_a_version_that_had_no_names_is_light(tmp_path):
+    model = small()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(OPTIONS))
+    assert torch.equal(VQModel.from_pretrained(tmp_path)(images())[0], model(images())[0])
+
+
+@pytest.mark.parametrize(
+    ("inside", "given"),
+    [(inside, given) for inside in ("", "model", "model/tokenizer") for given in ("", "model", "model/tokenizer")
+     if inside.startswith(given)],
+)  # fmt: skip
+def test_from_pretrained_takes_a_run_and_the_folders_in_it(tmp_path, monkeypatch, inside, given):
+    model = small()
+    model.save_pretrained(tmp_path / "run" / inside)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in (tmp_path / "run" / given, str(tmp_path / "run" / given), f"~/run/{given}"):
+        back = VQModel.from_pretrained(folder)
+        assert torch.equal(back(images())[0], model(images())[0])
+        assert not back.training
+        assert all(p.requires_grad for p in back.parameters())
+
+
+def test_from_pretrained_of_what_is_no_tokenizer_is_one_line(tmp_path):
+    for folder, said in ((tmp_path, "is no tokenizer: it has no config.json"), ("~nobody-at-all/x", "home directory")):
+        with pytest.raises(InputError, match=said):
+            VQModel.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("inside", ["", "model"])

@@ -41,8 +41,8 @@ class DCGANGenerator(nn.Module, PyTorchModelHubMixin):
         width: int = 32,
     ):
         super().__init__()
-        require_size("generator.latent_dim", latent_dim, MAX_WIDTH)
-        require_size("generator.width", width, MAX_WIDTH)
+        require_size("latent_dim", latent_dim, MAX_WIDTH)
+        require_size("width", width, MAX_WIDTH)
         self.image_size, self.channels = image_size, channels
         self.class_names, self.latent_dim = list(class_names), latent_dim
         widths = [*reversed(_widths(image_size, width)), channels]
@@ -97,7 +97,7 @@ class DCGANDiscriminator(nn.Module):
 
     def __init__(self, image_size: int, channels: int, num_classes: int, width: int = 32):
         super().__init__()
-        require_size("discriminator.width", width, MAX_WIDTH)
+        require_size("width", width, MAX_WIDTH)
         widths = _widths(image_size, width)
         net: list[nn.Module] = [nn.Conv2d(channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for before, after in itertools.pairwise(widths):
@@ -159,7 +159,7 @@ def _widths(image_size: int, width: int) -> list[int]:
     halvings = (image_size // 4).bit_length() - 1
     if image_size != 4 * 2**halvings or halvings < 1:
         below = max(8, 4 * 2 ** max(halvings, 0))
-        raise InputError(f"data.image_size={image_size} is no 8, 16, 32, ... for a DCGAN; use {below} or {2 * below}")
+        raise InputError(f"image_size={image_size} is no 8, 16, 32, ... for a DCGAN; use {below} or {2 * below}")
     return [width * min(2**i, 8) for i in range(halvings)]
 
 

@@ -34,8 +34,8 @@ class PatchDiscriminator(nn.Module):
         blur: bool = False,
     ):
         super().__init__()
-        require_size("discriminator.layers", layers, 16)
-        require_size("discriminator.width", width, 1 << 14)
+        require_size("layers", layers, 16)
+        require_size("width", width, 1 << 14)
         self.layers = layers
         widths = [channels, *(width * min(2**i, 8) for i in range(layers + 1)), 1]
         net: list[nn.Module] = []
@@ -56,9 +56,8 @@ class PatchDiscriminator(nn.Module):
     def check_size(self, image_size: int) -> None:
         """Raises InputError where images of image_size pixels leave no logit."""
         deepest = (image_size // 3).bit_length() - 1  # what is left must have a side of 3
-        remedy = f"use {deepest} or fewer" if deepest > 0 else "it needs at least 6 pixels"
-        fits = f"discriminator.layers={self.layers} is too deep for data.image_size={image_size}; {remedy}"
-        require(self.layers <= deepest, fits)
+        remedy = f"use {deepest} or fewer" if deepest > 0 else "the least is 6 pixels"
+        require(self.layers <= deepest, f"layers={self.layers} is too deep for images of {image_size} pixels; {remedy}")
 
 
 class Blur(nn.Module):

@@ -13,7 +13,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vqgen.cli.reflect import Sections, check_options, first_line, merge, no_such_key, plain, settings, takes_more
+from vqgen.cli.reflect import Sections, complete_options, first_line, merge, no_such_key, plain, settings, takes_more
 from vqgen.errors import InputError, require
 
 C = TypeVar("C")
@@ -68,12 +68,18 @@ def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C
         if layer.get("train", {}).get("mixed_precision") is False:
             layer["train"]["mixed_precision"] = "no"  # a bare `no` is false in YAML
         config = merge(config, layer)
-    for name, constructor in sections.items():
-        if name in config and callable(constructor):
+    for name in sections:
+        if "." not in name:
             given = plain(config[name])
-            complete = check_options(constructor, given, name)
-            config[name] = {key: complete[key] for key in given}
+            config[name] = _typed(given, complete_options(sections, name, given))
     return typing.cast(C, OmegaConf.to_object(config))
+
+
+def _typed(given: Mapping[str, Any], complete: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are given, with their values taken from all options, which have their type."""
+    return {
+        key: _typed(value, complete[key]) if isinstance(value, dict) else complete[key] for key, value in given.items()
+    }
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

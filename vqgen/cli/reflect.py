@@ -18,12 +18,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vqgen.errors import InputError, require
+from vqgen.errors import InputError, require, require_choice, require_options, section
 
-# The plain-dict sections of a configuration, and the constructors that take them: the constructor is the schema. Where
-# the section's key `name` chooses among several constructors, they are given by name.
 Constructor = Callable[..., Any]
 
+# The plain-dict sections of a configuration, and the constructors that take them: the constructor is the schema. Where
+# the section's key `name` chooses among several constructors, they are given by name, the default first.
 Sections = Mapping[str, Constructor | Mapping[str, Constructor]]
 
 
@@ -40,6 +40,35 @@ def check_options(constructor: Constructor, options: Mapping[str, Any], where: s
             raise InputError(no_such_key(f"{where}.{key}", [f"{where}.{k}" for k in known]))
     typed = merge(OmegaConf.structured(schema), {k: v for k, v in options.items() if k in known}, f"{where}.")
     return {**options, **plain(typed)}
+
+
+def complete_options(sections: Sections, key: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all options of a section that is given these: checked, converted, and defaults; so, too, inside it.
+
+    Ranges are not checked: the constructors do that.
+
+    Args:
+        sections: the configuration's, that of the key and those inside it.
+        key: the section, as in `model`; `model.quantizer` is inside it.
+        options: what is given, with `name` where the section has a choice of constructors.
+
+    Raises:
+        InputError: as check_options, and where no constructor has that name.
+    """
+    schema = sections[key]
+    if isinstance(schema, Mapping):
+        name = options.get("name", next(iter(schema)))
+        options = {option: value for option, value in options.items() if option != "name"}
+        with section(key):
+            require_choice("name", name, schema, key.rpartition(".")[2])
+            require_options(schema[name], name, options)
+        complete = {"name": name, **check_options(schema[name], options, key)}
+    else:
+        complete = check_options(schema, options, key)
+    for option, value in complete.items():
+        if f"{key}.{option}" in sections:
+            complete[option] = complete_options(sections, f"{key}.{option}", value or {})
+    return complete
 
 
 def settings(
@@ -61,7 +90,8 @@ def settings(
                 for setting in settings(constructor, sections, key + "."):
                     takers.setdefault(setting, []).append(name)
             for (inner, kind, text, meaning), names in takers.items():
-                yield inner, kind, text, meaning if meaning.startswith("(") else f"({', '.join(names)}) {meaning}"
+                some = len(names) < len(nested) and not meaning.startswith("(")
+                yield inner, kind, text, f"({', '.join(names)}) {meaning}" if some else meaning
         elif nested is not None:
             own = default if is_dataclass(default) else None
             yield from settings(typing.cast(Constructor, nested), sections, key + ".", own)

@@ -20,7 +20,7 @@ SHIFT_TOLERANT = {  # name: file in the package stlpips_pytorch, and its SHA-256
     "vgg": ("vgg_shift_tolerant.pth", "44597da68f49c1837c100ff52299050f274d102eb102e5837178c79be6f0e250"),
 }
 PERCEPTUAL = (*SHIFT_TOLERANT, "lpips-vgg")
-REMEDY = "pip install 'vqgen[perceptual]', or do without: {key}=none"
+REMEDY = "pip install 'vqgen[perceptual]', or do without it: none"
 SMALLEST = 24  # pixels; the trunks' padding by reflection has nothing to reflect in images below 21
 
 
@@ -34,8 +34,6 @@ class PerceptualDistance(nn.Module):
             stlpips-pytorch brings; or `lpips-vgg`, the original on torchvision's VGG16.
         weights: files to take the weights from instead: for `alex` and `vgg` one of that package's layout; for
             `lpips-vgg` torchvision's vgg16 and LPIPS's linear heads, both needed.
-        key: the setting that the name comes from, for messages.
-        weights_key: that of the weights.
 
     Attributes:
         checksum: SHA-256 of the weights' files.
@@ -47,33 +45,25 @@ class PerceptualDistance(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(
-        self,
-        name: str = "alex",
-        weights: Sequence[str] = (),
-        key: str = "perceptual",
-        weights_key: str = "perceptual_weights",
-    ):
+    def __init__(self, name: str = "alex", weights: Sequence[str] = ()):
         super().__init__()
         self.name = name
         if name in SHIFT_TOLERANT:
             file, expected = SHIFT_TOLERANT[name]
             if len(weights) > 1:
-                raise InputError(f"{key}={name} takes one file of weights, not {len(weights)}")
-            path = (
-                Path(weights[0])
-                if weights
-                else installed_file("stlpips_pytorch", f"{ST_FOLDER}/{file}", REMEDY.format(key=key))
-            )
-            state, self.checksum = read_weights(path, None if weights else expected)
+                raise InputError(f"name={name} takes one file of weights, not {len(weights)}")
+            if weights:
+                state, self.checksum = _given_weights(weights[0])
+            else:
+                state, self.checksum = read_weights(
+                    installed_file("stlpips_pytorch", f"{ST_FOLDER}/{file}", REMEDY), expected
+                )
             state = {_own_name(key): value for key, value in state.items()}
             stages = _alexnet() if name == "alex" else _vgg16(shift_tolerant=True)
         elif name == "lpips-vgg":
             if len(weights) != 2:
-                raise InputError(
-                    f"{key}=lpips-vgg needs {weights_key}=[VGG16.pth,HEADS.pth]: torchvision's and LPIPS's"
-                )
-            (trunk, first), (heads, second) = (read_weights(Path(path), None) for path in weights)
+                raise InputError("name=lpips-vgg needs weights=[VGG16.pth,HEADS.pth]: torchvision's and LPIPS's")
+            (trunk, first), (heads, second) = (_given_weights(path) for path in weights)
             self.checksum = f"{first}+{second}"
             state = {key: value for key, value in trunk.items() if key.startswith("features.")}
             stages = _vgg16(shift_tolerant=False)
@@ -82,7 +72,7 @@ class PerceptualDistance(nn.Module):
             state |= {_own_name(key): value for key, value in heads.items()}
             state |= {"shift": _column(-0.030, -0.088, -0.188), "scale": _column(0.458, 0.448, 0.450)}  # LPIPS's own
         else:
-            raise InputError(f"{key}={name} is not known; use {', '.join(PERCEPTUAL)} or none")
+            raise InputError(f"name={name} is not known; use {', '.join(PERCEPTUAL)} or none")
         self.trunk = nn.ModuleList(nn.Sequential(OrderedDict((str(i), m) for i, m in s.items())) for s in stages)
         widths = [64, 192, 384, 256, 256] if name == "alex" else [64, 128, 256, 512, 512]
         self.heads = nn.ParameterList(torch.zeros(1, width, 1, 1) for width in widths)
@@ -92,7 +82,7 @@ class PerceptualDistance(nn.Module):
             self.load_state_dict(state)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{key}={name}: its weights are of another network: {reason}") from error
+            raise InputError(f"name={name}: its weights are of another network: {reason}") from error
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "PerceptualDistance":
@@ -116,6 +106,14 @@ class PerceptualDistance(nn.Module):
         if min(x.shape[2:]) < SMALLEST:
             x = F.interpolate(x, size=[max(side, SMALLEST) for side in x.shape[2:]], mode="bilinear", antialias=True)
         return (x.expand(-1, 3, -1, -1) - self.shift) / self.scale
+
+
+def _given_weights(path: str) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a file that the option `weights` names, and its SHA-256."""
+    try:
+        return read_weights(Path(path), None)
+    except InputError as error:
+        raise InputError(f"weights={error}") from error.__cause__
 
 
 class BlurPool(nn.Module):

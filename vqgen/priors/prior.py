@@ -62,7 +62,7 @@ class Prior(nn.Module):
             "num_attention_heads": num_attention_heads,
         }
         for name, most in (("hidden_size", 1 << 16), ("num_hidden_layers", 1000), ("num_attention_heads", 1 << 16)):
-            require_size(f"model.{name}", sizes[name], most)
+            require_size(name, sizes[name], most)
         config = _language_model_config(
             model_type,
             sizes | options,
@@ -78,7 +78,7 @@ class Prior(nn.Module):
             # A forward pass finds sizes that do not fit each other. The prior must be causal, as it is sampled from.
             with torch.no_grad():
                 first = [lm.eval()(input_ids=torch.tensor([[0, second]])).logits[:, 0] for second in (0, 1)]
-            require(torch.equal(*first), f"model.model_type={config.model_type}: is not causal; use llama, for example")
+            require(torch.equal(*first), f"model_type={config.model_type}: is not causal; use llama, for example")
             lm.train()
         except InputError:
             raise
@@ -162,16 +162,16 @@ def _language_model_config(model_type: str, options: dict[str, Any], **fixed: An
     """The checked transformers configuration of a model type; sizes that are not given follow from those that are."""
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = difflib.get_close_matches(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1) or ["llama"]
-        raise InputError(f"model.model_type={model_type}: no causal LM of transformers; did you mean {near[0]}?")
+        raise InputError(f"model_type={model_type}: transformers has no such causal LM; the nearest is {near[0]}")
     config_class = CONFIG_MAPPING[model_type]
     known = {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map)
     for key in options.keys() - {"hidden_size", "num_hidden_layers", "num_attention_heads"}:  # Prior's own
         if key in fixed:
-            raise InputError(f"model.{key}: follows from the tokenizer and the data; leave it out")
+            raise InputError(f"{key}: follows from the tokenizer and the data; leave it out")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean model.{near[0]}?" if near else f"; see transformers' {config_class.__name__}"
-            raise InputError(f"model.{key}: no such key for {model_type}{hint}")
+            hint = "" if near else f"; see transformers' {config_class.__name__}"
+            raise InputError(f"{key}: {model_type} has no such option{hint}", *near)
     # transformers' defaults are the sizes of one large published model.
     width, heads = options["hidden_size"], options["num_attention_heads"]
     gated = 8 * math.ceil(width / 3)  # Llama's 8/3: three matrices at the cost of the classic two of 4
@@ -184,8 +184,8 @@ def _language_model_config(model_type: str, options: dict[str, Any], **fixed: An
 
 
 def _misfit(model_type: str, options: dict[str, Any], error: Exception) -> str:
-    asked = " ".join(f"model.{key}={value}" for key, value in options.items())
-    return f"transformers makes no {model_type} of {asked}: {_one_line(error)}"
+    asked = " ".join(f"{key}={value}" for key, value in options.items())
+    return f"{asked}: transformers makes no {model_type} of these: {_one_line(error)}"
 
 
 def _one_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vqgen.quantizers.build import BASES, build, complete_options
+from vqgen.quantizers.build import BASES, build, complete
 from vqgen.quantizers.common import Quantizer, QuantizerOutput
 from vqgen.quantizers.ema import EMAQuantizer
 from vqgen.quantizers.fsq import FSQ
@@ -31,11 +31,11 @@ __all__ = [
 QUANTIZERS: dict[str, type[Quantizer]] = {**BASES, "residual": ResidualQuantizer}
 
 
-def quantizer_options(**options: Any) -> dict[str, Any]:
-    """Name and all options of a quantizer, defaults included; errors as in build.complete_options."""
-    return complete_options(QUANTIZERS, "model.quantizer", **options)
+def quantizer_options(name: str = "ema", **options: Any) -> dict[str, Any]:
+    """A quantizer's name and all of its options, defaults included; errors as in build.complete."""
+    return complete(QUANTIZERS, name, **options)
 
 
-def build_quantizer(**options: Any) -> Quantizer:
-    """The quantizer with this name and these options; errors as in build.build."""
-    return build(QUANTIZERS, "model.quantizer", **options)
+def build_quantizer(name: str = "ema", **options: Any) -> Quantizer:
+    """The quantizer that has this name, with these options; errors as in build.build."""
+    return build(QUANTIZERS, name, **options)

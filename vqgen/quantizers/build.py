@@ -1,10 +1,10 @@
-"""From names and options, as they stand in a configuration, to quantizers."""
+"""From a name and options to a quantizer."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from vqgen.cli.reflect import check_options
-from vqgen.errors import InputError, require, require_size
+from vqgen.errors import require_choice, require_options
 from vqgen.quantizers.common import Quantizer
 from vqgen.quantizers.ema import EMAQuantizer
 from vqgen.quantizers.fsq import FSQ
@@ -13,7 +13,7 @@ from vqgen.quantizers.lfq import LFQ
 from vqgen.quantizers.simvq import SimVQ
 from vqgen.quantizers.vq import VQQuantizer
 
-# Those that can be a level of a residual quantizer.
+# The quantizers that can be a level of a residual quantizer.
 BASES: dict[str, type[Quantizer]] = {
     "ema": EMAQuantizer,
     "vq": VQQuantizer,
@@ -23,45 +23,26 @@ BASES: dict[str, type[Quantizer]] = {
     "ibq": IBQ,
 }
 
-MOST = {"codebook_size": 1 << 31, "code_dim": 1 << 16, "kmeans_iterations": 1000, "num_quantizers": 1000}
 
-
-def complete_options(
-    quantizers: Mapping[str, type[Quantizer]], where: str, name: str = "ema", **options: Any
-) -> dict[str, Any]:
-    """The quantizer's name and all of its options, with the defaults of those that are not given.
+def complete(quantizers: Mapping[str, type[Quantizer]], name: str = "ema", **options: Any) -> dict[str, Any]:
+    """A quantizer's name and all of its options: those given, and the constructor's defaults.
 
     Raises:
-        InputError: no quantizer has this name, or it does not take an option; `where` is the options' section.
+        InputError: no quantizer has this name, or it does not take an option.
     """
-    if name not in quantizers:
-        raise InputError(f"{where}.name={name}: no such quantizer; there is {', '.join(quantizers)}")
+    require_choice("name", name, quantizers, "quantizer")
     quantizer = quantizers[name]
-    for key in options:
-        if reason := quantizer.refused.get(key):
-            raise InputError(f"{where}.{key}={options[key]}: {name} has no such option: {reason}")
-    options = check_options(quantizer, options, where)
-    for key, value in options.items():
-        if key in MOST:
-            require_size(f"{where}.{key}", value, MOST[key], least=0 if key == "kmeans_iterations" else 1)
-        if key.endswith("_weight") or key == "diversity":
-            require(value >= 0, f"{where}.{key}={value}: must be 0 or more")
-        if key == "entropy_temperature":
-            require(value > 0, f"{where}.{key}={value}: must be above 0")
-    try:
-        return {"name": name, **quantizer.complete(options)}
-    except InputError as error:
-        raise InputError(f"{where}.{error}") from None
+    require_options(quantizer, name, options)
+    defaults = {key: p.default for key, p in inspect.signature(quantizer).parameters.items()}
+    return {"name": name, **quantizer.complete(defaults | options)}
 
 
-def build(quantizers: Mapping[str, type[Quantizer]], where: str, **options: Any) -> Quantizer:
-    """The quantizer that these options name and describe.
+def build(quantizers: Mapping[str, type[Quantizer]], name: str = "ema", **options: Any) -> Quantizer:
+    """The quantizer that has this name, with these options.
 
     Raises:
-        InputError: as complete_options, or the options do not go together.
+        InputError: as complete; or an option is out of its range, or two options do not fit each other.
     """
-    options = complete_options(quantizers, where, **options)
-    try:
-        return quantizers[options.pop("name")](**options)
-    except InputError as error:
-        raise InputError(f"{where}.{error}") from None
+    require_choice("name", name, quantizers, "quantizer")
+    require_options(quantizers[name], name, options)
+    return quantizers[name](**options)

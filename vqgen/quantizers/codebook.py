@@ -6,15 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqgen.errors import require
+from vqgen.errors import require, require_choice, require_size
 from vqgen.quantizers.common import (
-    ESTIMATORS,
+    MAX_CODES,
+    MAX_DIM,
     Quantizer,
     QuantizerOutput,
     assigned,
     entropy_loss,
+    gradient_estimator,
     nearest_code,
-    require_rotation_means_something,
+    require_weights,
     soft_assignment,
     spread_vectors,
     vq_loss,
@@ -24,18 +26,18 @@ from vqgen.quantizers.common import (
 class CodebookQuantizer(Quantizer):
     """A codebook of which each vector takes the nearest row (VQ-VAE, van den Oord et al. 2017, eq. 2).
 
-    The first batch in training initialises the codebook. A code that is hardly ever used is put back on a vector of
-    the current batch, before the lookup, so it gets to work in the same step.
+    The first batch in training initialises the codebook. A code that is hardly ever used is moved to a vector
+    of the current batch before the lookup, so it is in use in the same step.
 
     Args:
         codebook_size: number of codes K.
         code_dim: dimension D of a code.
-        lookup: the nearest code is the `euclidean` one, or the `cosine` one: of vectors scaled to unit length.
-        gradient: what passes the decoder's gradient on to the encoder, `straight-through` or `rotation`.
+        lookup: `euclidean` takes the nearest code; `cosine` does so with vectors and codes scaled to unit length.
+        gradient: how the decoder's gradient reaches the encoder, `straight-through` or `rotation`.
         commitment_weight: beta, on the encoder's term (VQ-VAE, eq. 3).
         decay: of the running averages, per forward pass.
         kmeans_iterations: of k-means on the first batch, which initialises the codebook.
-        revive_below: a code is revived when its running count falls below this share of the mean count; 0 is never.
+        revive_below: a code is revived when its running count falls below this share of the mean count; 0 never does.
         temperature: in training codes are drawn from softmax(-distance^2 / temperature); 0 takes the nearest.
         entropy_weight: of a loss that wants each vector near one code and all codes equally frequent.
         entropy_temperature: of the softmax over -distance^2 whose entropies that loss takes.
@@ -61,10 +63,15 @@ class CodebookQuantizer(Quantizer):
         entropy_temperature: float = 1.0,
     ):
         super().__init__()
+        require_size("codebook_size", codebook_size, MAX_CODES)
+        require_size("code_dim", code_dim, MAX_DIM)
+        require_choice("lookup", lookup, ("euclidean", "cosine"), "lookup")
+        require_size("kmeans_iterations", kmeans_iterations, 1000, least=0)
+        require_weights(commitment_weight=commitment_weight, entropy_weight=entropy_weight)
+        require(entropy_temperature > 0, f"entropy_temperature={entropy_temperature}: must be above 0")
         require(0 < decay < 1, f"decay={decay}: must be above 0 and below 1")
         require(0 <= revive_below < 1, f"revive_below={revive_below}: must be at least 0 and below 1, the mean")
         require(temperature >= 0, f"temperature={temperature}: must be 0 (the nearest code) or more")
-        require_rotation_means_something(gradient, code_dim, temperature)
         require(
             not (code_dim == 1 and lookup == "cosine"),
             "code_dim=1 with lookup=cosine: a line has but two directions; use lookup=euclidean or a larger code_dim",
@@ -72,7 +79,7 @@ class CodebookQuantizer(Quantizer):
         self.codebook_size = codebook_size
         self.code_dim = code_dim
         self.cosine = lookup == "cosine"
-        self.estimator = ESTIMATORS[gradient]
+        self.estimator = gradient_estimator(gradient, code_dim, temperature)
         self.commitment_weight = commitment_weight
         self.decay = decay
         self.kmeans_iterations = kmeans_iterations
@@ -83,7 +90,7 @@ class CodebookQuantizer(Quantizer):
         self.register_buffer("counts", torch.zeros(codebook_size))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self._register(torch.zeros(codebook_size, code_dim))
-        self.initialised = False  # num_updates > 0, where asking for it does not wait for the device
+        self.initialised = False  # the same as num_updates > 0, which would have to wait for the device
 
     def quantize(self, z: Tensor) -> QuantizerOutput:
         """Vectors z (B, N, D) to z_q (B, N, D), codes (B, N, 1) and the loss."""
@@ -101,7 +108,7 @@ class CodebookQuantizer(Quantizer):
         z_q = F.embedding(indices, codebook).view_as(z)
         loss = vq_loss(z, z_q, self.commitment_weight, self.codebook_weight)
         if self.entropy_weight and self.training:
-            seen = codebook.clone()  # as it is now: ema moves it before the backward pass comes
+            seen = codebook.clone()  # ema changes the codebook before the backward pass
             _, each, mean = soft_assignment(z.flatten(0, 1), seen, self.entropy_temperature)
             loss = loss + self.entropy_weight * entropy_loss(each, mean)
         if self.training:
@@ -113,8 +120,10 @@ class CodebookQuantizer(Quantizer):
         return F.embedding(codes[..., 0], self._onto_sphere(self.codebook))
 
     def _weight(self) -> Tensor:
-        """Of this step in the running averages. A young average takes in more, since the encoder moves fastest at first
-        (+0.2 dB after 800 steps on digits)."""
+        """The weight of this step in the running averages.
+
+        It is larger at the start of a run, when the encoder changes fastest (+0.2 dB after 800 steps on digits).
+        """
         return (1 / (1 + 0.1 * self.num_updates)).clamp_min(1 - self.decay)
 
     def _register(self, codebook: Tensor) -> None:
@@ -126,7 +135,7 @@ class CodebookQuantizer(Quantizer):
         raise NotImplementedError
 
     def _place(self, codes: Tensor, dead: Tensor, vectors: Tensor, count: Tensor) -> None:
-        """Puts those of the codes (R,) that are dead (R,) on vectors (R, D), with a running count ()."""
+        """Moves those of the codes (R,) that are dead (R,) to vectors (R, D), and sets their running count ()."""
         self.codebook.index_copy_(0, codes, torch.where(dead[:, None], vectors, self.codebook[codes]))
         self.counts.index_copy_(0, codes, torch.where(dead, count, self.counts[codes]))
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqgen.distributed import all_reduce_sum, rank, world_size
-from vqgen.errors import require
+from vqgen.errors import require, require_choice
 
 BLOCK_ELEMENTS = 1 << 22  # of (N, K) probabilities that are held at a time
+MAX_CODES, MAX_DIM = 1 << 31, 1 << 16  # of a codebook
 
 
 class QuantizerOutput(NamedTuple):
@@ -41,7 +42,7 @@ class Quantizer(nn.Module):
         code_dim: dimension D of the vectors.
         residual_scale: how much smaller what is left over is than what was quantized, in each dimension or in all; 1
             where a codebook finds out by itself.
-        refused: options that would mean nothing here, and why.
+        refused: options of other quantizers that would mean nothing here, and why.
     """
 
     codebook_size: int
@@ -52,7 +53,7 @@ class Quantizer(nn.Module):
 
     @classmethod
     def complete(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """The constructor's options, those of quantizers inside it completed by their defaults."""
+        """The constructor's options, with the options of a quantizer inside this one completed by their defaults."""
         return options
 
     def forward(self, z: Tensor) -> QuantizerOutput:
@@ -141,8 +142,19 @@ def rotation_trick(z: Tensor, z_q: Tensor) -> Tensor:
     return straight_through(scale * rotated, z_q)
 
 
-def require_rotation_means_something(gradient: str, code_dim: int, temperature: float = 0.0) -> None:
-    """Raises InputError for combinations in which the rotation trick does not."""
+ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "straight-through": straight_through,
+    "rotation": rotation_trick,
+}
+
+
+def gradient_estimator(gradient: str, code_dim: int, temperature: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function (z, z_q) -> z_q by which the decoder's gradient passes the quantizer.
+
+    Raises:
+        InputError: there is none of this name, or the rotation trick means nothing for such codes.
+    """
+    require_choice("gradient", gradient, ESTIMATORS, "gradient")
     require(
         not (temperature and gradient == "rotation"),
         f"temperature={temperature} with gradient=rotation: a drawn code may lie on any side of the vector, and the "
@@ -152,12 +164,13 @@ def require_rotation_means_something(gradient: str, code_dim: int, temperature: 
         not (code_dim == 1 and gradient == "rotation"),
         "code_dim=1 with gradient=rotation: a line has but two directions; use gradient=straight-through",
     )
+    return ESTIMATORS[gradient]
 
 
-ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "straight-through": straight_through,
-    "rotation": rotation_trick,
-}
+def require_weights(**weights: float) -> None:
+    """Raises InputError for a weight of a loss that is negative."""
+    for key, weight in weights.items():
+        require(weight >= 0, f"{key}={weight}: must be 0 or more")
 
 
 def nearest_code(z: Tensor, codebook: Tensor, temperature: float = 0.0) -> Tensor:

@@ -8,21 +8,20 @@ import torch
 from torch import Tensor
 
 from vqgen.errors import require
-from vqgen.quantizers.common import Quantizer, QuantizerOutput, straight_through
+from vqgen.quantizers.common import MAX_CODES, Quantizer, QuantizerOutput, straight_through
 
 
 class FSQ(Quantizer):
     """Rounds dimension i to levels[i] values in [-1, 1] (Mentzer et al. 2023, appendix A.1); no codebook and no loss.
 
     Args:
-        levels: number of values of each dimension: as many as the code has dimensions, and their product is the
-            codebook's size.
+        levels: number of values in each dimension of the code; their product is the codebook's size.
     """
 
-    _no_loss = "rounding needs no loss: it has no codebook, and nothing that could collapse"
+    _no_loss = "rounding needs no loss: there is no codebook that could collapse"
     refused: ClassVar = {
-        "codebook_size": "it is the product of model.quantizer.levels; set those",
-        "code_dim": "it is the number of model.quantizer.levels; set those",
+        "codebook_size": "it is the product of the levels; set levels",
+        "code_dim": "it is the number of levels; set levels",
         "entropy_weight": _no_loss,
         "commitment_weight": _no_loss,
         "revive_below": "it has no codebook, so there is nothing to revive",
@@ -37,16 +36,17 @@ class FSQ(Quantizer):
             f"levels={list(levels)}: must be one or more, each above 2; lfq is for two levels a dimension",
         )
         self.codebook_size = prod(levels)
-        require(self.codebook_size <= 1 << 31, f"levels={list(levels)}: have a product above 2^31; use fewer or less")
+        fewer = "use fewer levels, or fewer dimensions"
+        require(self.codebook_size <= MAX_CODES, f"levels={list(levels)}: have a product above 2^31; {fewer}")
         self.code_dim = len(levels)
         self.register_buffer("num_levels", torch.tensor(levels), persistent=False)
         basis = torch.tensor([prod(levels[:i]) for i in range(len(levels))])
         self.register_buffer("basis", basis, persistent=False)
-        # What rounding leaves over is half a step at most, to which the next quantizer's whole grid is shrunk.
+        # Rounding leaves over half a step at most, so the next quantizer's whole grid is scaled to half a step.
         self.residual_scale = 1 / (self.num_levels - 1 + self.num_levels % 2)  # (D,)
 
     def bound(self, z: Tensor) -> Tensor:
-        """Vectors (..., D) through a tanh to the range of the values, and a little more, or none would be outermost."""
+        """Vectors (..., D) through a tanh to a range slightly beyond the values, so that the outermost are reached."""
         # An even number of levels takes [-L / 2, L / 2 - 1] / (L / 2), an odd one all of [-1, 1]; zero goes to zero.
         half = (self.num_levels - 1) * 1.001 / 2
         offset = 0.5 * (self.num_levels % 2 == 0)

@@ -6,26 +6,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqgen.errors import require
-from vqgen.quantizers.common import Quantizer, QuantizerOutput, entropy_loss, nearest_code, soft_assignment, vq_loss
+from vqgen.errors import require, require_size
+from vqgen.quantizers.common import (
+    MAX_CODES,
+    MAX_DIM,
+    Quantizer,
+    QuantizerOutput,
+    entropy_loss,
+    nearest_code,
+    require_weights,
+    soft_assignment,
+    vq_loss,
+)
 
 
 class IBQ(Quantizer):
     """The nearest code, with the gradient of the mean code under softmax(-|z - e|^2) (Shi et al. 2024, section 3.2).
 
-    The authors take softmax(z . e), whose argmax is never a code inside the others' hull: of 512 codes it used a third
-    here at best. The loss is VQ-VAE's eq. 3, of a z_q with that gradient; the authors' has a further encoder's term.
+    The authors take softmax(z . e), whose argmax is never a code inside the convex hull of the others: at best a third
+    of 512 codes was used here. The loss is VQ-VAE's eq. 3 on a z_q with that gradient; the authors' loss has one more
+    term for the encoder.
 
     Args:
         codebook_size: number of codes K.
         code_dim: dimension D of a code.
         commitment_weight: beta, on the encoder's term (VQ-VAE, eq. 3).
-        temperature: of that softmax; low is nearer to the code, with a gradient for fewer others.
+        temperature: of that softmax; lower values give the gradient to fewer codes beside the chosen one.
         entropy_weight: of the loss that wants each vector near one code and all codes equally frequent.
     """
 
     refused: ClassVar = {
-        "gradient": "index backpropagation is one; take vq for straight-through or rotation",
+        "gradient": "index backpropagation has its own gradient; use vq for straight-through or rotation",
         "revive_below": "each step's gradient reaches all codes, so there is nothing to revive",
     }
 
@@ -38,6 +49,9 @@ class IBQ(Quantizer):
         entropy_weight: float = 0.1,
     ):
         super().__init__()
+        require_size("codebook_size", codebook_size, MAX_CODES)
+        require_size("code_dim", code_dim, MAX_DIM)
+        require_weights(commitment_weight=commitment_weight, entropy_weight=entropy_weight)
         require(temperature > 0, f"temperature={temperature}: must be above 0")
         self.codebook_size = codebook_size
         self.code_dim = code_dim
@@ -50,7 +64,7 @@ class IBQ(Quantizer):
         """Vectors z (B, N, D) to z_q (B, N, D), codes (B, N, 1) and the loss."""
         indices = nearest_code(z.detach().flatten(0, 1), self.codebook.detach()).view(z.shape[:2])
         z_q = F.embedding(indices, self.codebook)
-        if not torch.is_grad_enabled():  # nothing to prepare
+        if not torch.is_grad_enabled():  # no gradient to prepare
             return QuantizerOutput(z_q, indices[..., None], vq_loss(z, z_q, self.commitment_weight))
         target = self.codebook.detach()
         soft, each, mean = soft_assignment(z.flatten(0, 1), self.codebook, self.temperature, target)

@@ -7,8 +7,16 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from vqgen.errors import require
-from vqgen.quantizers.common import Quantizer, QuantizerOutput, entropy, entropy_loss, straight_through
+from vqgen.errors import require, require_size
+from vqgen.quantizers.common import (
+    MAX_CODES,
+    Quantizer,
+    QuantizerOutput,
+    entropy,
+    entropy_loss,
+    require_weights,
+    straight_through,
+)
 
 
 class LFQ(Quantizer):
@@ -25,9 +33,9 @@ class LFQ(Quantizer):
     """
 
     refused: ClassVar = {
-        "code_dim": "it is log2 of model.quantizer.codebook_size; set that",
-        "levels": "each dimension has two; set model.quantizer.codebook_size, or take fsq",
-        "revive_below": "it has no codebook, so there is nothing to revive; raise model.quantizer.entropy_weight",
+        "code_dim": "it is log2 of the codebook_size; set that",
+        "levels": "each dimension has two; set codebook_size, or use fsq",
+        "revive_below": "it has no codebook, so there is nothing to revive; raise entropy_weight",
         "kmeans_iterations": "it has no codebook to initialise",
     }
     residual_scale = 0.5
@@ -43,6 +51,9 @@ class LFQ(Quantizer):
         entropy_temperature: float = 1.0,
     ):
         super().__init__()
+        require_size("codebook_size", codebook_size, MAX_CODES)
+        require_weights(commitment_weight=commitment_weight, entropy_weight=entropy_weight, diversity=diversity)
+        require(entropy_temperature > 0, f"entropy_temperature={entropy_temperature}: must be above 0")
         code_dim = codebook_size.bit_length() - 1
         require(
             codebook_size == 2**code_dim > 1,

@@ -1,4 +1,4 @@
-"""Residual quantization: each quantizer takes what the ones before it have left over."""
+"""Residual quantization: each quantizer takes what the quantizers before it have left over."""
 
 import functools
 from typing import Any, ClassVar, Literal
@@ -6,30 +6,30 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vqgen.errors import require
-from vqgen.quantizers.build import BASES, build, complete_options
-from vqgen.quantizers.common import ESTIMATORS, Quantizer, QuantizerOutput, require_rotation_means_something
+from vqgen.errors import require, require_size, section
+from vqgen.quantizers.build import BASES, build, complete
+from vqgen.quantizers.common import Quantizer, QuantizerOutput, gradient_estimator
 
 
 class ResidualQuantizer(Quantizer):
     """Several quantizers whose vectors add up (RQ-VAE, Lee et al. 2022, eq. 3 and 4).
 
-    Each level's commitment term reaches the encoder; the decoder's gradient does so once, past all of them together. So
-    of levels of ibq their own loss alone goes through the index.
+    Each level's commitment term reaches the encoder. The decoder's gradient passes all levels at once, so levels of ibq
+    send only their own loss through the index.
 
     Args:
         base: the quantizer of each level
         num_quantizers: number of levels Q.
-        gradient: what passes the decoder's gradient on to the encoder, `straight-through` or `rotation`.
-        dropout: share of the training images that keep a random number of their levels, at least one, so that the
-            first codes alone decode to something.
+        gradient: how the decoder's gradient reaches the encoder, `straight-through` or `rotation`.
+        dropout: share of the training images of which only the first few levels are kept, at least one and at random,
+            so that the first codes alone decode to an image.
     """
 
     scales: Tensor  # (Q, D)
     refused: ClassVar = {
-        "codebook_size": "each level has its own; set model.quantizer.base.codebook_size",
-        "code_dim": "it is that of the levels; set model.quantizer.base.code_dim",
-        "commitment_weight": "each level has its own; set model.quantizer.base.commitment_weight",
+        "codebook_size": "each level has its own; set base.codebook_size",
+        "code_dim": "it is that of the levels; set base.code_dim",
+        "commitment_weight": "each level has its own; set base.commitment_weight",
     }
 
     def __init__(
@@ -40,31 +40,33 @@ class ResidualQuantizer(Quantizer):
         dropout: float = 0.0,
     ):
         super().__init__()
-        base = complete_options(BASES, "base", **(base or {}))
+        base = base or {}
+        require_size("num_quantizers", num_quantizers, 1000)
         require(0 <= dropout <= 1, f"dropout={dropout}: must be between 0 and 1")
         require(not (dropout and num_quantizers == 1), f"dropout={dropout}: one level has nothing to drop; set it to 0")
-        require_rotation_means_something(gradient, base.get("code_dim", 2), base.get("temperature", 0.0))
         require(
             base.get("gradient") != "rotation",
             "base.gradient=rotation: the decoder's gradient passes all levels at once; set gradient=rotation instead",
         )
-        require(
-            base.get("lookup") != "cosine" and not base.get("spherical"),
-            "base with unit vectors (lookup=cosine, spherical=true): what is left over has a length, which they drop; "
-            "use lookup=euclidean, spherical=false",
-        )
-        levels = [build(BASES, "base", **base) for _ in range(num_quantizers)]
+        for option, unit, free in (("lookup", "cosine", "euclidean"), ("spherical", True, False)):
+            require(
+                base.get(option) != unit,
+                f"base.{option}={unit}: drops the vectors' length, but what is left over has a length; use {free}",
+            )
+        with section("base"):
+            levels = [build(BASES, **base) for _ in range(num_quantizers)]
         self.levels = nn.ModuleList(levels)
         self.num_codebooks = num_quantizers
         self.codebook_size, self.code_dim = levels[0].codebook_size, levels[0].code_dim
         scale = torch.as_tensor(levels[0].residual_scale).expand(self.code_dim)
         self.register_buffer("scales", torch.stack([scale**i for i in range(num_quantizers)]), persistent=False)
-        self.estimator = ESTIMATORS[gradient]
+        self.estimator = gradient_estimator(gradient, self.code_dim, getattr(levels[0], "temperature", 0.0))
         self.dropout = dropout
 
     @classmethod
     def complete(cls, options: dict[str, Any]) -> dict[str, Any]:
-        return {**options, "base": complete_options(BASES, "base", **(options["base"] or {}))}
+        with section("base"):
+            return {**options, "base": complete(BASES, **(options["base"] or {}))}
 
     def bound(self, z: Tensor) -> Tensor:
         """Vectors (..., D) as the levels' codes are bounded: once, and not at each level."""

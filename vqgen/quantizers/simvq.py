@@ -1,4 +1,4 @@
-"""SimVQ: a frozen codebook, seen through a linear map that is trained."""
+"""SimVQ: a frozen codebook behind a linear map that is trained."""
 
 from typing import ClassVar, Literal
 
@@ -6,12 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqgen.errors import require_size
 from vqgen.quantizers.common import (
-    ESTIMATORS,
+    MAX_CODES,
+    MAX_DIM,
     Quantizer,
     QuantizerOutput,
+    gradient_estimator,
     nearest_code,
-    require_rotation_means_something,
+    require_weights,
     vq_loss,
 )
 
@@ -19,12 +22,12 @@ from vqgen.quantizers.common import (
 class SimVQ(Quantizer):
     """The codebook is C W, with a frozen random C (K, D) and a trained W (D, D) (Zhu et al. 2024, algorithm 1).
 
-    Training moves all codes at once, used or not, so none is left behind to die.
+    Training moves all codes at once, used or not, so unused codes do not stay behind.
 
     Args:
         codebook_size: number of codes K.
         code_dim: dimension D of a code.
-        gradient: what passes the decoder's gradient on to the encoder, `straight-through` or `rotation`.
+        gradient: how the decoder's gradient reaches the encoder, `straight-through` or `rotation`.
         commitment_weight: beta, on the encoder's term (VQ-VAE, eq. 3).
     """
 
@@ -43,10 +46,12 @@ class SimVQ(Quantizer):
         commitment_weight: float = 0.25,
     ):
         super().__init__()
-        require_rotation_means_something(gradient, code_dim)
+        require_size("codebook_size", codebook_size, MAX_CODES)
+        require_size("code_dim", code_dim, MAX_DIM)
+        require_weights(commitment_weight=commitment_weight)
         self.codebook_size = codebook_size
         self.code_dim = code_dim
-        self.estimator = ESTIMATORS[gradient]
+        self.estimator = gradient_estimator(gradient, code_dim)
         self.commitment_weight = commitment_weight
         self.register_buffer("frozen_codebook", torch.randn(codebook_size, code_dim) * code_dim**-0.5)
         self.projection = nn.Linear(code_dim, code_dim, bias=False)

@@ -1,8 +1,7 @@
-"""The tokenizer: a light convolutional VQ-VAE."""
+"""What all tokenizers are, whatever their architecture: an encoder, a quantizer and a decoder."""
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,73 +11,46 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from vqgen.codes import CodeLayout
-from vqgen.errors import InputError, require, require_size
-from vqgen.quantizers import QuantizerOutput, build_quantizer
-from vqgen.tokenizers.blocks import ResBlock, num_groups
-
-MAX_WIDTH = 1 << 16
+from vqgen.errors import InputError, expanded, require, section
+from vqgen.quantizers import Quantizer, QuantizerOutput, build_quantizer, quantizer_options
 
 
 class VQModel(nn.Module, PyTorchModelHubMixin):
     """Image -> grid of codes -> image (VQ-VAE, van den Oord et al. 2017), images in [-1, 1].
 
-    The cost sits at low resolution: a space-to-depth stem goes straight to 1/patch_size of the side, and each further
-    width halves it again. So the stride is patch_size * 2 ** (len(widths) - 1).
+    An architecture is a subclass whose constructor makes the four networks around the quantizer. All of its arguments
+    are values that JSON can hold, and have defaults; `channels` and `quantizer` are two of them.
 
     Args:
         channels: of the images, 1 (grey) or 3 (RGB).
-        patch_size: side of the squares that the stem turns into vectors.
-        widths: channels at each resolution, finest first.
-        encoder_blocks: residual blocks at each resolution of the encoder.
-        decoder_blocks: residual blocks at each resolution of the decoder.
-        quantizer: which one, and beside its name what it takes
+        stride: how many pixels of the side one code stands for.
+        quantizer: name and options of the quantizer, as build_quantizer takes them.
+
+    Attributes:
+        encoder: images (B, C, H, W) -> features (B, E, H / stride, W / stride).
+        to_code: features -> vectors (B, D, H / stride, W / stride), D being the quantizer's code_dim.
+        from_code: quantized vectors -> the decoder's input.
+        decoder: -> images (B, C, H, W).
     """
 
-    def __init__(
-        self,
-        channels: int = 3,
-        patch_size: int = 4,
-        widths: Sequence[int] = (24, 96),
-        encoder_blocks: int = 1,
-        decoder_blocks: int = 1,
-        quantizer: dict[str, Any] | None = None,
-    ):
+    encoder: nn.Module
+    to_code: nn.Module
+    quantizer: Quantizer
+    from_code: nn.Module
+    decoder: nn.Module
+
+    def __init__(self, channels: int, stride: int, quantizer: dict[str, Any] | None):
         super().__init__()
-        require(channels in (1, 3), f"model.channels={channels}: must be 1 or 3")
-        require_size("model.patch_size", patch_size, 1024)
-        require_size("model.encoder_blocks", encoder_blocks, 1000, least=0)
-        require_size("model.decoder_blocks", decoder_blocks, 1000, least=0)
-        require(
-            0 < len(widths) <= 16 and 0 < min(widths) <= max(widths) <= MAX_WIDTH,
-            f"model.widths={list(widths)}: must be one or more channel counts, 16 of them and {MAX_WIDTH} at most",
-        )
+        require(channels in (1, 3), f"channels={channels}: must be 1 or 3")
         self.channels = channels
-        self.stride = patch_size * 2 ** (len(widths) - 1)
-        self.quantizer = build_quantizer(**(quantizer or {}))
-
-        encoder: list[nn.Module] = [nn.Conv2d(channels, widths[0], patch_size, stride=patch_size)]
-        for i, width in enumerate(widths):
-            if i > 0:
-                encoder += [nn.Conv2d(widths[i - 1], width, 2, stride=2)]
-            encoder += [ResBlock(width) for _ in range(encoder_blocks)]
-        encoder += [nn.GroupNorm(num_groups(widths[-1]), widths[-1]), nn.SiLU()]
-        self.encoder = nn.Sequential(*encoder)
-        self.to_code = nn.Conv2d(widths[-1], self.quantizer.code_dim, 1)
-
-        self.from_code = nn.Conv2d(self.quantizer.code_dim, widths[-1], 1)
-        decoder: list[nn.Module] = []
-        for i, width in reversed(list(enumerate(widths))):
-            decoder += [ResBlock(width) for _ in range(decoder_blocks)]
-            if i > 0:
-                decoder += [nn.Conv2d(width, widths[i - 1] * 4, 1), nn.PixelShuffle(2)]
-        decoder += [nn.GroupNorm(num_groups(widths[0]), widths[0]), nn.SiLU()]
-        decoder += [nn.Conv2d(widths[0], channels * patch_size**2, 3, padding=1), nn.PixelShuffle(patch_size)]
-        self.decoder = nn.Sequential(*decoder)
+        self.stride = stride
+        with section("quantizer"):
+            self.quantizer = build_quantizer(**(quantizer or {}))
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The weight that images come out of last, for VQGAN's adaptive weight."""
-        return self.decoder[-2].weight  # type: ignore[return-value]
+        """The weight of the decoder's last layer, for VQGAN's adaptive weight."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[QuantizerOutput]]:
         """Images (B, C, H, W) to reconstructions of the same shape, and the quantizer's output for each code map."""
@@ -97,16 +69,37 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         """The code layout of images of size x size pixels.
 
         Raises:
-            InputError: the size is not divisible by the model's stride.
+            InputError: the size is not divisible by the model's stride; the message calls it image_size.
         """
         if size % self.stride or size < self.stride:
             below = max(1, size // self.stride) * self.stride
             raise InputError(
-                f"data.image_size={size} is not divisible by the model's stride {self.stride}; "
+                f"image_size={size} is not divisible by the model's stride {self.stride}; "
                 f"use {below} or {below + self.stride}"
             )
         side = size // self.stride
         return CodeLayout(((self.quantizer.num_codebooks, side, side),), (self.quantizer.codebook_size,))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes model.safetensors, and config.json with the architecture's name and all options, to a folder."""
+        from vqgen.tokenizers import ARCHITECTURES  # which imports this module
+
+        name = next((name for name, architecture in ARCHITECTURES.items() if architecture is type(self)), None)
+        require(name is not None, f"{type(self).__name__} cannot be saved: it has no name in tokenizers.ARCHITECTURES")
+        options: Any = self._hub_mixin_config  # the constructor's arguments, defaults included
+        quantizer = quantizer_options(**(options["quantizer"] or {}))
+        super().save_pretrained(folder, config={**options, "name": name, "quantizer": quantizer})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "VQModel":
+        """The tokenizer of a stage-1 or stage-2 run, or in a folder of its own, in eval mode.
+
+        Raises:
+            InputError: there is no tokenizer, it does not load, or it is of another architecture than the class.
+        """
+        model = load_tokenizer(Path(folder))[0].requires_grad_()
+        require(isinstance(model, cls), f"{folder}: its tokenizer is no {cls.__name__} but a {type(model).__name__}")
+        return model
 
 
 def from_uint8(images: Tensor) -> Tensor:
@@ -115,17 +108,23 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Images in [-1, 1], and what lies beyond clipped, to uint8."""
+    """Images in [-1, 1] to uint8; values outside the range are clipped."""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 def load_tokenizer(folder: Path) -> tuple[VQModel, str]:
-    """The tokenizer of a stage-1 run, or in a folder of its own, in eval mode; and the hash of its files.
+    """The tokenizer of a stage-1 or stage-2 run, or in a folder of its own; and the SHA-256 of its two files.
+
+    The model is in eval mode, and its weights are frozen.
 
     Raises:
         InputError: there is no tokenizer, or it does not load.
     """
-    inside = folder / "model" if (folder / "model").is_dir() else folder
+    from vqgen.tokenizers import ARCHITECTURES, build_tokenizer  # which imports this module
+
+    folder = expanded(folder)
+    places = [folder / "model" / "tokenizer", folder / "tokenizer", folder / "model"]  # a stage-2 run's first
+    inside = next((place for place in places if place.is_dir()), folder)
     for name in ("config.json", "model.safetensors"):
         if not (inside / name).is_file():
             raise InputError(
@@ -133,7 +132,13 @@ def load_tokenizer(folder: Path) -> tuple[VQModel, str]:
             )
     content = [(inside / name).read_bytes() for name in ("config.json", "model.safetensors")]
     try:
-        model = VQModel(**json.loads(content[0]))
+        options = {"name": "light"} | json.loads(content[0])  # the first versions had no other architecture, nor names
+        if options["name"] not in list(ARCHITECTURES):
+            raise InputError(
+                f"its architecture {options['name']!r} is not in this version of vqgen, "
+                f"which has {', '.join(ARCHITECTURES)}; use the version that made it"
+            )
+        model = build_tokenizer(**options)
         model.load_state_dict(load(content[1]))
     except (TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{inside} does not load as a tokenizer: {' '.join(str(error).split())[:200]}") from error

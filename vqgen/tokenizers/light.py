@@ -1,0 +1,72 @@
+"""A light convolutional architecture, which spends its time at low resolution."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from vqgen.errors import require, require_size
+from vqgen.tokenizers.blocks import ResBlock, num_groups
+from vqgen.tokenizers.vqmodel import VQModel
+
+MAX_WIDTH = 1 << 16
+
+
+class Light(VQModel):
+    """Residual blocks behind a space-to-depth stem, which goes straight to 1/patch_size of the image's side.
+
+    Each further width halves the side again. So the stride is patch_size * 2 ** (len(widths) - 1).
+
+    Args:
+        channels: of the images, 1 (grey) or 3 (RGB).
+        patch_size: side of the squares that the stem turns into vectors.
+        widths: channels at each resolution, finest first.
+        encoder_blocks: residual blocks at each resolution of the encoder.
+        decoder_blocks: residual blocks at each resolution of the decoder.
+        quantizer: the quantizer, a name with its options
+    """
+
+    encoder: nn.Sequential
+    decoder: nn.Sequential
+
+    def __init__(
+        self,
+        channels: int = 3,
+        patch_size: int = 4,
+        widths: Sequence[int] = (24, 96),
+        encoder_blocks: int = 1,
+        decoder_blocks: int = 1,
+        quantizer: dict[str, Any] | None = None,
+    ):
+        require_size("patch_size", patch_size, 1024)
+        require_size("encoder_blocks", encoder_blocks, 1000, least=0)
+        require_size("decoder_blocks", decoder_blocks, 1000, least=0)
+        require(
+            0 < len(widths) <= 16 and 0 < min(widths) <= max(widths) <= MAX_WIDTH,
+            f"widths={list(widths)}: must be one or more channel counts, 16 of them and {MAX_WIDTH} at most",
+        )
+        super().__init__(channels, patch_size * 2 ** (len(widths) - 1), quantizer)
+
+        encoder: list[nn.Module] = [nn.Conv2d(channels, widths[0], patch_size, stride=patch_size)]
+        for i, width in enumerate(widths):
+            if i > 0:
+                encoder += [nn.Conv2d(widths[i - 1], width, 2, stride=2)]
+            encoder += [ResBlock(width) for _ in range(encoder_blocks)]
+        encoder += [nn.GroupNorm(num_groups(widths[-1]), widths[-1]), nn.SiLU()]
+        self.encoder = nn.Sequential(*encoder)
+        self.to_code = nn.Conv2d(widths[-1], self.quantizer.code_dim, 1)
+
+        self.from_code = nn.Conv2d(self.quantizer.code_dim, widths[-1], 1)
+        decoder: list[nn.Module] = []
+        for i, width in reversed(list(enumerate(widths))):
+            decoder += [ResBlock(width) for _ in range(decoder_blocks)]
+            if i > 0:
+                decoder += [nn.Conv2d(width, widths[i - 1] * 4, 1), nn.PixelShuffle(2)]
+        decoder += [nn.GroupNorm(num_groups(widths[0]), widths[0]), nn.SiLU()]
+        decoder += [nn.Conv2d(widths[0], channels * patch_size**2, 3, padding=1), nn.PixelShuffle(patch_size)]
+        self.decoder = nn.Sequential(*decoder)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight of the last convolution."""
+        return self.decoder[-2].weight  # type: ignore[return-value]
