@@ -176,7 +176,9 @@ def _language_model_config(model_type: str, options: dict[str, Any], **fixed: An
     width, heads = options["hidden_size"], options["num_attention_heads"]
     gated = 8 * math.ceil(width / 3)  # Llama's 8/3: three matrices at the cost of the classic two of 4
     derived = {"intermediate_size": gated, "num_key_value_heads": heads, "head_dim": width // max(1, heads)}
-    options = {k: v for k, v in (derived | options).items() if k in known}
+    options = {
+        k: v for k, v in (options | derived | options).items() if k in known
+    }  # messages begin with what is given
     try:
         return AutoConfig.for_model(model_type, **options, **fixed)
     except MISFITS as error:
