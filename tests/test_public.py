@@ -109,7 +109,8 @@ def small(runs) -> Generator:
     prior = Prior(tokenizer.code_layout(32), CLASSES, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     with torch.no_grad():
         for p in prior.parameters():
-            p.mul_(8)  # so that the class decides a lot
+            if p.ndim == 2:
+                p.mul_(8)  # so that tokens depend a lot on the class and on each other
     return Generator(prior.eval(), tokenizer)
 
 

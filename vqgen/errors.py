@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right, and the checks that raise it."""
+"""The exception for what a user can put right, and the checks that raise it. Imports nothing else of vqgen."""
 
 import difflib
 import importlib

@@ -1,4 +1,4 @@
-"""What `accelerate launch` leaves undone where there is no GPU: more than one process, and more than one thread."""
+"""What `accelerate launch` leaves undone where there is no GPU: more than one process, and the number of threads."""
 
 import os
 import sys
@@ -6,35 +6,56 @@ import sys
 import psutil
 import torch
 
+from vqgen.distributed import available_cores
 from vqgen.errors import InputError
+from vqgen.training.threads import CHOSEN
+
+LOOK = 0.3  # seconds that the cores are watched for
 
 
 def make_up_for_launcher() -> None:
-    """Call it first: starts the processes that `accelerate launch --cpu` was asked for, and uses all cores.
+    """Starts the processes that `accelerate launch --cpu` was asked for, and chooses the number of threads.
 
-    `accelerate launch --cpu --num_processes 2 PROGRAM` starts one process (huggingface/accelerate issue 2741); this one
-    then becomes torch's launcher for all of them. And where the user has said nothing, it sets OMP_NUM_THREADS=1 for
-    each process, which leaves most of the machine idle.
+    `accelerate launch --cpu --num_processes 2 PROGRAM` starts one process (huggingface/accelerate issue 2741). That one
+    becomes torch's launcher for all of them here. Accelerate also sets OMP_NUM_THREADS=1 for each process if the user
+    has not set it, which leaves most of the machine idle.
 
     Raises:
         InputError: several processes were asked for on several machines without GPUs.
     """
     launcher = psutil.Process().parent()
-    if launcher is None or "ACCELERATE_USE_CPU" not in os.environ or "WORLD_SIZE" in os.environ:
-        return  # not started by accelerate, or by its launcher for several processes
-    if torch.cuda.is_available() and os.environ["ACCELERATE_USE_CPU"] != "True":
+    by_accelerate = launcher is not None and "ACCELERATE_USE_CPU" in os.environ
+    if "WORLD_SIZE" in os.environ:
+        return  # started by torch's launcher for several processes
+    if torch.cuda.is_available() and not (by_accelerate and os.environ["ACCELERATE_USE_CPU"] == "True"):
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = _processes_asked_for(launcher.cmdline()) if "MASTER_PORT" in os.environ else 1
-    if "OMP_NUM_THREADS" not in launcher.environ():
-        threads = max(1, cores // count)
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        torch.set_num_threads(threads)
+    count = _processes_asked_for(launcher.cmdline()) if by_accelerate and "MASTER_PORT" in os.environ else 1
+    if "OMP_NUM_THREADS" not in (launcher.environ() if by_accelerate else os.environ):
+        _use_free_cores(count)
     if count > 1:
         os.environ["ACCELERATE_USE_CPU"] = "True"  # or else Accelerate takes each process for the only one
         address = ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
         arguments = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), *address, *sys.argv]
         os.execv(sys.executable, [sys.executable, *arguments])
+
+
+def _use_free_cores(processes: int) -> None:
+    """Takes one thread for each core that no other process keeps busy, shared out over this run's processes.
+
+    OpenMP's threads wait for each other many times a step. One that shares its core with another program makes all of
+    them wait, and training is then slower than with fewer threads (tests/benchmarks/threads.py).
+    """
+    cores = available_cores()
+    busy = round(sum(sorted(psutil.cpu_percent(LOOK, percpu=True))[-cores:]) / 100)
+    threads = max(1, (cores - busy) // processes)
+    if busy:
+        print(
+            f"other programs keep {busy} of {cores} cores busy, so each process takes {threads} thread(s); "
+            "OMP_NUM_THREADS= sets another number",
+            flush=True,
+        )
+    os.environ["OMP_NUM_THREADS"], os.environ[CHOSEN] = str(threads), "1"
+    torch.set_num_threads(threads)
 
 
 def _processes_asked_for(command: list[str]) -> int:

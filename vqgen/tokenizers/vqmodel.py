@@ -11,7 +11,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from vqgen.codes import CodeLayout
-from vqgen.errors import InputError, require, section
+from vqgen.errors import InputError, expanded, require, section
 from vqgen.quantizers import Quantizer, QuantizerOutput, build_quantizer, quantizer_options
 
 
@@ -122,10 +122,7 @@ def load_tokenizer(folder: Path) -> tuple[VQModel, str]:
     """
     from vqgen.tokenizers import ARCHITECTURES, build_tokenizer  # which imports this module
 
-    try:
-        folder = folder.expanduser()
-    except RuntimeError as error:
-        raise InputError(f"{folder}: {error}") from error
+    folder = expanded(folder)
     places = [folder / "model" / "tokenizer", folder / "tokenizer", folder / "model"]  # a stage-2 run's first
     inside = next((place for place in places if place.is_dir()), folder)
     for name in ("config.json", "model.safetensors"):

@@ -38,6 +38,7 @@ from vqgen.training.means import Means, accumulate
 from vqgen.training.schedule import Budget, micro_batch_size
 from vqgen.training.state import TrainState
 from vqgen.training.stop import Stop
+from vqgen.training.threads import keep_threads
 from vqgen.training.tracking import Tracker
 
 MAX_ROLLBACKS = 5  # a 32nd of what was set: what that does not cure has another cause
@@ -149,6 +150,7 @@ class Run:
         self._terms: dict[str, Tensor] = {}  # of the passes since the last update
         self._made_from: dict[str, Any] = {}
         self._state: dict[str, Any] | None = None
+        self._threads = ""
         self._open = ExitStack()
         self._tracker: Tracker | None = None
 
@@ -233,6 +235,7 @@ class Run:
                     f"({' '.join(str(error).split())[:150]}); go on with that version, or name another run_dir="
                 ) from error
             self.saved = self.step
+            self._threads = keep_threads(saved.get("threads"))
         if saved is not None and self.budget.share(self.step, self.device) >= 1:
             done = f"{self.dir} is finished, at step {self.step}; name another run_dir= for another run"
             self.accelerator.print(f"{done}; next: {then}")
@@ -261,7 +264,7 @@ class Run:
         )
         resumed = how_resumed(saved, self.accumulation, by_pass=by_pass, by_process=by_process)
         size = f"{num_parameters / 1e6:.2f} M parameters"
-        self.say(f"{self.dir}: {what}, {size}, {world_size()} x {self.device.type}{resumed}")
+        self.say(f"{self.dir}: {what}, {size}, {world_size()} x {self.device.type}{resumed}{self._threads}")
 
     def batches(self, dataset: Any, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's batches of a data set, from where the run is, without end."""
@@ -392,6 +395,7 @@ class Run:
             "seconds": self.budget.seconds,
             "processes": world_size(),
             "accumulation": self.accumulation,
+            "threads": torch.get_num_threads(),
             "rollbacks": self.rollbacks,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
             "means": self.means.state_dict(),
