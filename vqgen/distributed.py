@@ -77,10 +77,14 @@ def computed_by_main(compute: Callable[[], T]) -> T:
     return value
 
 
+def available_cores() -> list[int]:
+    """The numbers of this machine's cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
 def cores_per_process() -> int:
     """This machine's cores that this process may use, divided by the processes on this machine; at least 1.
 
     A launcher says in LOCAL_WORLD_SIZE how many processes it has started here; else all are taken to be here.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
+    return max(1, len(available_cores()) // int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))

@@ -45,12 +45,12 @@ def _use_free_cores(processes: int) -> None:
     OpenMP's threads wait for each other many times a step. One that shares its core with another program makes all of
     them wait, and training is then slower than with fewer threads (tests/benchmarks/threads.py).
     """
-    cores = available_cores()
-    busy = round(sum(sorted(psutil.cpu_percent(LOOK, percpu=True))[-cores:]) / 100)
-    threads = max(1, (cores - busy) // processes)
+    cores, load = available_cores(), psutil.cpu_percent(LOOK, percpu=True)
+    busy = round(sum(load[core] for core in cores) / 100)
+    threads = max(1, (len(cores) - busy) // processes)
     if busy:
         print(
-            f"other programs keep {busy} of {cores} cores busy, so each process takes {threads} thread(s); "
+            f"other programs keep {busy} of {len(cores)} cores busy, so each process takes {threads} thread(s); "
             "OMP_NUM_THREADS= sets another number",
             flush=True,
         )
