@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from PIL import Image
 from torch import Tensor, nn
