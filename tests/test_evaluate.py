@@ -135,8 +135,9 @@ def test_a_tokenizer_is_measured_on_other_images_too(runs, program, cache, tmp_p
     pixels = digits[1].__getitems__(np.arange(30))[0][:, 0].numpy()
     np.savez(tmp_path / "others.npz", images=pixels)
     options = [f"data.source={tmp_path}/others.npz", "data.val_fraction=0.5", *FEW[::2], cache, f"out={tmp_path}/out"]
-    code, _, errors = program("stage1/evaluate.py", runs / "stage1", *options)
+    code, printed, errors = program("stage1/evaluate.py", runs / "stage1", *options)
     assert code == 0, errors
+    assert printed.splitlines()[-1] == f"next: accelerate launch stage2/train.py stage1={runs}/stage1"
     figure = evaluated(tmp_path / "out")["figures"]["rFD-EffLite0"]
     assert 5 < figure["protocol"]["images"] < 25
     assert figure["floor_images"] == min(figure["protocol"]["images"], 30 - figure["protocol"]["images"])
@@ -187,8 +188,10 @@ def test_any_two_sets_are_measured_the_same_way(program, cache, tmp_path, digits
     np.savez(tmp_path / "noisy.npz", images=np.clip(pixels + noise, 0, 255).astype(np.uint8), class_ids=class_ids)
     for name in ("same", "noisy"):
         arguments = ["--images", f"{tmp_path}/{name}.npz", f"--reference={tmp_path}/folder", f"out={tmp_path}/{name}"]
-        code, _, errors = program("stage2/evaluate.py", *arguments, cache)
+        code, printed, errors = program("stage2/evaluate.py", *arguments, cache)
         assert code == 0, errors
+        line = f"next: python stage2/evaluate.py {tmp_path}/{name} --compare OTHER_EVALUATION"
+        assert printed.splitlines()[-1] == line
     same, noisy = values(tmp_path / "same"), values(tmp_path / "noisy")
     assert same["FD-EffLite0"] == pytest.approx(0, abs=0.01)
     assert same["KD-EffLite0"] == pytest.approx(0, abs=0.1)  # of 80 images
@@ -218,6 +221,8 @@ def test_a_prior_that_has_learned_its_images_by_heart_is_told_on(program, cache,
     code, printed, errors = program("stage2/evaluate.py", stage2, *FEW, cache)
     assert code == 0, errors
     assert "warning: the prior memorises: NLL" in printed
+    line = f"next: python stage2/evaluate.py {stage2}/evaluation --compare OTHER_RUN_DIR"
+    assert printed.splitlines()[-1] == line
     assert values(stage2 / "evaluation")["closer_in_pixels"] > 0.8
     assert values(stage2 / "evaluation")["closer_in_features"] > 0.8
     assert values(stage2 / "evaluation")["near_copies"] > 0.5
