@@ -43,9 +43,13 @@ def program(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
-    """A folder with stage1/ and stage2/, made by the two commands on tiny settings, once for all xdist workers."""
+    """A folder with stage1/ and stage2/, made by the two commands on tiny settings, once for all xdist workers.
+
+    VQGEN_TEST_RUNS names a folder to keep them in, for who starts the tests many times.
+    """
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"
+    folder = Path(os.environ.get("VQGEN_TEST_RUNS", folder))
     with FileLock(f"{folder}.lock"):
         if not (folder / "done").exists():
             train = "accelerate launch {0}/train.py configs/debug/{0}.yaml run_dir={1}/{0}"

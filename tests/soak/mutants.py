@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -433,7 +434,7 @@ MUTANTS = [
 ]
 
 
-def outcome(mutant: Mutant) -> str:
+def outcome(mutant: Mutant, runs: Path) -> str:
     """Plants one mutant in a copy, and says `killed`, `SURVIVED` or why neither can be said."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
@@ -444,7 +445,7 @@ def outcome(mutant: Mutant) -> str:
         (copy / mutant.file).write_text(text.replace(mutant.old, mutant.new))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests.split()]
         command += ["-k", mutant.chosen] if mutant.chosen else []
-        environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "VQGEN_TEST_RUNS": str(runs)}
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
         return {0: "SURVIVED", 1: "killed"}.get(done.returncode, f"NO VERDICT: pytest exits with {done.returncode}")
 
@@ -452,9 +453,11 @@ def outcome(mutant: Mutant) -> str:
 def main(words: list[str]) -> int:
     chosen = [mutant for mutant in MUTANTS if all(word in mutant.bug for word in words)]
     print("| bug | file | tests | outcome |\n|---|---|---|---|", flush=True)
-    with ThreadPoolExecutor(JOBS) as pool:
-        outcomes = []
-        for mutant, found in zip(chosen, pool.map(outcome, chosen), strict=True):
+    with ThreadPoolExecutor(JOBS) as pool, tempfile.TemporaryDirectory() as folder:
+        runs = Path(folder) / "runs"  # of the project without a bug, made by the first tests that want them
+        outcomes = [outcome(Mutant("none", "README.md", "# vqgen\n", "# vqgen\n", LOOPS, "prior"), runs)]
+        assert outcomes.pop() == "SURVIVED", "the tests fail without any bug"
+        for mutant, found in zip(chosen, pool.map(partial(outcome, runs=runs), chosen), strict=True):
             tests = mutant.tests + (f" -k '{mutant.chosen}'" if mutant.chosen else "")
             print(f"| {mutant.bug} | {mutant.file} | {tests} | {found} |", flush=True)
             outcomes.append(found)
