@@ -182,9 +182,10 @@ def train(config: Stage1Config, run: Run) -> None:
     then = f"accelerate launch stage2/train.py stage1={quote(config.run_dir)}"
     if run.resume(state, then, data=train_set.fingerprint, held_out=held_out):
         return
+    size = num_parameters(nets.tokenizer)
     run.start(
-        f"{len(train_set)} training and {len(val_set)} held-out images",
-        num_parameters(nets.tokenizer),
+        f"{len(train_set)} training and {len(val_set)} held-out images, {size / 1e6:.2f} M parameters",
+        size,
         by_pass="the codebook, which moves at each pass",
     )
     batches = image_batches(train_set, run.place, flip=config.data.flip, workers=config.data.workers, device=run.device)

@@ -88,10 +88,11 @@ def train(config: GANConfig, run: Run) -> None:
     if run.resume(state, then, data=train_set.fingerprint):
         return
     classes = range(len(train_set.class_names))
+    size = num_parameters(nets.bare_generator)
     run.start(
-        f"{len(train_set)} training images, {len(classes)} classes, "
-        f"a discriminator of {num_parameters(nets.bare_disc) / 1e6:.2f} M parameters and a generator",
-        num_parameters(nets.bare_generator),
+        f"{len(train_set)} training images, {len(classes)} classes, {size / 1e6:.2f} M parameters "
+        f"and {num_parameters(nets.bare_disc) / 1e6:.2f} M of the discriminator",
+        size,
         by_pass="batch normalisation",
         by_process="batch normalisation on CPUs",
     )

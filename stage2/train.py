@@ -85,10 +85,11 @@ def train(config: Stage2Config, run: Run) -> None:
     if run.resume(state, then, **hashes):
         return
     layout, unigram = nets.prior.layout, unigram_entropy(train_codes, nets.prior.layout)
+    size = num_parameters(nets.prior)
     run.start(
         f"{len(train_codes)} training and {len(val_codes)} held-out sequences of {layout.num_tokens} tokens, "
-        f"{len(nets.prior.class_names)} classes",
-        num_parameters(nets.prior),
+        f"{len(nets.prior.class_names)} classes, {size / 1e6:.2f} M parameters",
+        size,
     )
     batches = token_batches(train_codes, run.place, class_dropout=config.class_dropout, device=run.device)
     dims_per_token = tokenizer.channels * config.data["image_size"] ** 2 / layout.num_tokens

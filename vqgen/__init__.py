@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vqgen.tokenizers import build_tokenizer
     from vqgen.tokenizers.vqmodel import VQModel
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Generator",

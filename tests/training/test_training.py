@@ -435,6 +435,19 @@ def test_what_going_back_does_not_cure_is_one_line_with_the_remedy(tmp_path):
         diverge()
 
 
+def test_a_checkpoint_of_a_version_that_knew_other_parts_is_refused_in_one_line(tmp_path):
+    config = Stage1Config(run_dir=str(tmp_path), tracking=TrackingConfig(wandb="disabled"))
+    save_config(config, tmp_path / "config.yaml")
+    for version, said in (({}, "before 0.2"), ({"vqgen": "0.7"}, "0.7")):
+        save_checkpoint(tmp_path, 20, saved_state(model={"other": torch.zeros(1)}, **version), keep=1)
+        for run in attempts(config, lowered="", to_lower=""):
+            with run:
+                run.open()
+                with pytest.raises(InputError, match=f"written by vqgen {said} and does not fit") as caught:
+                    run.resume(TrainState(model=nn.Linear(1, 1)), "")
+        assert len(str(caught.value).splitlines()) == 1
+
+
 def test_each_update_of_a_run_has_random_numbers_of_its_own(tmp_path):
     train = TrainConfig(max_steps=3, accumulation=2, checkpoint_every=100)
     config = Stage1Config(run_dir=str(tmp_path), train=train, tracking=TrackingConfig(wandb="disabled"))

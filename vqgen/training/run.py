@@ -6,7 +6,7 @@ A loop calls its `Run`; a `Run` never calls a loop's code, and knows no model an
 import gc
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -199,8 +199,8 @@ class Run:
         for images in image_sets:
             images.report_skipped(self.dir / "skipped.txt")
 
-    def prepare(self, *parts: Any) -> Any:
-        """`Accelerator.prepare`, which passes on what is None; several parts come back as a list."""
+    def prepare(self, *parts: Any) -> list[Any]:
+        """`Accelerator.prepare` for two or more models and optimizers; a part that is None comes back as None."""
         prepared = iter(self.accelerator.prepare(*(part for part in parts if part is not None)))
         return [part if part is None else next(prepared) for part in parts]
 
@@ -229,6 +229,8 @@ class Run:
                 self.means.load_state_dict(saved["means"])
                 if self.accelerator.scaler:
                     self.accelerator.scaler.load_state_dict(saved["scaler"])
+            except torch.OutOfMemoryError:
+                raise
             except (KeyError, RuntimeError, ValueError) as error:
                 by = f"vqgen {saved.get('vqgen', 'before 0.2')}"
                 raise InputError(
@@ -250,7 +252,7 @@ class Run:
         """Opens the log, and says what is trained and where it goes on.
 
         Args:
-            what: is trained, on how many examples.
+            what: is trained, of which size, on how many examples.
             num_parameters: of the model, for the tracker.
             by_pass: what in the run depends on the number of passes per update.
             by_process: what in it depends on the number of processes.
@@ -264,8 +266,7 @@ class Run:
             facts={"num_parameters": num_parameters},
         )
         resumed = how_resumed(saved, self.accumulation, by_pass=by_pass, by_process=by_process)
-        size = f"{num_parameters / 1e6:.2f} M parameters"
-        self.say(f"{self.dir}: {what}, {size}, {world_size()} x {self.device.type}{resumed}{self._threads}")
+        self.say(f"{self.dir}: {what}, {world_size()} x {self.device.type}{resumed}{self._threads}")
 
     def batches(self, dataset: Any, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's batches of a data set, from where the run is, without end."""
@@ -363,11 +364,9 @@ class Run:
         """Seconds of training since the last line of the log."""
         return self.budget.seconds - self._window_start
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Stops the clock for what is not training."""
-        with self.budget.paused():
-            yield
+        return self.budget.paused()
 
     def report(self, now: Now, figures: Mapping[str, float], **pictures: Image.Image | None) -> None:
         """Logs, prints and keeps what an evaluation found; a picture is needed on the main process only."""
