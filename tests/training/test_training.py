@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from vqgen.cli.parse import save_config
 from vqgen.data import order
 from vqgen.data.order import BatchOrder, coin_flips, mixed_seed, seed_step
 from vqgen.errors import InputError
@@ -25,6 +24,7 @@ from vqgen.training.run import Run, attempts
 from vqgen.training.schedule import Budget, lr_at, micro_batch_size, parameter_groups, ramp_at
 from vqgen.training.state import TrainState
 from vqgen.training.stop import Stop
+from vqgen.yaml_file import save_config
 
 CPU = torch.device("cpu")
 
