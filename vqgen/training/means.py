@@ -12,7 +12,7 @@ from vqgen.distributed import all_gather, all_reduce_sum, rank, world_size
 
 
 class Means:
-    """Means of named numbers over several steps, kept on the device, because reading them at each step would stall it."""
+    """Means of named numbers over several steps, kept on the device; reading them at each step would stall it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
