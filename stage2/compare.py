@@ -251,7 +251,7 @@ def sample_report(
 
 
 def images_per_second(generators: dict[str, Generator]) -> dict[str, float]:
-    """Images per second of each model: medians over rounds in which the models take turns, as machines' speeds drift."""
+    """Images per second of each model: medians over rounds in which the models take turns (machine speed drifts)."""
     seconds: dict[str, list[float]] = {name: [] for name in generators}
     for first in range(0, (SPEED_ROUNDS + 1) * BATCH, BATCH):
         for name, generator in generators.items():
