@@ -135,7 +135,7 @@ class CodebookQuantizer(Quantizer):
         raise NotImplementedError
 
     def _place(self, codes: Tensor, dead: Tensor, vectors: Tensor, count: Tensor) -> None:
-        """Moves each of the codes (R,) that is dead (R,) to its vector (R, D), and sets its running count to `count`."""
+        """Moves each of the codes (R,) that is dead (R,) to its vector (R, D), and sets its running count."""
         self.codebook.index_copy_(0, codes, torch.where(dead[:, None], vectors, self.codebook[codes]))
         self.counts.index_copy_(0, codes, torch.where(dead, count, self.counts[codes]))
 

@@ -72,7 +72,7 @@ class Quantizer(nn.Module):
             return self.decode(codes.movedim(1, -1)).movedim(-1, 1)
 
     def bound(self, z: Tensor) -> Tensor:
-        """Maps vectors (..., D) to the space of the codes; a residual quantizer does so once, before its first level."""
+        """Maps vectors (..., D) to the space of the codes; residual quantizers do so once, before the first level."""
         return z
 
     def quantize(self, z: Tensor) -> QuantizerOutput:
