@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CodeLayout:
-    """How code maps of given shapes become one sequence of N tokens, and back.
+    """Converts code maps of given shapes to one sequence of N tokens, and back.
 
-    Every codebook of every map has its own range of token ids, so a token says which codebook it is from. A map of Q
-    codebooks is written position by position, the Q codes of a position together (RQ-VAE's order).
+    Every codebook of every map has its own range of token ids, so a token id also identifies its codebook. A map with Q
+    codebooks is written position by position; the Q codes of a position stay together (RQ-VAE's order).
 
     Attributes:
         shapes: (Q, *S) of each map, coarse to fine.
@@ -26,7 +26,7 @@ class CodeLayout:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids: the sizes of all codebooks together."""
+        """Number of token ids: the sum of all codebooks' sizes."""
         return sum(shape[0] * size for shape, size in zip(self.shapes, self.codebook_sizes, strict=True))
 
     @property
@@ -52,14 +52,14 @@ class CodeLayout:
         return [c - offset for c, offset in zip(codes, self._offsets(tokens.device), strict=True)]
 
     def token_ranges(self) -> Tensor:
-        """(N, 2) int64: at each position the legal token ids are those from the first number up to below the second."""
+        """(N, 2) int64: the legal token ids at each position go from the first number to one below the second."""
         ones = [torch.zeros(1, *shape, dtype=torch.int64) for shape in self.shapes]
         first = self.flatten(ones)[0]
         sizes = torch.cat([torch.full((prod(s),), k) for s, k in zip(self.shapes, self.codebook_sizes, strict=True)])
         return torch.stack([first, first + sizes], dim=1)
 
     def _offsets(self, device: torch.device) -> list[Tensor]:
-        """For each map, the first token id of each of its codebooks, shaped to add to (B, Q, *S)."""
+        """For each map, the first token id of each of its codebooks, in a shape that broadcasts to (B, Q, *S)."""
         offsets, start = [], 0
         for shape, size in zip(self.shapes, self.codebook_sizes, strict=True):
             offset = start + size * torch.arange(shape[0], device=device)

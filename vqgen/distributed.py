@@ -1,4 +1,4 @@
-"""The process group as the quantizers and metrics see it: plain functions that also work without one."""
+"""Plain functions for the process group, which also work without one."""
 
 import os
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """x of each process, (world_size, *x.shape)."""
+    """The x of every process, (world_size, *x.shape)."""
     if world_size() == 1:
         return x[None]
     parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -40,7 +40,7 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 def from_main(value: float, device: torch.device) -> float:
-    """The main process's value, on all of them; what a clock says must be agreed on before it decides anything."""
+    """The main process's value, on all processes; they must agree on a clock's time before it decides anything."""
     if world_size() > 1:
         shared = torch.tensor(value, dtype=torch.float32, device=device)
         dist.broadcast(shared, src=0)
@@ -49,7 +49,7 @@ def from_main(value: float, device: torch.device) -> float:
 
 
 def object_from_main(value: Any) -> Any:
-    """The main process's object, on all of them, also where they share no disk."""
+    """The main process's object, on all processes, even if they share no disk."""
     if world_size() > 1:
         box = [value]
         dist.broadcast_object_list(box, src=0)
@@ -58,7 +58,7 @@ def object_from_main(value: Any) -> Any:
 
 
 def computed_by_main(compute: Callable[[], T]) -> T:
-    """What compute() returns on the main process, on all of them; all call this at the same point.
+    """The result of compute() on the main process, on all processes. All processes must call it.
 
     Raises:
         InputError, OSError: compute() raised it on the main process.
@@ -69,7 +69,7 @@ def computed_by_main(compute: Callable[[], T]) -> T:
     if rank() == 0:
         try:
             value = compute()
-        except (InputError, OSError) as raised:  # without it, the other processes would wait for a value
+        except (InputError, OSError) as raised:  # sent on, because the other processes wait for a value
             error = raised
     value, error = object_from_main((value, error))
     if error is not None:
@@ -85,6 +85,6 @@ def available_cores() -> list[int]:
 def cores_per_process() -> int:
     """This machine's cores that this process may use, divided by the processes on this machine; at least 1.
 
-    A launcher says in LOCAL_WORLD_SIZE how many processes it has started here; else all are taken to be here.
+    A launcher sets LOCAL_WORLD_SIZE to the number of processes on this machine; otherwise all count as on this machine.
     """
     return max(1, len(available_cores()) // int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))

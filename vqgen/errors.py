@@ -1,4 +1,4 @@
-"""The exception for what a user can put right, and the checks that raise it. Imports nothing else of vqgen."""
+"""The exception for mistakes that the user can correct, and the checks that raise it. Imports nothing else of vqgen."""
 
 import difflib
 import importlib
@@ -13,17 +13,17 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """What the user gave (a key, a value, a path, an image) cannot be used.
+    """The user's input (a key, a value, a path, an image) cannot be used.
 
-    The message is one line that says what is wrong and what to do; the programs print it alone and exit with code 2.
-    Any other exception is a bug, and keeps its traceback.
+    The message is one line that says what is wrong and what to do. The programs print only this line and exit with
+    code 2. Any other exception is a bug and keeps its traceback.
 
-    The library's messages begin with the option that they are about, by the name that its constructor has for it, as in
-    `codebook_size=500: lfq needs a power of two; use 256 or 512`. Callers say where that option stands: see `section`.
+    The library's messages begin with the option at fault, under its name in the constructor, as in `codebook_size=500:
+    lfq needs a power of two; use 256 or 512`. Callers add the option's section: see `section`.
 
     Args:
         message: the line.
-        near: the option that was probably meant; the line then ends with it.
+        near: the option that the user probably meant; the line then ends with it.
     """
 
     def __init__(self, message: str, near: str | None = None):
@@ -33,13 +33,13 @@ class InputError(ValueError):
 
 @contextmanager
 def section(name: str, **elsewhere: str) -> Iterator[None]:
-    """Puts `name.` in front of the option that an InputError raised inside begins with.
+    """Adds `name.` in front of the option at the beginning of an InputError that is raised inside.
 
-    A line that begins with no option (`key=`, `key:` or `key.`) stays as it is.
+    A line that does not begin with an option (`key=`, `key:` or `key.`) stays the same.
 
     Args:
-        name: the section that the options stand in, as in `model.quantizer`.
-        elsewhere: the full keys of the options that stand somewhere else, as in `image_size="data.image_size"`.
+        name: the options' section, as in `model.quantizer`.
+        elsewhere: the full keys of options outside this section, as in `image_size="data.image_size"`.
     """
 
     def full(key: str) -> str:
@@ -59,24 +59,24 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_size(key: str, value: int, most: int = 2**63, least: int = 1) -> None:
-    """Raises InputError for what is no whole number, or one so small or so large that it can only be a mistake."""
+    """Raises InputError unless the value is a whole number from `least` to `most`."""
     require(isinstance(value, Integral), f"{key}={value}: must be a whole number")
     require(value >= least, f"{key}={value}: must be at least {least}")
     require(value <= most, f"{key}={value}: must be at most {most}")
 
 
 def require_choice(key: str, value: Any, choices: Collection[str], what: str) -> None:
-    """Raises InputError for a value that is none of the choices, each of which is a `what`."""
+    """Raises InputError for a value that is not among the choices; `what` is the word for a choice."""
     require(value in list(choices), f"{key}={value}: no such {what}; there is {', '.join(choices)}")
 
 
 def require_options(constructor: Callable[..., Any], name: str, options: Mapping[str, Any]) -> None:
-    """Raises InputError for an option that a constructor does not take, with the reason or with the nearest option.
+    """Raises InputError for an option that a constructor does not take, with the reason or the nearest option.
 
     Args:
-        constructor: what the options are for. Its attribute `refused`, if it has one, gives reasons by option.
-        name: what the message calls it.
-        options: the keyword arguments that it shall be called with.
+        constructor: the constructor. Its attribute `refused`, if it has one, gives reasons by option.
+        name: the constructor's name in the message.
+        options: the keyword arguments for the constructor.
     """
     known = list(inspect.signature(constructor).parameters)
     reasons: Mapping[str, str] = getattr(constructor, "refused", {})
@@ -93,9 +93,9 @@ def need(module: str, extra: str, what: str) -> ModuleType:
     """Imports a module of an optional dependency.
 
     Args:
-        module: its name, as in an import statement.
-        extra: the extra of vqgen that installs it.
-        what: the program, setting or function that needs it, for the message.
+        module: the module's name, as in an import statement.
+        extra: the extra of vqgen that installs the package.
+        what: the program, setting or function that needs the package, for the message.
 
     Raises:
         InputError: the package is not installed; the message says how to install it.
@@ -104,7 +104,7 @@ def need(module: str, extra: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != package:  # the package is there, and something else is missing
+        if error.name != package:  # the package is installed, but one of its dependencies is missing
             raise
         raise InputError(f"{what} needs {package}, which is not installed; pip install 'vqgen[{extra}]'") from error
 
@@ -113,7 +113,7 @@ def expanded(folder: str | Path) -> Path:
     """A folder as a Path, with `~` replaced by the home directory.
 
     Raises:
-        InputError: there is no such user.
+        InputError: the path names a user who does not exist.
     """
     try:
         return Path(folder).expanduser()

@@ -1,4 +1,4 @@
-"""Files of settings: YAML with numbers such as 1e-3, in which no key stands twice."""
+"""Files of settings: YAML in which 1e-3 is a number and each key occurs once."""
 
 import os
 import re
@@ -36,12 +36,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def as_saved(config: Any) -> dict[str, Any]:
-    """What `save_config` writes: every setting, and the working directory."""
+    """The content that `save_config` writes: every setting, and the working directory."""
     return {**asdict(config), WORKING_DIR: os.getcwd()}
 
 
 def save_config(config: Any, path: Path) -> None:
-    """Writes a configuration to a file, which is whole or not there at all."""
+    """Writes a configuration to a file, completely or not at all."""
     beside = path.with_suffix(".tmp")
     with beside.open("w", encoding="utf-8") as file:
         yaml.dump(as_saved(config), file, _Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True)
@@ -51,7 +51,7 @@ def save_config(config: Any, path: Path) -> None:
 def first_line(error: Exception) -> str:
     """Says in one line what is wrong with a file of settings."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
-        return f"{error.problem} in line {error.problem_mark.line + 1}"  # the text would begin with the lines before
+        return f"{error.problem} in line {error.problem_mark.line + 1}"  # str(error) would begin with earlier lines
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -72,7 +72,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts text in quotes that would be read as a number."""
+    """Quotes text that would otherwise be read as a number."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

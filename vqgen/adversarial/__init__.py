@@ -1,1 +1,1 @@
-"""The discriminators and what they and their opponents minimise; the plain GAN."""
+"""Adversarial training: the discriminators, the losses of both sides, and the plain GAN."""

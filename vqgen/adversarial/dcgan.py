@@ -20,16 +20,16 @@ MAX_WIDTH = 1 << 14
 
 
 class DCGANGenerator(nn.Module, PyTorchModelHubMixin):
-    """Noise, and a class where there are any -> image (DCGAN, Radford et al. 2016, section 3).
+    """Turns noise, and a class if there are classes, into an image (DCGAN, Radford et al. 2016, section 3).
 
     The noise becomes 4x4 pixels of many channels; each layer then doubles the side and halves the channels.
 
     Args:
         image_size: side of the images, 8 pixels times a power of two.
-        channels: of the images.
+        channels: channels of the images.
         class_names: the classes in the order of their ids; empty if there are none.
         latent_dim: dimension of the noise z.
-        width: channels before the last layer, at half the side; doubled at each layer before, up to eight times.
+        width: channels before the last layer, at half the side; each earlier layer has twice as many, up to 8 * width.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class DCGANGenerator(nn.Module, PyTorchModelHubMixin):
         self.apply(_initialise)
 
     def forward(self, z: Tensor, class_ids: Tensor) -> Tensor:
-        """Noise (B, latent_dim) and class ids (B,), -1 for none, to images (B, C, H, W) in [-1, 1]."""
+        """Maps noise (B, latent_dim) and class ids (B,), -1 for no class, to images (B, C, H, W) in [-1, 1]."""
         h = self.first(rearrange(z, "b d -> b d 1 1"))  # (B, D, 4, 4)
         for norm, layer in zip(self.norms, self.layers, strict=True):
             h = layer(F.relu(norm(h, class_ids)))  # twice the side
@@ -62,10 +62,10 @@ class DCGANGenerator(nn.Module, PyTorchModelHubMixin):
 
 
 class ClassBatchNorm(nn.Module):
-    """Batch normalisation with a gain and a bias for each class, and for none (de Vries et al. 2017).
+    """Batch normalisation with a gain and a bias for each class, and for no class (de Vries et al. 2017).
 
-    As a vector beside the noise the class took the noise's place: one image a class is varied enough to pass for a
-    batch, and training ended there.
+    With the class as a vector beside the noise, training collapsed: G ignored the noise and made one image per class,
+    which was varied enough to pass for a batch.
     """
 
     def __init__(self, width: int, num_classes: int):
@@ -73,26 +73,26 @@ class ClassBatchNorm(nn.Module):
         self.norm = nn.BatchNorm2d(width, affine=False)
         self.gain = nn.Embedding(num_classes + 1, width)
         self.bias = nn.Embedding(num_classes + 1, width)
-        nn.init.normal_(self.gain.weight, 1.0, 0.3)  # classes differ from the start, though less than noise does
+        nn.init.normal_(self.gain.weight, 1.0, 0.3)  # classes differ from the start, but less than noise does
         nn.init.normal_(self.bias.weight, 0.0, 0.3)
 
     def forward(self, x: Tensor, class_ids: Tensor) -> Tensor:
-        """(B, D, H, W) and class ids (B,) to the same shape."""
-        row = class_ids % self.gain.num_embeddings  # -1, no class, is the last
+        """Normalises x (B, D, H, W) for class ids (B,)."""
+        row = class_ids % self.gain.num_embeddings  # -1 (no class) becomes the last row
         gain, bias = (rearrange(table(row), "b d -> b d 1 1") for table in (self.gain, self.bias))
         return gain * self.norm(x) + bias
 
 
 class DCGANDiscriminator(nn.Module):
-    """Image, and its class where there are any -> the logit of its being real (DCGAN, section 3).
+    """Gives an image, and its class if there are classes, the logit of being real (DCGAN, section 3).
 
-    The mirror image of the generator. The class enters by projection (Miyato and Koyama 2018, eq. 3).
+    It is the mirror image of the generator. The class enters by projection (Miyato and Koyama 2018, eq. 3).
 
     Args:
         image_size: side of the images, 8 pixels times a power of two.
-        channels: of the images.
-        num_classes: how many classes there are.
-        width: channels after the first layer; doubled at each further one, up to eight times.
+        channels: channels of the images.
+        num_classes: number of classes.
+        width: channels after the first layer; each further layer has twice as many, up to 8 * width.
     """
 
     def __init__(self, image_size: int, channels: int, num_classes: int, width: int = 32):
@@ -105,12 +105,12 @@ class DCGANDiscriminator(nn.Module):
             net += [nn.LeakyReLU(0.2)]
         self.net = nn.Sequential(*net)
         self.to_logit = nn.Conv2d(widths[-1], 1, 4)
-        self.embedding = nn.Embedding(num_classes + 1, widths[-1] * 16)  # what a class adds to the last layer's weights
+        self.embedding = nn.Embedding(num_classes + 1, widths[-1] * 16)  # each class adds its row to the last weights
         self.apply(_initialise)
-        nn.init.zeros_(self.embedding.weight)  # or G would first learn to answer to random directions
+        nn.init.zeros_(self.embedding.weight)  # otherwise G would first learn to follow random directions
 
     def forward(self, x: Tensor, class_ids: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] and class ids (B,), -1 for none, to logits (B,)."""
+        """Maps images (B, C, H, W) in [-1, 1] and class ids (B,), -1 for no class, to logits (B,)."""
         h = self.net(x)  # (B, D, 4, 4)
         projected = (self.embedding(class_ids % self.embedding.num_embeddings) * h.flatten(1)).sum(dim=1)
         return self.to_logit(h).flatten() + projected
@@ -118,14 +118,14 @@ class DCGANDiscriminator(nn.Module):
 
 @torch.no_grad()
 def settle_batch_norm(generator: DCGANGenerator, z: Tensor, class_ids: Tensor) -> None:
-    """Takes batch normalisation's statistics anew, for the weights as they are, and leaves the generator in eval mode.
+    """Computes batch normalisation's statistics anew for the current weights, and leaves the generator in eval mode.
 
-    Averaged weights need it: the running statistics are of other weights, which it passed through.
+    An average of weights needs this, because the running statistics belong to the weights during training.
 
     Args:
-        generator: what is changed.
-        z: noise (B, latent_dim), of as many images as the statistics are to be of.
-        class_ids: (B,).
+        generator: the generator, whose statistics are replaced.
+        z: noise (B, latent_dim); the statistics come from the images of this noise.
+        class_ids: class ids (B,).
     """
     norms = [module for module in generator.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
     momentum = [norm.momentum for norm in norms]
@@ -141,10 +141,10 @@ def settle_batch_norm(generator: DCGANGenerator, z: Tensor, class_ids: Tensor) -
 
 
 def load_gan(folder: Path) -> DCGANGenerator:
-    """The generator in a folder with its config.json and model.safetensors, in eval mode.
+    """The generator in a folder with config.json and model.safetensors, in eval mode.
 
     Raises:
-        InputError: there is none, or it does not load.
+        InputError: there is no generator in the folder, or it does not load.
     """
     try:
         generator = DCGANGenerator(**json.loads((folder / "config.json").read_bytes()))
@@ -155,7 +155,7 @@ def load_gan(folder: Path) -> DCGANGenerator:
 
 
 def _widths(image_size: int, width: int) -> list[int]:
-    """Channels at half the side, at a quarter, and so on down to 4x4 pixels."""
+    """The numbers of channels at half the side, at a quarter, and so on down to 4x4 pixels."""
     halvings = (image_size // 4).bit_length() - 1
     if image_size != 4 * 2**halvings or halvings < 1:
         below = max(8, 4 * 2 ** max(halvings, 0))

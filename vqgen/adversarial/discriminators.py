@@ -1,4 +1,4 @@
-"""The patch discriminator: which parts of an image look generated?"""
+"""The patch discriminator, which judges which parts of an image look generated."""
 
 import itertools
 from typing import Literal
@@ -12,17 +12,17 @@ from vqgen.errors import require, require_size
 
 
 class PatchDiscriminator(nn.Module):
-    """A logit for each of the overlapping patches of an image (PatchGAN, Isola et al. 2017).
+    """Gives a logit to each of the overlapping patches of an image (PatchGAN, Isola et al. 2017).
 
-    Each of the layers halves the resolution and doubles the channels, up to eight times as many; two more convolutions
-    make logits of what is left. With three layers a logit sees 70 pixels, with two 34.
+    Each of the layers halves the resolution and doubles the channels, up to 8 * width; two more convolutions turn the
+    result into logits. With three layers a logit sees 70 pixels, with two layers 34.
 
     Args:
-        channels: of the images.
-        layers: how many times the resolution is halved.
+        channels: channels of the images.
+        layers: number of layers that halve the resolution.
         width: channels after the first layer.
-        norm: `spectral` holds each layer's largest singular value at 1 (Miyato et al. 2018), or `none`.
-        blur: filters before each halving, so that it does not alias (Zhang 2019, in StyleGAN2's order).
+        norm: `spectral` keeps each layer's largest singular value at 1 (Miyato et al. 2018), or `none`.
+        blur: whether to blur before each halving, which avoids aliasing (Zhang 2019, in StyleGAN2's order).
     """
 
     def __init__(
@@ -50,18 +50,18 @@ class PatchDiscriminator(nn.Module):
         self.net = nn.Sequential(*net)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] to logits (B, 1, H / 2^layers - 2, W / 2^layers - 2)."""
+        """Maps images (B, C, H, W) in [-1, 1] to logits (B, 1, H / 2^layers - 2, W / 2^layers - 2)."""
         return self.net(x)
 
     def check_size(self, image_size: int) -> None:
-        """Raises InputError where images of image_size pixels leave no logit."""
-        deepest = (image_size // 3).bit_length() - 1  # what is left must have a side of 3
+        """Raises InputError if images of image_size pixels are too small to give a logit."""
+        deepest = (image_size // 3).bit_length() - 1  # after the layers, the side must be at least 3
         remedy = f"use {deepest} or fewer" if deepest > 0 else "the least is 6 pixels"
         require(self.layers <= deepest, f"layers={self.layers} is too deep for images of {image_size} pixels; {remedy}")
 
 
 class Blur(nn.Module):
-    """Each channel filtered by 1-2-1 in both directions: (B, C, H, W) to the same shape."""
+    """Filters each channel by 1-2-1 in both directions: (B, C, H, W) to the same shape."""
 
     kernel: Tensor
 

@@ -1,4 +1,4 @@
-"""Tokenizers: image -> code maps -> image. One file for each architecture."""
+"""Tokenizers: image -> code maps -> image. Each architecture has its own file."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ ARCHITECTURES: dict[str, type[VQModel]] = {"light": Light}
 
 
 def build_tokenizer(name: str = "light", **options: Any) -> VQModel:
-    """The tokenizer whose architecture has this name, with these options and new weights.
+    """A tokenizer of the architecture with this name, with these options and new weights.
 
     Raises:
-        InputError: no architecture has this name; it does not take an option, or not with this value.
+        InputError: no architecture has this name, or the architecture does not take an option or its value.
     """
     require_choice("name", name, ARCHITECTURES, "architecture")
     require_options(ARCHITECTURES[name], name, options)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class ResBlock(nn.Module):
-    """Pre-activation residual block of two 3x3 convolutions: (B, C, H, W) -> (B, C, H, W)."""
+    """Pre-activation residual block with two 3x3 convolutions: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -14,7 +14,7 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(num_groups(width), width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         for parameter in self.conv2.parameters():
-            nn.init.zeros_(parameter)  # the block starts as the identity, so depth costs nothing at the start
+            nn.init.zeros_(parameter)  # the block starts as the identity, so more blocks do no harm at first
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -22,5 +22,5 @@ class ResBlock(nn.Module):
 
 
 def num_groups(width: int) -> int:
-    """The most groups of at least 16 channels that the width divides into."""
+    """The largest number of equal groups of at least 16 channels that the width divides into; at least 1."""
     return next(n for n in range(max(1, width // 16), 0, -1) if width % n == 0)

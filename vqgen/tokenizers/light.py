@@ -1,4 +1,4 @@
-"""A light convolutional architecture, which spends its time at low resolution."""
+"""A light convolutional architecture that does most of its work at low resolution."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +13,13 @@ MAX_WIDTH = 1 << 16
 
 
 class Light(VQModel):
-    """Residual blocks behind a space-to-depth stem, which goes straight to 1/patch_size of the image's side.
+    """Residual blocks after a space-to-depth stem, which divides the image's side by patch_size at once.
 
-    Each further width halves the side again. So the stride is patch_size * 2 ** (len(widths) - 1).
+    Each further width halves the side again, so the stride is patch_size * 2 ** (len(widths) - 1).
 
     Args:
-        channels: of the images, 1 (grey) or 3 (RGB).
-        patch_size: side of the squares that the stem turns into vectors.
+        channels: channels of the images, 1 (grey) or 3 (RGB).
+        patch_size: side in pixels of the squares that the stem turns into vectors.
         widths: channels at each resolution, finest first.
         encoder_blocks: residual blocks at each resolution of the encoder.
         decoder_blocks: residual blocks at each resolution of the decoder.

@@ -1,4 +1,4 @@
-"""What all tokenizers are, whatever their architecture: an encoder, a quantizer and a decoder."""
+"""The common part of all tokenizers: an encoder, a quantizer and a decoder of any architecture."""
 
 import hashlib
 import json
@@ -16,21 +16,21 @@ from vqgen.quantizers import Quantizer, QuantizerOutput, build_quantizer, quanti
 
 
 class VQModel(nn.Module, PyTorchModelHubMixin):
-    """Image -> grid of codes -> image (VQ-VAE, van den Oord et al. 2017), images in [-1, 1].
+    """Image -> grid of codes -> image (VQ-VAE, van den Oord et al. 2017), with images in [-1, 1].
 
-    An architecture is a subclass whose constructor makes the four networks around the quantizer. All of its arguments
-    are values that JSON can hold, and have defaults; `channels` and `quantizer` are two of them.
+    An architecture is a subclass whose constructor makes the four networks around the quantizer. The constructor's
+    arguments include `channels` and `quantizer`; each has a default, and a value that JSON can hold.
 
     Args:
-        channels: of the images, 1 (grey) or 3 (RGB).
-        stride: how many pixels of the side one code stands for.
-        quantizer: name and options of the quantizer, as build_quantizer takes them.
+        channels: channels of the images, 1 (grey) or 3 (RGB).
+        stride: pixels per code along each side.
+        quantizer: the quantizer's name and options, as for build_quantizer.
 
     Attributes:
         encoder: images (B, C, H, W) -> features (B, E, H / stride, W / stride).
-        to_code: features -> vectors (B, D, H / stride, W / stride), D being the quantizer's code_dim.
+        to_code: features -> vectors (B, D, H / stride, W / stride), where D is the quantizer's code_dim.
         from_code: quantized vectors -> the decoder's input.
-        decoder: -> images (B, C, H, W).
+        decoder: the decoder's input -> images (B, C, H, W).
     """
 
     encoder: nn.Module
@@ -53,23 +53,23 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[QuantizerOutput]]:
-        """Images (B, C, H, W) to reconstructions of the same shape, and the quantizer's output for each code map."""
+        """Reconstructions of images (B, C, H, W), in the same shape, and the quantizer's output for each code map."""
         q = self.quantizer(self.to_code(self.encoder(x)))
         return self.decoder(self.from_code(q.z_q)), [q]
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """Images (B, C, H, W) to code maps [(B, Q, H / stride, W / stride)], coarse to fine."""
+        """The code maps [(B, Q, H / stride, W / stride)] of images (B, C, H, W), coarse to fine."""
         return [self.quantizer(self.to_code(self.encoder(x))).codes]
 
     def decode(self, codes: list[Tensor]) -> Tensor:
-        """Code maps, as encode returns them, to images (B, C, H, W)."""
+        """The images (B, C, H, W) of code maps from `encode`."""
         return self.decoder(self.from_code(self.quantizer.decode_codes(codes[0])))
 
     def code_layout(self, size: int) -> CodeLayout:
         """The code layout of images of size x size pixels.
 
         Raises:
-            InputError: the size is not divisible by the model's stride; the message calls it image_size.
+            InputError: the size is not divisible by the model's stride; the message calls the size image_size.
         """
         if size % self.stride or size < self.stride:
             below = max(1, size // self.stride) * self.stride
@@ -82,7 +82,7 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model.safetensors, and config.json with the architecture's name and all options, to a folder."""
-        from vqgen.tokenizers import ARCHITECTURES  # which imports this module
+        from vqgen.tokenizers import ARCHITECTURES  # imported here, because vqgen.tokenizers imports this module
 
         name = next((name for name, architecture in ARCHITECTURES.items() if architecture is type(self)), None)
         require(name is not None, f"{type(self).__name__} cannot be saved: it has no name in tokenizers.ARCHITECTURES")
@@ -92,10 +92,10 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "VQModel":
-        """The tokenizer of a stage-1 or stage-2 run, or in a folder of its own, in eval mode.
+        """The tokenizer of a stage-1 or stage-2 run, or of a model's own folder, in eval mode.
 
         Raises:
-            InputError: there is no tokenizer, it does not load, or it is of another architecture than the class.
+            InputError: there is no tokenizer, it does not load, or its architecture is not this class.
         """
         model = load_tokenizer(Path(folder))[0].requires_grad_()
         require(isinstance(model, cls), f"{folder}: its tokenizer is no {cls.__name__} but a {type(model).__name__}")
@@ -103,27 +103,27 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
 
 
 def from_uint8(images: Tensor) -> Tensor:
-    """Images uint8 to float in [-1, 1]."""
+    """Converts uint8 images to float in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Images in [-1, 1] to uint8; values outside the range are clipped."""
+    """Converts images in [-1, 1] to uint8; values outside the range are clipped."""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 def load_tokenizer(folder: Path) -> tuple[VQModel, str]:
-    """The tokenizer of a stage-1 or stage-2 run, or in a folder of its own; and the SHA-256 of its two files.
+    """The tokenizer of a stage-1 or stage-2 run, or of a model's own folder; and the SHA-256 of its two files.
 
     The model is in eval mode, and its weights are frozen.
 
     Raises:
         InputError: there is no tokenizer, or it does not load.
     """
-    from vqgen.tokenizers import ARCHITECTURES, build_tokenizer  # which imports this module
+    from vqgen.tokenizers import ARCHITECTURES, build_tokenizer  # here, because vqgen.tokenizers imports this module
 
     folder = expanded(folder)
-    places = [folder / "model" / "tokenizer", folder / "tokenizer", folder / "model"]  # a stage-2 run's first
+    places = [folder / "model" / "tokenizer", folder / "tokenizer", folder / "model"]  # stage-2 runs come first
     inside = next((place for place in places if place.is_dir()), folder)
     for name in ("config.json", "model.safetensors"):
         if not (inside / name).is_file():
@@ -132,7 +132,7 @@ def load_tokenizer(folder: Path) -> tuple[VQModel, str]:
             )
     content = [(inside / name).read_bytes() for name in ("config.json", "model.safetensors")]
     try:
-        options = {"name": "light"} | json.loads(content[0])  # the first versions had no other architecture, nor names
+        options = {"name": "light"} | json.loads(content[0])  # the first versions had only this one, without a name
         if options["name"] not in list(ARCHITECTURES):
             raise InputError(
                 f"its architecture {options['name']!r} is not in this version of vqgen, "
