@@ -26,7 +26,7 @@ from vqgen.tokenizers.vqmodel import VQModel, from_uint8, load_tokenizer, to_uin
 logger = logging.getLogger("vqgen")
 
 DEFAULTS = SampleConfig()
-PRIOR_OPTIONS = ("temperature", "top_k", "top_p", "cfg_scale")  # of SampleConfig; a GAN has no use for them
+PRIOR_OPTIONS = ("temperature", "top_k", "top_p", "cfg_scale")  # settings in SampleConfig that a GAN does not use
 
 ClassIds: TypeAlias = Sequence[int | str] | int | str | None
 Images: TypeAlias = Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]
@@ -37,17 +37,17 @@ class Generator:
 
     Args:
         model: the prior or the GAN's generator, in eval mode.
-        tokenizer: of the prior; None for a GAN.
-        data: the settings that made squares of the training images; `reconstruct` does the same to its images. None
-            takes the defaults of `DataConfig` and the model's size.
-        checkpoint: SHA-256 of the files of all the models.
+        tokenizer: the prior's tokenizer; None for a GAN.
+        data: the settings by which the training images became squares; `reconstruct` treats its images the same way.
+            None takes the defaults of `DataConfig` and the model's size.
+        checkpoint: SHA-256 of the files of all models.
         tokenizer_hash: SHA-256 of the tokenizer's files.
 
     Attributes:
         class_names: the classes in the order of their ids; empty if there are none.
         image_size: side of the images, in pixels.
-        channels: of the images, 1 (grey) or 3 (RGB).
-        num_parameters: of the prior and its tokenizer, or of the GAN's generator.
+        channels: channels of the images, 1 (grey) or 3 (RGB).
+        num_parameters: number of parameters of the prior and its tokenizer, or of the GAN's generator.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class Generator:
         """The generator of a stage-2 run or of a GAN's run, on the CPU and in eval mode.
 
         Args:
-            folder: of the run, or of its `model/`.
+            folder: the run's folder, or its `model/`.
 
         Raises:
-            InputError: there is no such model in the folder, or it does not load.
+            InputError: the folder has no such model, or the model does not load.
         """
         folder = expanded(folder)
         inside = folder / "model" if (folder / "model").is_dir() else folder
@@ -103,16 +103,16 @@ class Generator:
 
     @property
     def is_gan(self) -> bool:
-        """Whether it draws from noise, without codes."""
+        """Whether the model is a GAN, which draws from noise, without codes."""
         return not isinstance(self.model, Prior)
 
     @property
     def device(self) -> torch.device:
-        """Where the models are."""
+        """The models' device."""
         return next(self.model.parameters()).device
 
     def to(self, device: str | torch.device) -> "Generator":
-        """Moves the models to a device; returns itself."""
+        """Moves the models to a device, and returns this generator."""
         for model in self._models():
             model.to(device)
         return self
@@ -132,17 +132,18 @@ class Generator:
         """Draws images; the same seed gives the same images, whatever num_images and batch_size.
 
         Args:
-            class_ids: classes to draw in turn, by id or by name; None takes all, -1 is no class.
-            num_images: how many images to draw.
-            seed: 0 or more.
-            cfg_scale: classifier-free guidance (Ho and Salimans 2022); 1 is none. The prior's, like the next three.
+            class_ids: classes to cycle through, by id or by name; None takes all classes, -1 means no class.
+            num_images: number of images.
+            seed: random seed, 0 or more.
+            cfg_scale: strength of classifier-free guidance (Ho and Salimans 2022); 1 turns it off. This and the next
+                three options are for priors only.
             temperature: divides the logits; 0 takes the likeliest token.
-            top_k: draw from the k likeliest tokens only; 0 is all.
-            top_p: draw from the likeliest tokens that together have this probability; 1 is all.
+            top_k: draw from the k likeliest tokens only; 0 means all tokens.
+            top_p: draw from the likeliest tokens that together have this probability; 1 means all tokens.
             batch_size: images drawn at a time.
 
         Raises:
-            InputError: the model knows no such class, or a setting cannot be used.
+            InputError: the model does not know a class, or a setting is invalid for it.
         """
         settings = SampleConfig(
             num_images=num_images,
@@ -164,13 +165,13 @@ class Generator:
 
     @torch.no_grad()
     def reconstruct(self, images: Images) -> list[Image.Image]:
-        """Images as the tokenizer reproduces them, made squares of the model's size first, as for its training.
+        """The tokenizer's reconstructions of images, which first become squares of the model's size, as in training.
 
         Args:
             images: one or a sequence of PIL images or uint8 arrays, (H, W) or (H, W, C); or an array (N, H, W, C).
 
         Raises:
-            InputError: the model is a GAN, which has no encoder; or what is given is no image.
+            InputError: the model is a GAN, which has no encoder; or an argument is not an image.
         """
         tokenizer = self.tokenizer
         if tokenizer is None:
@@ -194,7 +195,7 @@ class Generator:
         ]
 
     def draw(self, class_ids: Tensor, *, seed: int, first: int = 0, **options: float) -> Tensor:
-        """Images uint8 (B, C, H, W) number `first` and on of a seed, for class ids (B,) on the models' device.
+        """Draws a seed's images from number `first` on, uint8 (B, C, H, W), for class ids (B,) on the models' device.
 
         The options are those of `sample_tokens`; a GAN takes none.
         """
@@ -207,7 +208,7 @@ class Generator:
         """The options of `draw` that the settings ask for.
 
         Raises:
-            InputError: the model is a GAN, and the settings change what only a prior draws with.
+            InputError: the model is a GAN, and the settings change an option that only a prior uses.
         """
         options = {name: getattr(settings, name) for name in PRIOR_OPTIONS}
         if not self.is_gan:
@@ -218,10 +219,10 @@ class Generator:
         return {}
 
     def choices(self, class_ids: ClassIds) -> Sequence[int]:
-        """The ids of the classes to draw: those asked for by id or name, or for None all that the model knows.
+        """The ids of the given classes (ids or names); None means all classes of the model.
 
         Raises:
-            InputError: the model knows no such class; the message has the nearest names.
+            InputError: the model does not know a class; the message has the nearest names.
         """
         if class_ids is None:
             return range(len(self.class_names))
@@ -237,7 +238,7 @@ class Generator:
 
     def _checked_id(self, class_id: int) -> int:
         num_classes = len(self.class_names)
-        least = -1 if not (self.is_gan and num_classes) else 0  # a GAN with classes never trained without one
+        least = -1 if not (self.is_gan and num_classes) else 0  # a GAN with classes has not trained without a class
         known = f"0 to {num_classes - 1}" + (", or -1 for none" if least < 0 else "")
         known = known if num_classes else "-1 only, as it was trained without classes"
         valid = isinstance(class_id, int | np.integer) and least <= class_id < num_classes
@@ -249,7 +250,7 @@ class Generator:
 
 
 def _training_data(path: Path) -> DataConfig | None:
-    """How a run's config.yaml makes squares of images; None if there is no such file, or it does not say."""
+    """The settings by which images become squares, from a run's config.yaml; None if the file has none."""
     try:
         section = yaml.safe_load(path.read_text())["data"]
         return DataConfig(resize=section["resize"], background=section["background"])
@@ -267,7 +268,7 @@ def _as_pictures(images: Images) -> list[Image.Image]:
 
 
 def _picture(array: np.ndarray) -> Image.Image:
-    """An array uint8 (H, W) or (H, W, C) as an image."""
+    """Converts an array, uint8 (H, W) or (H, W, C), to a PIL image."""
     array = np.asarray(array)
     fits = array.dtype == np.uint8 and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4)))
     require(fits, f"images: an array of {array.dtype} {array.shape} is no image; give uint8 (H, W) or (H, W, C)")
@@ -275,5 +276,5 @@ def _picture(array: np.ndarray) -> Image.Image:
 
 
 def _pictures(images: Tensor) -> list[Image.Image]:
-    """Images uint8 (B, C, H, W) as PIL images."""
+    """Converts images uint8 (B, C, H, W) to PIL images."""
     return [_picture(array) for array in rearrange(images, "b c h w -> b h w c").cpu().numpy()]

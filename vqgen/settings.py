@@ -1,11 +1,11 @@
-"""Every setting, its default and its meaning; how they are read is in `vqgen.cli`."""
+"""Every setting, with its default and its meaning; `vqgen.cli` reads them."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vqgen.errors import require, require_size
 
-# The settings that are paths, by the last part of their keys: the programs expand `~` in them.
+# The last part of the key of each setting that is a path; the programs expand `~` in these.
 PATHS = {"run_dir", "source", "val_source", "stage1", "codes_dir", "weights", "out"}
 PATHS |= {"cache_dir", "feature_weights", "perceptual_weights", "compare", "images", "reference"}
 VQGAN_SETTINGS = ["loss.perceptual.name=alex", "loss.adversarial.name=non_saturating"]
@@ -13,31 +13,31 @@ VQGAN_SETTINGS = ["loss.perceptual.name=alex", "loss.adversarial.name=non_satura
 
 @dataclass
 class DataConfig:
-    """Which images, and how each becomes a square of `image_size` pixels."""
+    """The images, and how each becomes a square of `image_size` pixels."""
 
     source: str = "digits"
-    """The images: `digits` (built in), a folder (class = subfolder), an .npz, tar shards such as
+    """The images: `digits` (built in), a folder (each subfolder is a class), an .npz, tar shards such as
     `train-{00000..00009}.tar`, or a folder of MNIST-style IDX files."""
     val_source: str | None = None
     """Held-out images, in any of the same forms; null takes the source's own, or splits some off."""
     val_fraction: float = 0.05
-    """Share split off by a hash of the file's name, where no held-out images are given."""
+    """Share of the images to hold out, chosen by a hash of the file's name, if there are no held-out images."""
     image_size: int = 32
     """Side of the square the model sees, in pixels."""
     channels: int | None = None
     """1 (grey) or 3 (RGB); null takes 1 if the images are grey, else 3."""
     resize: Literal["crop", "pad"] = "crop"
-    """`crop` scales the short side to image_size and crops the centre; `pad` only ever shrinks, and pads."""
+    """`crop` scales the short side to image_size and crops the centre; `pad` shrinks large images and pads."""
     background: str = "white"
     """Colour behind transparent pixels and in the padding: a name or #rrggbb."""
     flip: bool = False
     """Mirror half of the training images left to right."""
     on_error: Literal["skip", "raise"] = "skip"
-    """An image that does not load: `skip` it and name it in the run's skipped.txt, or `raise`."""
+    """For an image that does not load: `skip` it and name it in the run's skipped.txt, or `raise` an error."""
     cache_gb: float = 1.0
-    """Decode the data set once into each process's memory if it takes no more than this; else as training goes."""
+    """If the decoded data set is at most this large, each process keeps it in memory; otherwise training decodes it."""
     workers: int = 2
-    """Processes a rank decodes images with, where the data set is not in memory."""
+    """Number of processes per rank that decode images, if the data set is not in memory."""
 
     def __post_init__(self) -> None:
         require_size("data.workers", self.workers, 256, least=0)
@@ -45,18 +45,19 @@ class DataConfig:
 
 @dataclass
 class PerceptualConfig:
-    """The distance of images and reconstructions in an ImageNet classifier's features."""
+    """The distance between images and reconstructions in an ImageNet classifier's features."""
 
     name: Literal["none", "alex", "vgg", "lpips-vgg"] = "none"
     """`none`, `alex` or `vgg` (shift-tolerant LPIPS), or `lpips-vgg` (the original)."""
     weights: list[str] = field(default_factory=list)
-    """Files with its weights; none takes the installed ones. `lpips-vgg` needs [VGG16.pth,HEADS.pth]."""
+    """Files with its weights; an empty list takes the installed ones. `lpips-vgg` needs [VGG16.pth,HEADS.pth]."""
     weight: float = 0.01
-    """Its weight in the loss. Much more, and the decoder draws patterns that only the classifier takes for texture."""
+    """Its weight in the loss. With a much larger weight the decoder draws patterns that only the classifier takes for
+    texture."""
     every: int = 4
-    """It is computed on every so many-th image of a process's pass: fewer cost less, and are the same on average."""
+    """N: it is computed on every N-th image of each pass; a larger N costs less, and gives the same on average."""
     start: float = 0.5
-    """Share of the run after which it counts; the steps before are cheaper."""
+    """Share of the run after which it counts; earlier steps are cheaper."""
 
     def __post_init__(self) -> None:
         require(0 <= self.start <= 1, f"loss.perceptual.start={self.start}: is a share of the run, from 0 to 1")
@@ -66,27 +67,27 @@ class PerceptualConfig:
 
 @dataclass
 class AdversarialConfig:
-    """The patch discriminator's part, which makes the tokenizer a VQGAN."""
+    """The patch discriminator's loss, which makes the tokenizer a VQGAN."""
 
     name: Literal["none", "non_saturating", "hinge", "least_squares"] = "none"
     """`none`, `non_saturating`, `hinge` or `least_squares`."""
     weight: float = 0.3
-    """Its weight in the loss; with `adaptive` a factor of that weight."""
+    """Its weight in the loss; with `adaptive`, a factor of the adaptive weight."""
     adaptive: bool = True
-    """Weigh it so that it pulls as hard at the decoder's last layer as the other losses do (VQGAN, eq. 7)."""
+    """Adapt the weight so that D's gradient at the decoder's last layer is as large as the others' (VQGAN, eq. 7)."""
     start: float = 0.75
-    """Share of the run after which the decoder sees the discriminator; late, when the learning rate is low."""
+    """Share of the run after which the decoder sees the discriminator; late in the run the learning rate is low."""
     lead: float = 0.15
     """Share of the run before `start` in which the discriminator already learns."""
     ramp: float = 0.1
     """Share of the run after `start` in which the weight rises from 0."""
     lr: float = 2e-3
-    """Learning rate of the discriminator until `start`; from there on it falls as the tokenizer's does."""
+    """Learning rate of the discriminator until `start`; after that it falls in proportion to the tokenizer's."""
     lecam: float = 0.0
-    """Weight of LeCam's regularisation, for few images: 0.01, for example."""
+    """Weight of LeCam's regularisation, which helps with few images; 0.01, for example."""
     r1: float = 1.0
-    """Weight of the gradient penalty R1, tuned at 32 and 64 pixels; larger images want less. With 0 the decoder learns
-    noise that fools the discriminator, not texture."""
+    """Weight of the gradient penalty R1, tuned at 32 and 64 pixels; larger images need less. With 0 the decoder learns
+    noise that fools the discriminator instead of texture."""
 
     def __post_init__(self) -> None:
         require(0 <= self.start <= 1, f"loss.adversarial.start={self.start}: is a share of the run, from 0 to 1")
@@ -98,7 +99,7 @@ class AdversarialConfig:
 
 @dataclass
 class LossConfig:
-    """What stage 1 minimises, beside the quantizer's own loss."""
+    """The losses of stage 1 besides the quantizer's own."""
 
     rec: Literal["mse", "l1"] = "mse"
     """Distance between image and reconstruction: `mse` (best PSNR) or `l1` (crisper edges)."""
@@ -115,13 +116,13 @@ class OptimConfig:
     weight_decay: float = 0.01
     """Decoupled weight decay, on matrices and convolutions only."""
     beta1: float = 0.9
-    """Adam's decay rate of the gradient's mean."""
+    """Adam's decay rate for the mean of the gradient."""
     beta2: float = 0.99
-    """Adam's decay rate of the gradient's square."""
+    """Adam's decay rate for the mean of the gradient's square."""
     warmup: float = 0.1
     """Share of the budget over which the learning rate rises to its peak."""
     grad_clip: float = 1.0
-    """Largest norm of the whole gradient; larger ones are scaled down to it."""
+    """Largest norm of the whole gradient; larger gradients are scaled down to it."""
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):
@@ -134,18 +135,18 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    """How long, in what portions, and what is written on the way."""
+    """The length of training, the size of its steps, and what it writes on the way."""
 
     batch_size: int = 64
     """Images per step, over all processes and accumulation steps together."""
     max_steps: int | None = 4500
-    """The run ends after so many steps."""
+    """The run ends after this many steps; null sets no bound."""
     max_seconds: float | None = None
-    """The run ends after so many seconds of training (evaluation and start-up apart), if max_steps is not reached."""
+    """The run ends after this many seconds of training, not counting evaluation and start-up; null sets no bound."""
     accumulation: int = 1
-    """Forward and backward passes per step; more of them take less memory."""
+    """Forward and backward passes per step; more passes take less memory."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """`no`, `bf16` or `fp16`; null does what `accelerate launch` was told."""
+    """`no`, `bf16` or `fp16`; null takes the setting of `accelerate launch`."""
     ema: float = 0.05
     """Width of the weight average that is evaluated and saved, as a share of the run so far; 0 turns it off."""
     log_every: int = 100
@@ -153,17 +154,17 @@ class TrainConfig:
     eval_every: int = 500
     """Steps between evaluations on held-out images, with a picture; also done at the end."""
     eval_images: int = 2000
-    """Held-out images that an evaluation looks at, at most."""
+    """Largest number of held-out images in an evaluation."""
     checkpoint_every: int = 500
     """Steps between checkpoints; one is also written at the end."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
+    """Number of the newest checkpoints that stay."""
     milestone_every: int | None = 10000
-    """The first checkpoint at or after each multiple of so many steps stays for good; null keeps none."""
+    """The first checkpoint at or after each multiple of this number of steps stays for good; null keeps none."""
     max_hours: float | None = None
-    """Save and end after so many hours by the clock, start-up included; the same command then goes on."""
+    """Save and end after this many hours by the clock, start-up included; the same command then goes on."""
     max_bad_steps: int = 10
-    """Steps in a row whose loss is not finite, and which are skipped, before the run goes back to a checkpoint."""
+    """Steps whose loss is not finite are skipped; after this many in a row the run goes back to a checkpoint."""
 
     def __post_init__(self) -> None:
         names = ("accumulation", "log_every", "eval_every", "eval_images", "checkpoint_every", "keep_checkpoints")
@@ -182,10 +183,10 @@ class TrackingConfig:
     """Where the numbers go besides metrics.jsonl."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """`auto` does what WANDB_MODE and WANDB_DISABLED say, else goes online with an API key and offline without;
-    `online`, `offline` or `disabled`."""
+    """`online`, `offline`, `disabled`, or `auto`, which follows WANDB_MODE and WANDB_DISABLED; if these are not set,
+    `auto` is online with an API key and offline without one."""
     project: str | None = None
-    """Name of the wandb project; null takes WANDB_PROJECT, or else vqgen."""
+    """Name of the wandb project; null takes WANDB_PROJECT, or vqgen if that is not set."""
 
 
 @dataclass
@@ -218,7 +219,7 @@ class Stage2Config:
     stage1: str = "runs/stage1"
     """The tokenizer: a stage-1 run, or a folder with a model's config.json and model.safetensors."""
     codes_dir: str | None = None
-    """Where the encoded data set is kept; null puts it in the tokenizer's folder, under codes/."""
+    """Folder for the encoded data set; null takes codes/ in the tokenizer's folder."""
     class_dropout: float = 0.1
     """Share of the examples whose class is hidden, so that sampling can use classifier-free guidance."""
     seed: int = 0
@@ -243,7 +244,7 @@ class GANConfig:
     seed: int = 0
     """Seed of everything random; on the CPU the same seed gives the same bits."""
     loss: Literal["non_saturating", "hinge", "least_squares", "minimax"] = "non_saturating"
-    """What the two minimise: `non_saturating`, `hinge`, `least_squares`, or `minimax`, the literal log(1 - D(G(z)))."""
+    """The loss: `non_saturating`, `hinge`, `least_squares`, or `minimax`, the literal log(1 - D(G(z)))."""
     data: DataConfig = field(default_factory=DataConfig)
     generator: dict[str, Any] = field(default_factory=dict)
     discriminator: dict[str, Any] = field(default_factory=dict)
@@ -262,26 +263,26 @@ class GANConfig:
 
 @dataclass
 class SampleConfig:
-    """Draw images from a stage-2 run, or from a GAN's."""
+    """Draw images from a stage-2 run, or from a GAN's run."""
 
     num_images: int = 64
-    """How many images to draw."""
+    """Number of images to draw."""
     class_ids: list[int] | None = None
-    """Classes to draw, in turn; null takes all of them in turn, -1 is no class at all."""
+    """Classes to cycle through; null takes all classes, -1 means no class."""
     cfg_scale: float = 1.5
-    """Classifier-free guidance: 1 is none, more is more typical of the class and less varied."""
+    """Classifier-free guidance: 1 turns it off; larger values give more typical and less varied images of a class."""
     temperature: float = 1.0
-    """Divides the logits: below 1 is safer and less varied; 0 takes the likeliest token."""
+    """Divides the logits: values below 1 are safer and less varied; 0 takes the likeliest token."""
     top_k: int = 0
-    """Draw from the k likeliest tokens only; 0 is all."""
+    """Draw from the k likeliest tokens only; 0 means all tokens."""
     top_p: float = 0.95
-    """Draw from the likeliest tokens that together have this probability; 1 is all."""
+    """Draw from the likeliest tokens that together have this probability; 1 means all tokens."""
     seed: int = 0
-    """The same seed gives the same images, whatever num_images and batch_size."""
+    """The same seed gives the same images, whatever num_images and batch_size are."""
     batch_size: int = 256
-    """Images drawn at a time; less takes less memory."""
+    """Images drawn at a time; fewer take less memory."""
     out: str | None = None
-    """Folder for grid.png and samples.npz; null is RUN_DIR/samples."""
+    """Folder for grid.png and samples.npz; null means RUN_DIR/samples."""
 
     def __post_init__(self) -> None:
         require(self.num_images > 0, f"num_images={self.num_images}: must be at least 1")
@@ -294,17 +295,17 @@ class SampleConfig:
 
 @dataclass
 class EvaluateConfig:
-    """What both evaluations take."""
+    """The settings of both evaluations."""
 
     features: str = "efficientnet-lite0"
     """Feature network: `efficientnet-lite0` (ImageNet; in vqgen[evaluation]), `inception` (the standard one,
-    downloaded) or `lenet` (trained here on the reference's own classes, for digits and the like)."""
+    downloaded) or `lenet` (trained here on the reference's own classes, for digits and similar images)."""
     feature_weights: str | None = None
-    """File of the feature network's weights; null takes the installed, downloads or trains them."""
+    """File of the feature network's weights; null takes the installed ones, downloads them, or trains them."""
     cache_dir: str | None = None
-    """Where features of reference sets are kept; null is vqgen/ in the user's cache folder."""
+    """Folder for the features of reference sets; null means vqgen/ in the user's cache folder."""
     compare: str | None = None
-    """Another run, or an evaluation.json: print both evaluations side by side, and evaluate nothing."""
+    """Another run, or an evaluation.json: print both evaluations side by side without evaluating again."""
     data: dict[str, Any] = field(default_factory=dict)
     tracking: dict[str, Any] = field(default_factory=dict)
 
@@ -313,21 +314,22 @@ class EvaluateConfig:
 class Stage1EvaluateConfig(EvaluateConfig):
     """Measure a tokenizer on held-out images.
 
-    What is not given of data.* and tracking.* is the run's own; of another data.source it is the held-out part too.
+    Settings of data.* and tracking.* that are not given are taken from the run. With another data.source, too, the
+    held-out part is measured.
     """
 
     num_images: int | None = None
-    """Held-out images to look at, at most; null is all."""
+    """Largest number of held-out images to measure; null means all."""
     perceptual: str = "alex"
-    """Of the perceptual distance: `alex` or `vgg` (shift-tolerant LPIPS), `lpips-vgg` (the original) or `none`."""
+    """Perceptual distance: `alex` or `vgg` (shift-tolerant LPIPS), `lpips-vgg` (the original) or `none`."""
     perceptual_weights: list[str] = field(default_factory=list)
-    """Files with its weights; none takes the installed ones. `lpips-vgg` needs [VGG16.pth,HEADS.pth]."""
+    """Files with its weights; an empty list takes the installed ones. `lpips-vgg` needs [VGG16.pth,HEADS.pth]."""
     batch_size: int = 128
-    """Images at a time, on each process."""
+    """Images per batch of each process."""
     seed: int = 0
-    """Seed of what is drawn for the evaluation."""
+    """Seed of random choices in the evaluation."""
     out: str | None = None
-    """Folder for evaluation.json and the pictures; null is RUN_DIR/evaluation."""
+    """Folder for evaluation.json and the pictures; null means RUN_DIR/evaluation."""
 
     def __post_init__(self) -> None:
         require(self.num_images is None or self.num_images > 1, f"num_images={self.num_images}: must be 2 or more")
@@ -339,19 +341,19 @@ class Stage1EvaluateConfig(EvaluateConfig):
 class Stage2EvaluateConfig(EvaluateConfig, SampleConfig):
     """Measure a prior and its samples, or any images against others.
 
-    What is not given of data.* and tracking.* is the run's own.
+    Settings of data.* and tracking.* that are not given are taken from the run.
     """
 
     num_images: int = 2000
-    """How many images to draw; with `images`, how many of those to look at, at most."""
+    """Number of images to draw; with `images`, the largest number of them to measure."""
     num_reference: int | None = 10000
-    """Training images, or images of `reference`, to compare with, at most; null is all."""
+    """Largest number of training images, or of images in `reference`, to compare with; null means all."""
     images: str | None = None
-    """Images that are there already, to measure in place of a run's samples: a folder, an .npz, or as data.source."""
+    """Existing images to measure instead of a run's samples, in any of the forms of data.source."""
     reference: str | None = None
-    """What to measure `images` against, in any of the same forms."""
+    """The images to compare `images` with, in any of the same forms."""
     out: str | None = None
-    """Folder for evaluation.json and the pictures; null is RUN_DIR/evaluation, or evaluation/ with `images`."""
+    """Folder for evaluation.json and the pictures; null means RUN_DIR/evaluation, or evaluation/ with `images`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -362,32 +364,32 @@ class Stage2EvaluateConfig(EvaluateConfig, SampleConfig):
 
 @dataclass
 class CompareConfig:
-    """Train a GAN, a VQ-VAE with its prior and a VQGAN with its prior for as long, and set them side by side."""
+    """Train a GAN, a VQ-VAE with a prior and a VQGAN with a prior for the same time, and compare them."""
 
     run_dir: str = "runs/compare"
     """Folder for the runs, comparison.md and comparison.png; the same command again goes on where it stopped."""
     seconds: float = 180.0
-    """Training time of each of the three, in seconds, both stages together."""
+    """Training time of each of the three in seconds, for both stages together."""
     prior_share: float = 0.45
-    """The prior's share of that time, where there is one."""
+    """The prior's share of that time, if there is a prior."""
     seed: int = 0
-    """Seed of the runs and of what is drawn."""
+    """Seed of the runs and of the samples."""
     num_images: int = 2000
-    """Images to draw from each, and held-out images to look at, at most."""
+    """Number of images to draw from each model; the largest number of held-out images to measure."""
     num_reference: int | None = 10000
-    """Training images to compare samples with, at most; null is all."""
+    """Largest number of training images to compare samples with; null means all."""
     features: str = "efficientnet-lite0"
-    """Feature network: `efficientnet-lite0`, `inception` or `lenet`, as for the evaluations."""
+    """Feature network: `efficientnet-lite0`, `inception` or `lenet`, as in the evaluations."""
     perceptual: str = "alex"
-    """Of the reconstructions' perceptual distance: `alex`, `vgg` or `none`."""
+    """Perceptual distance of the reconstructions: `alex`, `vgg` or `none`."""
     cache_dir: str | None = None
-    """Where features of reference sets are kept; null is vqgen/ in the user's cache folder."""
+    """Folder for the features of reference sets; null means vqgen/ in the user's cache folder."""
     gan: list[str] = field(default_factory=list)
     """Further settings of stage1/train_gan.py, as in 'gan=[optim.lr=1e-4]'."""
     tokenizer: list[str] = field(default_factory=list)
     """Further settings of stage1/train.py, for both tokenizers."""
     vqgan: list[str] = field(default_factory=VQGAN_SETTINGS.copy)
-    """What makes the second tokenizer a VQGAN."""
+    """The settings that make the second tokenizer a VQGAN."""
     prior: list[str] = field(default_factory=list)
     """Further settings of stage2/train.py, for both priors."""
     data: dict[str, Any] = field(default_factory=dict)

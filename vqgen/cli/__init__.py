@@ -1,1 +1,1 @@
-"""The frame around the programs: the command line, --help, messages, and the processes that a launcher starts."""
+"""The common frame of all programs: the command line, --help, messages, and the start of several processes."""

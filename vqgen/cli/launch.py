@@ -1,4 +1,4 @@
-"""What `accelerate launch` leaves undone where there is no GPU: more than one process, and the number of threads."""
+"""Completes `accelerate launch` on machines without a GPU: starts several processes, and chooses the threads."""
 
 import os
 import sys
@@ -10,40 +10,40 @@ from vqgen.distributed import available_cores
 from vqgen.errors import InputError
 from vqgen.training.threads import CHOSEN
 
-LOOK = 0.3  # seconds that the cores are watched for
+LOOK = 0.3  # seconds for which the load of the cores is measured
 
 
 def make_up_for_launcher() -> None:
-    """Starts the processes that `accelerate launch --cpu` was asked for, and chooses the number of threads.
+    """Starts all processes that `accelerate launch --cpu` should start, and chooses the number of threads.
 
-    `accelerate launch --cpu --num_processes 2 PROGRAM` starts one process (huggingface/accelerate issue 2741). That one
-    becomes torch's launcher for all of them here. Accelerate also sets OMP_NUM_THREADS=1 for each process if the user
-    has not set it, which leaves most of the machine idle.
+    `accelerate launch --cpu --num_processes 2 PROGRAM` starts only one process (huggingface/accelerate issue 2741).
+    This function turns that process into torch's launcher for all of them. Accelerate also sets OMP_NUM_THREADS=1 for
+    each process if the user has not set it, which would leave most of the machine idle.
 
     Raises:
-        InputError: several processes were asked for on several machines without GPUs.
+        InputError: the launch asks for several machines without GPUs.
     """
     launcher = psutil.Process().parent()
     by_accelerate = launcher is not None and "ACCELERATE_USE_CPU" in os.environ
     if "WORLD_SIZE" in os.environ:
-        return  # started by torch's launcher for several processes
+        return  # torch's launcher has started this process as one of several
     if torch.cuda.is_available() and not (by_accelerate and os.environ["ACCELERATE_USE_CPU"] == "True"):
         return
     count = _processes_asked_for(launcher.cmdline()) if by_accelerate and "MASTER_PORT" in os.environ else 1
     if "OMP_NUM_THREADS" not in (launcher.environ() if by_accelerate else os.environ):
         _use_free_cores(count)
     if count > 1:
-        os.environ["ACCELERATE_USE_CPU"] = "True"  # or else Accelerate takes each process for the only one
+        os.environ["ACCELERATE_USE_CPU"] = "True"  # otherwise each process would run alone
         address = ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
         arguments = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), *address, *sys.argv]
         os.execv(sys.executable, [sys.executable, *arguments])
 
 
 def _use_free_cores(processes: int) -> None:
-    """Takes one thread for each core that no other process keeps busy, shared out over this run's processes.
+    """Sets one thread for each core that no other program keeps busy, divided among this run's processes.
 
-    OpenMP's threads wait for each other many times a step. One that shares its core with another program makes all of
-    them wait, and training is then slower than with fewer threads (tests/benchmarks/threads.py).
+    OpenMP's threads wait for each other many times per step. A thread that shares its core with another program makes
+    all of them wait, and training is then slower than with fewer threads (tests/benchmarks/threads.py).
     """
     cores, load = available_cores(), psutil.cpu_percent(LOOK, percpu=True)
     busy = round(sum(load[core] for core in cores) / 100)
@@ -59,7 +59,7 @@ def _use_free_cores(processes: int) -> None:
 
 
 def _processes_asked_for(command: list[str]) -> int:
-    """The number of processes in an `accelerate launch` command line, or in the configuration file that it uses."""
+    """The number of processes in an `accelerate launch` command line, or in its configuration file."""
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 

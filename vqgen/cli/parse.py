@@ -1,7 +1,7 @@
-"""How the command line becomes a configuration.
+"""Turns the command line into a configuration.
 
-A program takes `[CONFIG.yaml] [key=value ...]`: the dataclass holds the defaults, the file what one kind of run changes
-of them, the command line what this one changes of both.
+A program takes `[CONFIG.yaml] [key=value ...]`. The dataclass has the defaults; the file changes some of them for one
+kind of run; the command line changes some settings for one run.
 """
 
 import os
@@ -22,7 +22,7 @@ C = TypeVar("C")
 
 
 def is_setting(argument: str) -> bool:
-    """Tells `key=value` from a path, which may hold a `=` too: a path exists, or has a `/` before its first `=`.
+    """Whether an argument is `key=value`, not a path; a path with a `=` exists, or has a `/` before its first `=`.
 
     A flag such as `--key=value` is a setting even if a file has that name.
     """
@@ -33,10 +33,10 @@ def is_setting(argument: str) -> bool:
 
 
 def expand_home(path: str, key: str) -> str:
-    """Replaces a leading `~` or `~user` by that home folder, unless a file or folder has this very name.
+    """Replaces a leading `~` or `~user` by the home folder, unless a file or folder has exactly this name.
 
     Raises:
-        InputError: there is no such user; `key` is the setting that the path is for.
+        InputError: the user does not exist; `key` is the path's setting, for the message.
     """
     expanded = os.path.expanduser(path)
     if expanded.startswith("~") and not os.path.lexists(path.partition("/")[0]):
@@ -48,8 +48,8 @@ def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C
     """Reads `[CONFIG.yaml] [key=value ...]` into a configuration of class cls.
 
     Raises:
-        InputError: a file that is not there or not YAML, a key that does not exist, a value of the wrong type or one
-            that no setting takes.
+        InputError: a file is missing or not YAML, a key does not exist, or a value has the wrong type or is one that no
+            setting takes.
     """
     files = [a for a in arguments if not is_setting(a)]
     given = [a.removeprefix("--") for a in arguments if is_setting(a)]
@@ -64,7 +64,7 @@ def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C
         try:
             layer = plain(OmegaConf.from_dotlist([argument]))
             if known.get(key, "").startswith("str") and text not in ("null", "???"):
-                layer = text  # as it is, whatever YAML would make of it
+                layer = text  # YAML would turn some texts into numbers or dates
                 for part in reversed(key.split(".")):
                     layer = {part: layer}
             layers.append(layer)
@@ -76,13 +76,13 @@ def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C
         for key, value in _leaves(layer):
             if key in sections or any(k.startswith(f"{key}.") for k in known):
                 require(value == {}, f"{key}: is a section; set its keys, as in {key}.KEY=VALUE (see --help)")
-            elif key in known:  # OmegaConf would take a list of lists or of sections for a list of numbers
+            elif key in known:  # OmegaConf would accept a list of lists or of sections as a list of numbers
                 nested = value == {} or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value))
                 require(not nested, f"{key}={value}: is a {known[key]}, without sections or lists in it; see --help")
             elif not _is_open(sections, key):
                 raise InputError(no_such_key(key, list(known)))
         if layer.get("train", {}).get("mixed_precision") is False:
-            layer["train"]["mixed_precision"] = "no"  # a bare `no` is false in YAML
+            layer["train"]["mixed_precision"] = "no"  # YAML reads a bare `no` as false
         config = merge(config, _with_homes(layer))
     for name in sections:
         if "." not in name:
@@ -92,14 +92,14 @@ def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C
 
 
 def _typed(given: Mapping[str, Any], complete: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are given, with their values taken from all options, which have their type."""
+    """The given options, with the typed values from the complete options."""
     return {
         key: _typed(value, complete[key]) if isinstance(value, dict) else complete[key] for key, value in given.items()
     }
 
 
 def _read_layer(path: Path) -> dict[str, Any]:
-    """The settings in a file: one that a user wrote, or a run's config.yaml."""
+    """The settings in a file, which is the user's or a run's config.yaml."""
     content = read_yaml(path)
     content.pop(WORKING_DIR, None)
     try:
@@ -109,7 +109,7 @@ def _read_layer(path: Path) -> dict[str, Any]:
 
 
 def _with_homes(layer: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The layer with `~` expanded in each setting that is a path, or a list of paths."""
+    """The layer with `~` expanded in each setting that is a path or a list of paths."""
     expanded: dict[str, Any] = {}
     for name, value in layer.items():
         key = f"{prefix}{name}"
@@ -124,14 +124,14 @@ def _with_homes(layer: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _is_open(sections: Sections, key: str) -> bool:
-    """Whether the innermost section that a key is in takes keys that its constructor does not name."""
+    """Whether a key's innermost section accepts keys that its constructor does not name."""
     owner = max((name for name in sections if key.startswith(f"{name}.")), key=len, default=None)
     constructor = sections[owner] if owner else None
     return callable(constructor) and takes_more(constructor)
 
 
 def _leaves(layer: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key, as section.key, and its value: {} for an empty section."""
+    """Yields every key, as section.key, with its value; the value of an empty section is {}."""
     for key, value in layer.items():
         remedy = "in a file a section is a line of its own, and its keys are indented below it"
         require("." not in str(key), f"{prefix}{key}: no such key, as it has a dot; {remedy}")

@@ -1,4 +1,4 @@
-"""The frame around every program: --help, the configuration, and one line for what the user can put right."""
+"""The frame of every program: --help, the configuration, and one line for each error that the user can correct."""
 
 import logging
 import os
@@ -30,14 +30,14 @@ def run_program(
     synopsis: str,
     run_dir: Literal["none", "optional", "required"] = "none",
 ) -> None:
-    """Calls main(config), or main(run_dir, config), with what the command line says.
+    """Reads the command line, and calls main(config) or main(run_dir, config).
 
     Args:
         main: the program.
         cls: the configuration's class.
-        sections: its plain-dict sections, and the constructors they go to.
-        synopsis: how to call the program, for --help.
-        run_dir: whether the program takes a run's folder before its settings; if the user gives none, main gets None.
+        sections: the configuration's plain-dict sections, with the constructors that take them.
+        synopsis: the form of the command line, for --help.
+        run_dir: whether the program takes a run's folder before its settings; main gets None if the user gives none.
     """
     with dropping_unread_output():
         _set_up_messages()
@@ -48,7 +48,7 @@ def run_program(
         if output_is_unread():
             code = _code_of_unread_output(code)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        os._exit(code)  # everything is closed, but gloo's threads may outlive the interpreter, which then aborts
+        os._exit(code)  # everything is closed; a normal exit may abort, because gloo's threads are still running
     if code:
         sys.exit(code)
 
@@ -72,7 +72,7 @@ def _run(main: Callable[..., None], cls: type, sections: Sections, synopsis: str
         make_up_for_launcher()
         main(*positional, config)
     except InputError as error:
-        # A DataLoader's worker wraps the message in its traceback; the last line is the message.
+        # A DataLoader's worker puts its traceback before the message, which is the last line.
         return _fail(str(error).strip().splitlines()[-1].removeprefix("vqgen.errors.InputError: "), 2)
     except KeyboardInterrupt:
         return 130
@@ -90,22 +90,22 @@ def _run(main: Callable[..., None], cls: type, sections: Sections, synopsis: str
 
 
 def _set_up_messages() -> None:
-    """Chooses what a program shows of its libraries' messages; a program that only imports vqgen chooses itself."""
+    """Chooses which of the libraries' messages the programs show; importing vqgen alone changes none of them."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    # Two of DDP's: an option that Accelerate calls by its old name, and the layout of 1x1 convolutions' gradients.
+    # Two warnings of DDP: Accelerate uses an option's old name, and gradients of 1x1 convolutions have another layout.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*deprecated")
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    # Pillow's warnings about odd files help only those who made the files. It raises an error for what it cannot read.
+    # Pillow's warnings about odd files help only the makers of the files. Files that it cannot read raise an error.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    if "transformers" in sys.modules:  # its progress bars for models of one file say nothing
+    if "transformers" in sys.modules:  # its progress bars are useless for models of one file
         sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
 def _code_of_unread_output(code: Any) -> Any:
-    """The exit code where the reader of the output has ended: as of a process that SIGPIPE killed.
+    """The exit code after the reader of the output has ended: that of a process that SIGPIPE killed.
 
-    A launcher would answer any code but 0 with a traceback of its own.
+    It is 0 under a launcher, which would print a traceback for any other code.
     """
     if code:
         return code
@@ -114,7 +114,7 @@ def _code_of_unread_output(code: Any) -> Any:
 
 def _fail(line: str, code: int) -> int:
     if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(5)  # all processes find the same: the main one says it first, and the launcher then ends the others
+        time.sleep(5)  # all processes fail alike: the main one prints the line, and the launcher then ends the others
     print(f"error: {line}", file=sys.stderr, flush=True)
     return code
 

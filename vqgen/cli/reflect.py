@@ -1,4 +1,4 @@
-"""From a constructor to its schema: which options it takes, of which type, and what --help says of them."""
+"""Reads a constructor's schema: its options, their types, and their meanings for --help."""
 
 import ast
 import copy
@@ -22,16 +22,17 @@ from vqgen.yaml_file import first_line
 
 Constructor = Callable[..., Any]
 
-# The plain-dict sections of a configuration, and the constructors that take them: the constructor is the schema. Where
-# the section's key `name` chooses among several constructors, they are given by name, the default first.
+# The plain-dict sections of a configuration, with the constructors that take them; a constructor is its section's
+# schema. If the section's key `name` chooses among several constructors, they are given by name, the default first.
 Sections = Mapping[str, Constructor | Mapping[str, Constructor]]
 
 
 def check_options(constructor: Constructor, options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns all keyword arguments of a constructor that is given these options: checked, converted, and defaults.
+    """Checks and converts a constructor's options, and adds the defaults of its other keyword arguments.
 
     Raises:
-        InputError: an option that the constructor does not take, or of another type; `where` is the section's name.
+        InputError: the constructor does not take an option, or an option has another type; `where` is the section's
+            name, for the message.
     """
     schema = _as_dataclass(constructor)
     known = [f.name for f in fields(schema)]
@@ -43,17 +44,17 @@ def check_options(constructor: Constructor, options: Mapping[str, Any], where: s
 
 
 def complete_options(sections: Sections, key: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns all options of a section that is given these: checked, converted, and defaults; so, too, inside it.
+    """Checks and converts the options of a section and of the sections inside it, and adds the defaults.
 
-    Ranges are not checked: the constructors do that.
+    It does not check ranges; the constructors do.
 
     Args:
-        sections: the configuration's, that of the key and those inside it.
+        sections: the configuration's sections, which include this one and those inside it.
         key: the section, as in `model`; `model.quantizer` is inside it.
-        options: what is given, with `name` where the section has a choice of constructors.
+        options: the given options, with `name` if the section has a choice of constructors.
 
     Raises:
-        InputError: as check_options, and where no constructor has that name.
+        InputError: as in `check_options`; or no constructor has this name.
     """
     schema = sections[key]
     if isinstance(schema, Mapping):
@@ -74,9 +75,9 @@ def complete_options(sections: Sections, key: str, options: Mapping[str, Any]) -
 def settings(
     schema: Constructor, sections: Sections, prefix: str = "", instance: Any = None
 ) -> Iterator[tuple[str, str, str, str]]:
-    """Yields (key, type, default, meaning) of every setting of a configuration, sections included.
+    """Yields (key, type, default, meaning) of every setting of a configuration, including its sections.
 
-    The defaults are those of the instance, as a configuration may have its own for a part of it.
+    The defaults come from the instance if there is one, because a configuration may have its own defaults for a part.
     """
     meanings = _meanings(schema)
     defaults = instance or _as_dataclass(schema)()
@@ -85,7 +86,7 @@ def settings(
         nested = f.type if is_dataclass(f.type) else sections.get(key)
         if isinstance(nested, Mapping):
             yield f"{key}.name", "str", next(iter(nested)), f"{meanings[f.name]}: {', '.join(nested)}"
-            takers: dict[tuple[str, str, str, str], list[str]] = {}  # which constructors share a setting
+            takers: dict[tuple[str, str, str, str], list[str]] = {}  # a setting, and the constructors that share it
             for name, constructor in nested.items():
                 for setting in settings(constructor, sections, key + "."):
                     takers.setdefault(setting, []).append(name)
@@ -102,13 +103,13 @@ def settings(
 
 
 def usage(synopsis: str, cls: type, sections: Sections) -> str:
-    """The text of --help: how to call the program, and every key with its default and meaning."""
+    """The text of --help: the form of the command line, and every key with its default and meaning."""
     lines = [f"usage: {synopsis}", "", (inspect.getdoc(cls) or "").strip(), ""]
     shown: dict[tuple[str, ...], str] = {}
     for key, kind, default, meaning in settings(cls, sections):
         section, _, name = key.rpartition(".")
         if section.startswith(shown.setdefault((name, kind, default, meaning), section) + "."):
-            continue  # a section inside another that takes the same
+            continue  # an outer section has the same setting
         lines.append(f"  {key}={default}  ({kind})")
         lines += textwrap.wrap(meaning, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
@@ -119,7 +120,7 @@ def takes_more(constructor: Constructor) -> bool:
 
 
 def merge(config: DictConfig, layer: Mapping[str, Any], prefix: str = "") -> DictConfig:
-    _check_values(layer, prefix)  # OmegaConf makes a float of an integer of any length, or tries to
+    _check_values(layer, prefix)  # comes first, because OmegaConf tries to convert integers of any length to floats
     try:
         merged = typing.cast(DictConfig, OmegaConf.merge(config, layer))
         _check_values(plain(merged), prefix)
@@ -129,7 +130,7 @@ def merge(config: DictConfig, layer: Mapping[str, Any], prefix: str = "") -> Dic
 
 
 def _check_values(values: Mapping[str, Any], prefix: str) -> None:
-    """Refuses what no setting takes, whichever it is."""
+    """Refuses values that no setting takes."""
     for name, value in values.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict):
@@ -143,7 +144,7 @@ def _check_values(values: Mapping[str, Any], prefix: str) -> None:
                 require(bool(v.strip()), f"{key} is empty; give it a value, or leave it out")
                 lines = any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in v)
                 require(not lines, f"{key}={v!r}: holds a line break or another control character; leave it out")
-                pattern = any(character in v for character in "{*?[")  # may stand for many files
+                pattern = any(character in v for character in "{*?[")  # a pattern may stand for many files
                 longest = len(os.fsencode(v)) if pattern else max(len(os.fsencode(part)) for part in v.split("/"))
                 require(longest <= (4095 if pattern else 255), f"{key}={v[:50]}...: is too long for a name or a path")
 
@@ -156,7 +157,7 @@ def no_such_key(key: str, known: Sequence[str]) -> str:
 
 
 def _as_dataclass(constructor: Constructor) -> type:
-    """The constructor's keyword arguments (those with a default) as a dataclass, which OmegaConf can check against."""
+    """A dataclass with the constructor's keyword arguments (those with a default), for OmegaConf's checks."""
     if is_dataclass(constructor):
         return typing.cast(type, constructor)
     members = []
@@ -170,7 +171,7 @@ def _as_dataclass(constructor: Constructor) -> type:
 
 @functools.cache
 def _meanings(schema: Constructor) -> dict[str, str]:
-    """What each setting means: the string below a dataclass's field, or the line in a constructor's `Args:`."""
+    """The meaning of each setting: the string below a dataclass's field, or the entry in a constructor's `Args:`."""
     meanings: dict[str, str] = {}
     if is_dataclass(schema):
         for ancestor in filter(is_dataclass, reversed(inspect.getmro(typing.cast(type, schema)))):

@@ -1,4 +1,4 @@
-"""What a run's config.yaml says, for the programs that go on from the run: its images, and where its numbers go."""
+"""Reads a run's config.yaml for the programs that follow the run: its images, its tracking, its codes."""
 
 import dataclasses
 import glob
@@ -15,31 +15,31 @@ from vqgen.settings import DataConfig, TrackingConfig
 from vqgen.training.checkpoints import load_checkpoint
 from vqgen.yaml_file import WORKING_DIR, read_yaml
 
-BUILT_IN_SOURCES = ("digits",)  # words that data.source takes besides paths
-UNSAID = ("channels", "cache_gb", "workers")  # settings of no interest to who asks which images a run takes
+BUILT_IN_SOURCES = ("digits",)  # values of data.source that are not paths
+UNSAID = ("channels", "cache_gb", "workers")  # data settings that say nothing about which images a run takes
 
 
 class RunData(NamedTuple):
-    """Which images a run's successor takes."""
+    """The data settings of a program that follows a run."""
 
     config: DataConfig
     own: bool  # whether the source is the run's own
-    taken: str  # one line that says what the run decided; empty if the user gave everything
+    taken: str  # one line that names the settings taken from the run; empty if the user gave all of them
 
 
 def run_data(run: Path, given: Mapping[str, Any], channels: int) -> RunData:
-    """The images of a run, or those that the user gives in their place, setting by setting.
+    """The data settings of a run, each replaced by the user's if the user gives one.
 
-    Another source than the run's brings its own held-out images: the run's `val_source` belongs to the run's source.
+    If the user gives another source, the run's `val_source` is dropped, because it belongs to the run's source.
 
     Args:
-        run: the run's folder; it may have no config.yaml, as a tokenizer that someone shares has none.
-        given: the user's `data` settings; None means that the run decides.
-        channels: of the run's model.
+        run: the run's folder; a shared tokenizer has no config.yaml there.
+        given: the user's `data` settings; `channels: null` takes the run's.
+        channels: channels of the run's model.
 
     Raises:
-        InputError: the run does not say which images it was trained on, and the user neither; they are not there any
-            more; the images have other channels than the model.
+        InputError: neither the run nor the user names the images, the images no longer exist, or they do not have the
+            model's channels.
     """
     given = {key: value for key, value in given.items() if value is not None or key != "channels"}
     own = _section(run, "data")
@@ -60,13 +60,13 @@ def run_data(run: Path, given: Mapping[str, Any], channels: int) -> RunData:
 
 
 def run_images(run: Path, given: Mapping[str, Any], channels: int) -> tuple[ImageSet, ImageSet, bool]:
-    """The training and the held-out images of a run, or of what the user gives in their place.
+    """The training and the held-out images of a run, or of the source that the user gives instead.
 
-    The third value says whether they are the run's own: the same source, or elsewhere the same images as in its
-    checkpoint.
+    The third value says whether they are the run's own images: the source is the same, or the checkpoint's hash of the
+    images is.
 
     Raises:
-        InputError: as `run_data`; no image loads.
+        InputError: as in `run_data`; or no image loads.
     """
     config, same, _ = run_data(run, given, channels)
     train, held_out = load_images(config)
@@ -77,12 +77,12 @@ def run_images(run: Path, given: Mapping[str, Any], channels: int) -> tuple[Imag
 
 
 def run_tracking(run: Path, given: Mapping[str, Any]) -> TrackingConfig:
-    """Where a run's numbers go, unless the user says otherwise."""
+    """The tracking settings of a run, each replaced by the user's if the user gives one."""
     return TrackingConfig(**check_options(TrackingConfig, {**_section(run, "tracking"), **given}, "tracking"))
 
 
 def codes_folder(run: Path) -> Path:
-    """Where a stage-2 run keeps its encoded data, there or not."""
+    """The folder of a stage-2 run's encoded data, whether it exists or not."""
     settings = _settings(run)
     if settings.get("codes_dir"):
         return Path(_found(run, settings["codes_dir"]))
@@ -99,10 +99,10 @@ def _section(run: Path, name: str) -> dict[str, Any]:
 
 
 def _found(run: Path, path: str) -> str:
-    """A path in a run's config.yaml as it is found from here.
+    """Turns a path in a run's config.yaml into one that is valid from the current folder.
 
-    A relative path starts from the folder that the run was started in. If it is not there, it starts from the current
-    folder: the project may have moved, or the run may come from another machine.
+    A relative path starts at the folder in which the run was started. If nothing is there, it starts at the current
+    folder, because the project may have moved, or the run may come from another machine.
     """
     started_in = _settings(run).get(WORKING_DIR)
     if path in BUILT_IN_SOURCES or os.path.isabs(path) or started_in is None or started_in == os.getcwd():
@@ -112,7 +112,7 @@ def _found(run: Path, path: str) -> str:
 
 
 def _check_there(run: Path, key: str, saved: str, found: str) -> None:
-    """Raises InputError if a source that the run decided is not there."""
+    """Raises InputError if a source taken from the run does not exist."""
     if found in BUILT_IN_SOURCES or _exists(found):
         return
     there = os.path.join(_settings(run).get(WORKING_DIR, ""), saved)
@@ -121,13 +121,13 @@ def _check_there(run: Path, key: str, saved: str, found: str) -> None:
 
 
 def _exists(path: str) -> bool:
-    """Whether a file or folder is there, or any that the pattern stands for."""
+    """Whether a file or folder exists, or at least one that a pattern stands for."""
     path = os.path.expanduser(path)
     return os.path.exists(path) or any(glob.iglob(re.sub(r"\{[^{}]*\}", "*", path)))
 
 
 def _said(run: Path, taken: Mapping[str, Any], left_out: str | None) -> str:
-    """What the run decided, in one line; of the settings at their defaults only the most important are named."""
+    """One line that names the settings taken from the run; it leaves out unimportant settings at their defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(DataConfig)}
     important = ("source", "image_size")
     said = [f"{k} {v}" for k, v in taken.items() if k not in UNSAID and (k in important or v != defaults.get(k))]

@@ -1,1 +1,1 @@
-"""The prior over the codes, and drawing from it."""
+"""The prior over the codes, and sampling from it."""

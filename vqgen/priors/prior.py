@@ -16,18 +16,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from vqgen.codes import CodeLayout
 from vqgen.errors import InputError, expanded, require, require_size
 
-# transformers raises these for settings that do not fit each other.
+# transformers raises these for settings that contradict each other.
 MISFITS = (ArithmeticError, RuntimeError, TypeError, ValueError, StrictDataclassError)
 
 
 class Prior(nn.Module):
-    """p(tokens | class), one token after the other.
+    """Models p(tokens | class), one token after the other.
 
-    The sequence starts with a class token: id vocab_size is no class, vocab_size + 1 + c is class c. The model is saved
-    as a plain transformers checkpoint; the layout and the class names are in its config.json, under `vqgen`.
+    The sequence starts with a class token: id vocab_size means no class, and vocab_size + 1 + c means class c. The
+    model is saved as a plain transformers checkpoint, with the layout and the class names in its config.json, under
+    `vqgen`.
 
     Args:
-        layout: of the code tokens.
+        layout: the code tokens' layout.
         class_names: the classes in the order of their ids; empty for an unconditional prior.
         model_type: any causal language model of transformers: llama, gpt2, qwen3, mistral, ...
         hidden_size: width of the transformer.
@@ -36,14 +37,14 @@ class Prior(nn.Module):
         options: further items of that model's transformers configuration, such as intermediate_size.
 
     Raises:
-        InputError: transformers has no such model, or the model no such option.
+        InputError: transformers has no such model, the model has no such option, or the options contradict each other.
     """
 
     layout: CodeLayout
     class_names: list[str]
     lm: Any  # a causal language model of transformers
-    illegal: Tensor | None  # (R, vocab_size) bool: a row for each codebook's range of ids, True outside the range
-    illegal_row: Tensor | None  # (N,) int64: the row of each position; both are None if every token is legal everywhere
+    illegal: Tensor | None  # (R, vocab_size) bool: one row per codebook's range of ids, True outside the range
+    illegal_row: Tensor | None  # (N,) int64: each position's row; both are None if every token is legal everywhere
 
     def __init__(
         self,
@@ -75,7 +76,8 @@ class Prior(nn.Module):
         config.vqgen = {**dataclasses.asdict(layout), "class_names": class_names}
         try:
             lm = AutoModelForCausalLM.from_config(config)
-            # A forward pass finds sizes that do not fit each other. The prior must be causal, as it is sampled from.
+            # A forward pass finds contradicting sizes. Sampling needs a causal model: the 2nd token must not change the
+            # first token's logits.
             with torch.no_grad():
                 first = [lm.eval()(input_ids=torch.tensor([[0, second]])).logits[:, 0] for second in (0, 1)]
             require(torch.equal(*first), f"model_type={config.model_type}: is not causal; use llama, for example")
@@ -88,25 +90,25 @@ class Prior(nn.Module):
 
     def _set_up(self, lm: Any) -> None:
         self.lm = lm
-        self._no_split_modules = lm._no_split_modules  # the layers, which FSDP gathers one by one
+        self._no_split_modules = lm._no_split_modules  # FSDP gathers these layers one by one
         facts = lm.config.vqgen
         self.layout = CodeLayout(tuple(tuple(shape) for shape in facts["shapes"]), tuple(facts["codebook_sizes"]))
         self.class_names = list(facts["class_names"])
         ids = torch.arange(self.layout.vocab_size)
-        # DDP broadcasts buffers at every pass, so they hold a row for each range, not for each of the N positions.
+        # DDP may broadcast buffers at every pass, so these have a row for each range, not for each of the N positions.
         ranges, row = self.layout.token_ranges().unique(dim=0, return_inverse=True)  # (R, 2), (N,)
         illegal = (ids < ranges[:, :1]) | (ids >= ranges[:, 1:])  # (R, vocab_size)
         everything = not illegal.any()
         self.register_buffer("illegal", None if everything else illegal, persistent=False)
         self.register_buffer("illegal_row", None if everything else row, persistent=False)
-        # transformers' generate() would otherwise draw class tokens too. This lands in generation_config.json.
+        # Without this, transformers' generate() would draw class tokens too. It is saved in generation_config.json.
         first_class_token = self.layout.vocab_size
         lm.generation_config.suppress_tokens = list(
             range(first_class_token, first_class_token + 1 + len(self.class_names))
         )
 
     def forward(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
-        """Logits (B, N, vocab_size) of each token given the class (-1 is none) and the tokens before it, (B, N).
+        """Logits (B, N, vocab_size) of each of the tokens (B, N), given the class (-1 for none) and the earlier tokens.
 
         Tokens that are illegal at a position have the logit -inf.
         """
@@ -114,11 +116,11 @@ class Prior(nn.Module):
         return self.legal(self.lm(input_ids=inputs, use_cache=False).logits, start=0)
 
     def class_tokens(self, class_ids: Tensor) -> Tensor:
-        """Class ids (B,), -1 for none, to the tokens (B, 1) that a sequence starts with."""
+        """The first tokens (B, 1) of the sequences, from class ids (B,), -1 for no class."""
         return self.layout.vocab_size + 1 + class_ids[:, None]
 
     def legal(self, logits: Tensor, start: int) -> Tensor:
-        """The model's logits (B, n, ...) of positions from start on, with -inf for illegal tokens."""
+        """The model's logits (B, n, ...) at positions from `start` on, with -inf for illegal tokens."""
         logits = logits[..., : self.layout.vocab_size]
         if self.illegal is not None and self.illegal_row is not None:
             row = self.illegal_row[start : start + logits.shape[1]]
@@ -126,7 +128,7 @@ class Prior(nn.Module):
         return logits
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a transformers checkpoint, which `AutoModelForCausalLM.from_pretrained` loads too."""
+        """Writes a transformers checkpoint, which `AutoModelForCausalLM.from_pretrained` can load too."""
         self.lm.save_pretrained(folder)
 
     @classmethod
@@ -134,7 +136,7 @@ class Prior(nn.Module):
         """The prior of a stage-2 run, in eval mode.
 
         Args:
-            folder: of the run, of its `model/`, or of its `model/prior/`.
+            folder: the run's folder, its `model/`, or its `model/prior/`.
 
         Raises:
             InputError: there is no prior in the folder, or it does not load.
@@ -148,7 +150,7 @@ class Prior(nn.Module):
         prior = cls.__new__(cls)
         nn.Module.__init__(prior)
         try:
-            # Runs no code and no pickle from the folder.
+            # These two options keep transformers from running code or pickles from the folder.
             lm = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True)
         except (OSError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
             raise InputError(f"{folder} does not load as a prior: {_one_line(error)}") from error
@@ -159,7 +161,7 @@ class Prior(nn.Module):
 
 
 def _language_model_config(model_type: str, options: dict[str, Any], **fixed: Any) -> PreTrainedConfig:
-    """The checked transformers configuration of a model type; sizes that are not given follow from those that are."""
+    """The checked transformers configuration of a model type; missing sizes follow from the given ones."""
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = difflib.get_close_matches(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1) or ["llama"]
         raise InputError(f"model_type={model_type}: transformers has no such causal LM; the nearest is {near[0]}")
@@ -172,11 +174,11 @@ def _language_model_config(model_type: str, options: dict[str, Any], **fixed: An
             near = difflib.get_close_matches(key, known, n=1)
             hint = "" if near else f"; see transformers' {config_class.__name__}"
             raise InputError(f"{key}: {model_type} has no such option{hint}", *near)
-    # transformers' defaults are the sizes of one large published model.
+    # transformers' own defaults are no use here: they are the sizes of one large published model.
     width, heads = options["hidden_size"], options["num_attention_heads"]
-    gated = 8 * math.ceil(width / 3)  # Llama's 8/3: three matrices at the cost of the classic two of 4
+    gated = 8 * math.ceil(width / 3)  # Llama's 8/3: its three matrices then cost as much as the classic two of 4
     derived = {"intermediate_size": gated, "num_key_value_heads": heads, "head_dim": width // max(1, heads)}
-    options = {k: v for k, v in (options | derived | options).items() if k in known}  # messages name those given first
+    options = {k: v for k, v in (options | derived | options).items() if k in known}  # messages name the given first
     try:
         return AutoConfig.for_model(model_type, **options, **fixed)
     except MISFITS as error:

@@ -1,4 +1,4 @@
-"""From class ids to tokens to images; for a GAN, from noise to images."""
+"""Sampling: from class ids to tokens to images; for a GAN, from noise to images."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from vqgen.data.order import mixed_seed
 from vqgen.priors.prior import Prior
 from vqgen.tokenizers.vqmodel import VQModel, to_uint8
 
-ROWS = 32  # batches are padded to a multiple of this, since matrix multiplies of few rows round differently
+ROWS = 32  # batches are padded to a multiple of this, because matrix products of few rows round differently
 
 
 @torch.no_grad()
@@ -29,15 +29,16 @@ def sample_tokens(
     """Draws token sequences from the prior, with a key-value cache.
 
     Args:
-        prior: in eval mode.
+        prior: the prior, in eval mode.
         class_ids: (B,) int64, -1 for no class.
         temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw from the k likeliest tokens only; 0 is all.
+        top_k: draw from the k likeliest tokens only; 0 means all tokens.
         top_p: draw from the likeliest tokens that together have this probability (Holtzman et al. 2020).
-        cfg_scale: s of classifier-free guidance, logits = none + s (class - none) (Ho and Salimans 2022); 1 is none.
-        prefix: (B, P) tokens to go on from.
-        generator: one of NumPy's for each sequence, such as `np.random.default_rng(seed)`, so that a sequence is the
-            same in any batch; None uses torch's global one.
+        cfg_scale: s of classifier-free guidance, logits = none + s (class - none), where `none` are the logits without
+            a class (Ho and Salimans 2022); 1 turns it off.
+        prefix: (B, P) tokens that the sequences start with.
+        generator: a NumPy generator for each sequence, such as `np.random.default_rng(seed)`, so that a sequence is
+            the same in any batch; None uses torch's global generator.
 
     Returns:
         Tokens (B, N), int64.
@@ -49,7 +50,7 @@ def sample_tokens(
     else:
         dtype = np.float32 if precision == torch.float32 else np.float64
         noise = torch.from_numpy(np.stack([g.random(num_tokens, dtype) for g in generator]))
-    noise = noise.to(device)  # (B, N): one uniform number decides one token
+    noise = noise.to(device)  # (B, N): each token is drawn by one uniform number
     tokens = prefix if prefix is not None else class_ids.new_empty(batch, 0)
     guided = cfg_scale != 1.0 and bool((class_ids >= 0).any())
 
@@ -72,7 +73,7 @@ def sample_tokens(
 
 
 def draw(logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Tokens (B,) from logits (B, V) by inverting the distribution function at noise (B,), uniform in [0, 1)."""
+    """Draws tokens (B,) from logits (B, V): inverts the distribution function at noise (B,), uniform in [0, 1)."""
     if temperature == 0:
         return logits.argmax(dim=1)
     logits = logits / temperature
@@ -81,7 +82,7 @@ def draw(logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: f
     probabilities = logits.softmax(dim=1)
     if top_p < 1:
         sorted_p, order = probabilities.sort(dim=1, descending=True)
-        beyond = sorted_p.cumsum(dim=1) - sorted_p >= top_p  # the likelier tokens have this probability already
+        beyond = sorted_p.cumsum(dim=1) - sorted_p >= top_p  # the likelier tokens together reach top_p already
         probabilities = probabilities.masked_fill(beyond.scatter(1, order, beyond), 0.0)
     cumulative = probabilities.cumsum(dim=1)
     return torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)[:, 0]
@@ -93,7 +94,7 @@ def sample_images(
 ) -> Tensor:
     """Draws images uint8 (B, C, H, W) for class ids (B,), with the options of sample_tokens.
 
-    Image i of a seed depends on nothing but the seed, first + i and its class.
+    Image i depends only on the seed, on first + i and on its class.
     """
     count = len(class_ids)
     padding = -count % ROWS
@@ -109,19 +110,19 @@ def sample_images(
 
 
 def image_generators(seed: int, first: int, count: int) -> list[np.random.Generator]:
-    """The random generators of images number `first` to `first + count - 1` of a seed.
+    """NumPy's random generators for the images number `first` to `first + count - 1` of a seed.
 
-    NumPy's, because torch's CPU generator uses only the low 32 bits of a seed: of a million images, about 116 pairs
-    would be equal. NumPy's SeedSequence spreads both numbers over 128 bits.
+    torch's CPU generator uses only the low 32 bits of a seed, so about 116 pairs among a million images would be equal.
+    NumPy's SeedSequence spreads the seed and the image's number over 128 bits.
     """
     sources = (np.random.SeedSequence(seed, spawn_key=(i,)) for i in range(first, first + count))
     return [np.random.default_rng(source) for source in sources]
 
 
 def latents(generator: DCGANGenerator, class_ids: Tensor, seed: int, first: int = 0) -> Tensor:
-    """Noise (B, latent_dim) for settling batch normalisation in training, on the device of the class ids (B,).
+    """Noise (B, latent_dim) for `settle_batch_norm` in training, on the device of the class ids (B,).
 
-    Its seeds have 32 bits, unlike those of samples: other noise would change the bits of every GAN's training.
+    Its seeds have 32 bits, unlike those of samples: other noise would change the result of every GAN's training.
     """
     sources = [torch.Generator().manual_seed(mixed_seed(seed, first + i)) for i in range(len(class_ids))]
     return torch.stack([torch.randn(generator.latent_dim, generator=g) for g in sources]).to(class_ids.device)
@@ -129,9 +130,9 @@ def latents(generator: DCGANGenerator, class_ids: Tensor, seed: int, first: int 
 
 @torch.no_grad()
 def generate_images(generator: DCGANGenerator, class_ids: Tensor, *, seed: int, first: int = 0) -> Tensor:
-    """Images uint8 (B, C, H, W) of a GAN in eval mode, for class ids (B,).
+    """Draws images uint8 (B, C, H, W) from a GAN in eval mode, for class ids (B,).
 
-    Image i of a seed depends on nothing but the seed, first + i and its class.
+    Image i depends only on the seed, on first + i and on its class.
     """
     padding = -len(class_ids) % ROWS
     padded = torch.cat([class_ids, class_ids[:1].expand(padding)])
@@ -142,6 +143,6 @@ def generate_images(generator: DCGANGenerator, class_ids: Tensor, *, seed: int, 
 
 
 def classes_in_turn(count: int, choices: Sequence[int]) -> Tensor:
-    """(count,) int64 class ids: the choices over and over, or -1 throughout where there are none."""
+    """Class ids (count,) int64 that cycle through the choices; all are -1 if there are no choices."""
     ids = torch.tensor(choices if len(choices) else [-1])
     return ids[torch.arange(count) % len(ids)]
