@@ -170,7 +170,7 @@ def launch(command: Sequence[str]) -> None:
         finally:
             signal.signal(signal.SIGTERM, before)
     if code:
-        raise InputError(f"{command[0]} ended with exit code {code}; put right what it says, and repeat")
+        raise InputError(f"{command[0]} ended with exit code {code}; correct what it says, and repeat the command")
 
 
 def reconstruction_report(run: Path, config: CompareConfig) -> Report:

@@ -233,7 +233,7 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
         ids = {name: i for i, name in enumerate(reference.class_names)}
         measured.class_ids = torch.tensor([*(ids.get(name, -1) for name in images.class_names), -1])[measured.class_ids]
         if (measured.class_ids < 0).all():
-            report.warnings.append("no class of the images has the name of one of the reference")
+            report.warnings.append("no class of the images has the name of a class of the reference")
     sample_figures(report, measured, known, network, protocol, reference.class_names, real)
     path = report.save(out)
     print(report.table())

@@ -243,7 +243,7 @@ BAD = {
     "no tokenizer": ("stage2", "stage1={tmp}/empty", "no tokenizer"),
     "no stage 1": ("stage2", "stage1={tmp}/missing", "no tokenizer"),
     "no prior": ("sample", "{tmp}/empty", "no model"),
-    "no such class": ("sample", "{runs}/stage2 class_ids=[3,10]", "10 is no class"),
+    "no such class": ("sample", "{runs}/stage2 class_ids=[3,10]", "10 is not a class"),
     "no run": ("sample", "", "usage"),
     "other config": ("stage1", "run_dir={runs}/stage1 optim.lr=0.5", "optim.lr=0.5"),
     "batch and accumulation": ("stage1", "train.accumulation=3", "train.batch_size"),

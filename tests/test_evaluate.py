@@ -277,9 +277,9 @@ def test_evaluations_that_cannot_be_read(evaluations, tmp_path, program):
     nameless = changed(evaluations / "stage1", tmp_path / "nameless", lambda content: content.pop("figures"))
     (tmp_path / "text.json").write_text("not json")
     for path, message in {
-        older: "is of format 0, now it is 1; evaluate again",
-        nameless: "is no evaluation",
-        tmp_path / "text.json": "is no evaluation",
+        older: "has format 0, but this version reads 1; evaluate again",
+        nameless: "is not an evaluation",
+        tmp_path / "text.json": "is not an evaluation",
         tmp_path / "none": "no evaluation.json there",
         evaluations / "stage2": "of tokenizer, ",
     }.items():
@@ -337,7 +337,7 @@ def sets(tmp_path_factory, digits) -> Path:
         ("small.npz", "has image_size 28, reference={sets}/good.npz 32; give data.image_size="),
         ("one.npz", "only 1 image to measure with; give at least 2"),
         ("same.npz", "all 20 images are the same"),
-        ("flat.npz", "each of the 20 images is of one flat colour"),
+        ("flat.npz", "each of the 20 images has one flat colour"),
         ("nan.npz", "the images are float32 (20, 32, 32); give uint8"),
         ("mixed", "not squares of one size; give data.image_size="),
         ("none", "no such file or folder"),
@@ -367,7 +367,7 @@ def test_sets_of_other_sizes_and_channels_are_measured_when_told_how(program, se
         ("stage2/evaluate.py", "usage: python stage2/evaluate.py RUN_DIR"),
         ("stage2/evaluate.py --images {runs}", "give both --images and --reference"),
         ("stage2/evaluate.py {runs}/stage2 --images a --reference b", "give both --images and --reference, and no run"),
-        ("stage1/evaluate.py {runs}/none", "{runs}/none is no tokenizer"),
+        ("stage1/evaluate.py {runs}/none", "{runs}/none is not a tokenizer"),
         ("stage2/evaluate.py {runs}/stage1", "{runs}/stage1/model/prior: no prior there"),
         ("stage1/evaluate.py {runs}/stage1 features=resnet", "features=resnet is not known; use efficientnet-lite0"),
         ("stage1/evaluate.py {runs}/stage1 perceptual=resnet", "perceptual=resnet is not known"),
@@ -375,7 +375,7 @@ def test_sets_of_other_sizes_and_channels_are_measured_when_told_how(program, se
         ("stage1/evaluate.py {runs}/stage1 num_images=1", "num_images=1: must be 2 or more"),
         ("stage2/evaluate.py {runs}/stage2 num_reference=1", "num_reference=1: must be 2 or more"),
         ("stage2/evaluate.py {runs}/stage2 cfg_skale=2", "did you mean cfg_scale?"),
-        ("stage2/evaluate.py {runs}/stage2 'class_ids=[12]'", "class_ids: 12 is no class of this run"),
+        ("stage2/evaluate.py {runs}/stage2 'class_ids=[12]'", "class_ids: 12 is not a class of this model"),
         ("stage2/evaluate.py {runs}/stage2 {runs}/stage1", "usage: python stage2/evaluate.py"),
         ("stage2/evaluate.py num_reference=2 {runs}/none", "{runs}/none: no model there"),
         ("stage2/evaluate.py {runs}/stage2 data.source=other", "no such file or folder"),

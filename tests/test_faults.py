@@ -200,10 +200,10 @@ def test_faults_of_the_machine_are_told_in_one_line_and_bugs_are_not(tmp_path):
     for error in (full_memory.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")):
         line = explained(error, config)
         assert "train.batch_size=96" in line
-        assert "48 images a pass; set train.accumulation=4, or lower train.batch_size" in line
+        assert "48 images per pass; set train.accumulation=4, or lower train.batch_size" in line
         assert "lower batch_size=" in explained(error, SampleConfig())
     single = GANConfig(train=TrainConfig(batch_size=2, accumulation=2))
-    assert "one image a pass already" in explained(MemoryError(), single)
+    assert "one image per pass already" in explained(MemoryError(), single)
 
     with (
         open("/dev/full", "wb", buffering=0) as file,
@@ -216,7 +216,7 @@ def test_faults_of_the_machine_are_told_in_one_line_and_bugs_are_not(tmp_path):
     assert explained(no_folder.value, config) is None
     with pytest.raises(PermissionError) as denied:
         raise PermissionError(13, "Permission denied", "runs/a/checkpoints")
-    assert explained(denied.value, config).startswith("runs/a/checkpoints: Permission denied; put that right")
+    assert explained(denied.value, config).startswith("runs/a/checkpoints: Permission denied; correct that")
 
     for text in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"):
         assert "set train.accumulation=4" in explained(RuntimeError(text), config)

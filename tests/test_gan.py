@@ -111,7 +111,7 @@ def test_a_run_that_overflows_goes_back_with_a_lowered_weight_and_ends_well(prog
     assert code == 0, errors
     assert "step 30: grad_norm not finite; the update is skipped" in output
     assert "going back to" in output
-    assert "step_00000020 with the learning rate and the adversarial weight at 1/2 of what is set" in output
+    assert "step_00000020 with the learning rate and the adversarial weight at 1/2 of the setting" in output
     assert [line["step"] for line in lines(tmp_path / "run") if "train/loss" in line] == [10, 20, 30, 40, 50, 60]
     state = torch.load(tmp_path / "run/checkpoints/step_00000060/state.pt", weights_only=True)
     assert state["rollbacks"] > 0
@@ -253,12 +253,12 @@ BAD = {
     "no power of two": (
         "train_gan",
         "data.image_size=48",
-        "data.image_size=48 is no 8, 16, 32, ... for a DCGAN; use 32",
+        "data.image_size=48 does not suit a DCGAN, which needs 8, 16, 32, ...; use 32",
     ),
     "mistyped generator key": ("train_gan", "generator.widht=2", "did you mean generator.width?"),
     "guidance of a GAN": ("sample", "{gan} cfg_scale=2", "cfg_scale=2.0: "),
-    "no such class of a GAN": ("sample", "{gan} class_ids=[10]", "10 is no class"),
-    "no class of a GAN that has classes": ("sample", "{gan} class_ids=[-1]", "-1 is no class"),
+    "no such class of a GAN": ("sample", "{gan} class_ids=[10]", "10 is not a class"),
+    "no class of a GAN that has classes": ("sample", "{gan} class_ids=[-1]", "-1 is not a class"),
     "nothing to sample": ("sample", "{tmp}", "no model there"),
     "evaluating a GAN as a prior": ("evaluate", "{gan}", "measure with --images"),
     "comparing by a network that is none": ("compare", "run_dir={tmp}/run features=foo", "features=foo"),

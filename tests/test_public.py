@@ -170,9 +170,9 @@ def test_classes_by_id_and_by_name(small):
 @pytest.mark.parametrize(
     ("class_ids", "message"),
     [
-        (["cat", "catfsh"], "class_ids: catfsh is no class of this model; the nearest are catfish, cat"),
-        ([4], "class_ids: 4 is no class of this model; it takes 0 to 3, or -1 for none"),
-        ([1.5], "class_ids: 1.5 is no class"),
+        (["cat", "catfsh"], "class_ids: catfsh is not a class of this model; the nearest are catfish, cat"),
+        ([4], "class_ids: 4 is not a class of this model; it takes 0 to 3, or -1 for none"),
+        ([1.5], "class_ids: 1.5 is not a class"),
     ],
 )
 def test_a_class_that_does_not_exist_is_one_line(small, class_ids, message):
@@ -214,7 +214,7 @@ def test_a_gan_samples_and_refuses_what_only_a_prior_has(gan):
     assert np.array_equal(pixels(images), pixels(Generator.from_pretrained(gan / "model").sample([1, 0], 4)))
     for call, message in {
         lambda: generator.sample(cfg_scale=2.0): "cfg_scale=2.0: only a prior draws with that",
-        lambda: generator.sample([-1]): "-1 is no class of this model; it takes 0 to 1",
+        lambda: generator.sample([-1]): "-1 is not a class of this model; it takes 0 to 1",
         lambda: generator.reconstruct(images): "a GAN reconstructs no images",
     }.items():
         with pytest.raises(InputError, match=message):
@@ -267,7 +267,7 @@ def test_arrays_are_images_too(small):
         assert len(small.reconstruct(single)) == 1
     assert small.reconstruct([]) == []
     for wrong in (grey.astype(float), np.zeros((2, 2, 2, 2, 2), np.uint8), [np.zeros((4, 4, 5), np.uint8)]):
-        with pytest.raises(InputError, match="is no image"):
+        with pytest.raises(InputError, match="is not an image"):
             small.reconstruct(wrong)
 
 

@@ -234,7 +234,7 @@ class Generator:
             return self.class_names.index(name)
         near = difflib.get_close_matches(name, self.class_names, n=3, cutoff=0.0)
         known = f"the nearest are {', '.join(near)}" if near else "it was trained without classes"
-        raise InputError(f"class_ids: {name} is no class of this model; {known}")
+        raise InputError(f"class_ids: {name} is not a class of this model; {known}")
 
     def _checked_id(self, class_id: int) -> int:
         num_classes = len(self.class_names)
@@ -242,7 +242,7 @@ class Generator:
         known = f"0 to {num_classes - 1}" + (", or -1 for none" if least < 0 else "")
         known = known if num_classes else "-1 only, as it was trained without classes"
         valid = isinstance(class_id, int | np.integer) and least <= class_id < num_classes
-        require(valid, f"class_ids: {class_id} is no class of this model; it takes {known}")
+        require(valid, f"class_ids: {class_id} is not a class of this model; it takes {known}")
         return int(class_id)
 
     def _models(self) -> list[torch.nn.Module]:
@@ -271,7 +271,7 @@ def _picture(array: np.ndarray) -> Image.Image:
     """Converts an array, uint8 (H, W) or (H, W, C), to a PIL image."""
     array = np.asarray(array)
     fits = array.dtype == np.uint8 and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4)))
-    require(fits, f"images: an array of {array.dtype} {array.shape} is no image; give uint8 (H, W) or (H, W, C)")
+    require(fits, f"images: an array of {array.dtype} {array.shape} is not an image; give uint8 (H, W) or (H, W, C)")
     return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 

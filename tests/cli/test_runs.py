@@ -52,7 +52,7 @@ def test_another_source_leaves_out_the_runs_val_source_and_says_so(run):
 
 
 def test_a_run_without_config_asks_for_the_source(tmp_path):
-    with pytest.raises(InputError, match=r"does not say which images it is for; give data\.source="):
+    with pytest.raises(InputError, match=r"does not say which images it used; give data\.source="):
         run_data(tmp_path, {}, 1)
     data, own, taken = run_data(tmp_path, {"source": "digits"}, 3)
     assert (data.source, data.channels, own, taken) == ("digits", 3, False, "")

@@ -136,7 +136,7 @@ def test_what_is_wrong_with_the_weights_is_said(tmp_path):
         PerceptualDistance("squeeze")
     with pytest.raises(InputError, match=r"^name=lpips-vgg needs weights="):
         PerceptualDistance("lpips-vgg")
-    with pytest.raises(InputError, match="of another network"):
+    with pytest.raises(InputError, match="belong to another network"):
         PerceptualDistance("vgg", [str(file)])
     with pytest.raises(InputError, match=r"^weights=.*none\.pth: no such file"):
         PerceptualDistance("alex", [str(tmp_path / "none.pth")])

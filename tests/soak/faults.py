@@ -407,7 +407,7 @@ def processes(folder: Path, rng: random.Random) -> Iterator[Row]:
         shutil.rmtree(checkpoints(changed)[-1])
         code, printed = run([*more, *steps, f"run_dir={changed}"], log, launch_two())
         checked(code, printed)
-        said = "said so" if "by 2 x 1 passes a step after 1 x 1" in printed else "said nothing"
+        said = "said so" if "by 2 x 1 passes per step after 1 x 1" in printed else "said nothing"
         for run_dir, what in ((two, "two processes"), (changed, "from one to two processes at step 10")):
             pairs = list(zip(metrics(one), metrics(run_dir), strict=True))
             gaps = [

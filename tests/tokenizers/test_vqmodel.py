@@ -111,7 +111,7 @@ REFUSED = {
     "two channels": ({"channels": 2}, "channels=2: must be 1 or 3"),
     "no pixel": ({"patch_size": 0}, "patch_size=0: must be at least 1"),
     "half a pixel": ({"patch_size": 0.5}, "patch_size=0.5: must be a whole number"),
-    "no resolution": ({"widths": []}, "widths=[]: must be one or more channel counts"),
+    "no resolution": ({"widths": []}, "widths=[]: must be 1 to 16 numbers of channels"),
     "too many blocks": ({"encoder_blocks": 1001}, "encoder_blocks=1001: must be at most 1000"),
     "fewer than no blocks": ({"decoder_blocks": -1}, "decoder_blocks=-1: must be at least 0"),
 }
@@ -204,7 +204,7 @@ def test_a_further_architecture_is_a_dict_entry(tmp_path, monkeypatch):
     assert type(back) is Flat
     assert back.code_layout(16) == CodeLayout(((1, 2, 2),), (512,))
     assert torch.equal(back(images())[0], model(images())[0])
-    with pytest.raises(InputError, match="its tokenizer is no Light but a Flat"):
+    with pytest.raises(InputError, match="its tokenizer is not a Light but a Flat"):
         Light.from_pretrained(tmp_path)
     monkeypatch.undo()
     assert "its architecture 'flat' is not in this version of vqgen, which has light; use the" in error_of(tmp_path)
@@ -234,7 +234,10 @@ def test_from_pretrained_takes_a_run_and_the_folders_in_it(tmp_path, monkeypatch
 
 
 def test_from_pretrained_of_what_is_no_tokenizer_is_one_line(tmp_path):
-    for folder, said in ((tmp_path, "is no tokenizer: it has no config.json"), ("~nobody-at-all/x", "home directory")):
+    for folder, said in (
+        (tmp_path, "is not a tokenizer: it has no config.json"),
+        ("~nobody-at-all/x", "home directory"),
+    ):
         with pytest.raises(InputError, match=said):
             VQModel.from_pretrained(folder)
 

@@ -275,7 +275,7 @@ def test_how_a_run_goes_on_is_said_with_what_it_cannot_keep():
     assert how_resumed(None, 2) == ""
     assert how_resumed(state, 2) == "; going on from step 5"
     said = how_resumed(state, 4, by_pass="the codebook")
-    assert said.startswith("; going on from step 5 by 1 x 4 passes a step after 1 x 2: the same batches; ")
+    assert said.startswith("; going on from step 5 by 1 x 4 passes per step after 1 x 2: the same batches; ")
     assert said.endswith(", and the codebook")
 
 

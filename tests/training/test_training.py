@@ -416,7 +416,7 @@ def test_a_run_that_diverges_is_tried_again_with_all_halved_until_it_helps(tmp_p
             run.accelerator.end_training()
     assert tried == [1 / 4, 1 / 8, 1 / 16]  # the checkpoint was of a run that had gone back twice
     assert "step 25: adv_loss not finite: going back to" in (said := capsys.readouterr().out)
-    assert "step_00000020 with the learning rate at 1/8 of what is set" in said
+    assert "step_00000020 with the learning rate at 1/8 of the setting" in said
 
 
 def test_what_going_back_does_not_cure_is_one_line_with_the_remedy(tmp_path):

@@ -159,7 +159,9 @@ def _widths(image_size: int, width: int) -> list[int]:
     halvings = (image_size // 4).bit_length() - 1
     if image_size != 4 * 2**halvings or halvings < 1:
         below = max(8, 4 * 2 ** max(halvings, 0))
-        raise InputError(f"image_size={image_size} is no 8, 16, 32, ... for a DCGAN; use {below} or {2 * below}")
+        raise InputError(
+            f"image_size={image_size} does not suit a DCGAN, which needs 8, 16, 32, ...; use {below} or {2 * below}"
+        )
     return [width * min(2**i, 8) for i in range(halvings)]
 
 

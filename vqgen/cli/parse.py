@@ -134,7 +134,7 @@ def _leaves(layer: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
     """Yields every key, as section.key, with its value; the value of an empty section is {}."""
     for key, value in layer.items():
         remedy = "in a file a section is a line of its own, and its keys are indented below it"
-        require("." not in str(key), f"{prefix}{key}: no such key, as it has a dot; {remedy}")
+        require("." not in str(key), f"{prefix}{key}: no such key, because it has a dot; {remedy}")
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:

@@ -52,7 +52,7 @@ def run_data(run: Path, given: Mapping[str, Any], channels: int) -> RunData:
         taken[key] = _found(run, taken[key])
         _check_there(run, key, own[key], taken[key])
     settings = {**taken, **given}
-    require("source" in settings, f"{run} does not say which images it is for; give data.source=")
+    require("source" in settings, f"{run} does not say which images it used; give data.source=")
     settings["channels"] = settings.get("channels", channels)
     require(settings["channels"] == channels, f"data.channels={settings['channels']}: {run} is for {channels}")
     config = DataConfig(**check_options(DataConfig, settings, "data"))

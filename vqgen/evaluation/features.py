@@ -222,7 +222,7 @@ def load_feature_network(
         try:
             network.load_state_dict(state)
         except RuntimeError as error:
-            raise InputError(f"{weights} is no lenet for these classes; leave it out to train one") from error
+            raise InputError(f"{weights} is not a lenet for these classes; leave it out to train one") from error
         network._freeze()
     return network.to(accelerator.device)
 

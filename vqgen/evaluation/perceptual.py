@@ -82,7 +82,7 @@ class PerceptualDistance(nn.Module):
             self.load_state_dict(state)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"name={name}: its weights are of another network: {reason}") from error
+            raise InputError(f"name={name}: its weights belong to another network: {reason}") from error
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "PerceptualDistance":

@@ -133,13 +133,13 @@ class Report:
         try:
             content = json.loads(found.read_text())
             written = content.pop("format")
-            require(written == FORMAT, f"{found} is of format {written}, now it is {FORMAT}; evaluate again")
+            require(written == FORMAT, f"{found} has format {written}, but this version reads {FORMAT}; evaluate again")
             content["figures"] = {name: Figure(**figure) for name, figure in content["figures"].items()}
             return cls(**content)
         except InputError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{found} is no evaluation ({error}); evaluate again") from error
+            raise InputError(f"{found} is not an evaluation ({error}); evaluate again") from error
 
     def table(self) -> str:
         """A table with a line for each figure, and the figures' protocols below."""
@@ -309,10 +309,10 @@ def check_varied(features: Features, name: str, channels: int) -> None:
     """
     count = features.count.item()
     if count < 2:
-        raise InputError(f"{name}: only {count} image to measure with; give at least 2, better some thousand")
+        raise InputError(f"{name}: only {count} image to measure with; give at least 2, better thousands")
     thumbnails = features.thumbnails.view(len(features.thumbnails), channels, -1)
     if (thumbnails.amax(dim=2) == thumbnails.amin(dim=2)).all():
-        raise InputError(f"{name}: each of the {count} images is of one flat colour; is the file what it should be?")
+        raise InputError(f"{name}: each of the {count} images has one flat colour; is this the right file?")
     if (thumbnails == thumbnails[:1]).all():
         raise InputError(f"{name}: all {count} images are the same; give different ones")
 

@@ -187,7 +187,7 @@ def _language_model_config(model_type: str, options: dict[str, Any], **fixed: An
 
 def _misfit(model_type: str, options: dict[str, Any], error: Exception) -> str:
     asked = " ".join(f"{key}={value}" for key, value in options.items())
-    return f"{asked}: transformers makes no {model_type} of these: {_one_line(error)}"
+    return f"{asked}: transformers cannot build {model_type} from these: {_one_line(error)}"
 
 
 def _one_line(error: Exception) -> str:

@@ -74,7 +74,7 @@ class CodebookQuantizer(Quantizer):
         require(temperature >= 0, f"temperature={temperature}: must be 0 (the nearest code) or more")
         require(
             not (code_dim == 1 and lookup == "cosine"),
-            "code_dim=1 with lookup=cosine: a line has but two directions; use lookup=euclidean or a larger code_dim",
+            "code_dim=1 with lookup=cosine: a line has only two directions; use lookup=euclidean or a larger code_dim",
         )
         self.codebook_size = codebook_size
         self.code_dim = code_dim

@@ -162,7 +162,7 @@ def gradient_estimator(gradient: str, code_dim: int, temperature: float = 0.0) -
     )
     require(
         not (code_dim == 1 and gradient == "rotation"),
-        "code_dim=1 with gradient=rotation: a line has but two directions; use gradient=straight-through",
+        "code_dim=1 with gradient=rotation: a line has only two directions; use gradient=straight-through",
     )
     return ESTIMATORS[gradient]
 

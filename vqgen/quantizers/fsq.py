@@ -33,11 +33,11 @@ class FSQ(Quantizer):
         super().__init__()
         require(
             bool(levels) and min(levels) > 2,
-            f"levels={list(levels)}: must be one or more, each above 2; lfq is for two levels a dimension",
+            f"levels={list(levels)}: must be one or more numbers above 2; for two levels per dimension use lfq",
         )
         self.codebook_size = prod(levels)
         fewer = "use fewer levels, or fewer dimensions"
-        require(self.codebook_size <= MAX_CODES, f"levels={list(levels)}: have a product above 2^31; {fewer}")
+        require(self.codebook_size <= MAX_CODES, f"levels={list(levels)}: their product is above 2^31; {fewer}")
         self.code_dim = len(levels)
         self.register_buffer("num_levels", torch.tensor(levels), persistent=False)
         basis = torch.tensor([prod(levels[:i]) for i in range(len(levels))])

@@ -28,7 +28,7 @@ class ResidualQuantizer(Quantizer):
     scales: Tensor  # (Q, D)
     refused: ClassVar = {
         "codebook_size": "each level has its own; set base.codebook_size",
-        "code_dim": "it is that of the levels; set base.code_dim",
+        "code_dim": "each level has it; set base.code_dim",
         "commitment_weight": "each level has its own; set base.commitment_weight",
     }
 
@@ -51,7 +51,7 @@ class ResidualQuantizer(Quantizer):
         for option, unit, free in (("lookup", "cosine", "euclidean"), ("spherical", True, False)):
             require(
                 base.get(option) != unit,
-                f"base.{option}={unit}: drops the vectors' length, but what is left over has a length; use {free}",
+                f"base.{option}={unit}: drops the vectors' length, but the residual needs it; use {free}",
             )
         with section("base"):
             levels = [build(BASES, **base) for _ in range(num_quantizers)]

@@ -43,7 +43,7 @@ class Light(VQModel):
         require_size("decoder_blocks", decoder_blocks, 1000, least=0)
         require(
             0 < len(widths) <= 16 and 0 < min(widths) <= max(widths) <= MAX_WIDTH,
-            f"widths={list(widths)}: must be one or more channel counts, 16 of them and {MAX_WIDTH} at most",
+            f"widths={list(widths)}: must be 1 to 16 numbers of channels, each from 1 to {MAX_WIDTH}",
         )
         super().__init__(channels, patch_size * 2 ** (len(widths) - 1), quantizer)
 

@@ -95,10 +95,10 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         """The tokenizer of a stage-1 or stage-2 run, or of a model's own folder, in eval mode.
 
         Raises:
-            InputError: there is no tokenizer, it does not load, or its architecture is not this class.
+            InputError: there is not a tokenizer, it does not load, or its architecture is not this class.
         """
         model = load_tokenizer(Path(folder))[0].requires_grad_()
-        require(isinstance(model, cls), f"{folder}: its tokenizer is no {cls.__name__} but a {type(model).__name__}")
+        require(isinstance(model, cls), f"{folder}: its tokenizer is not a {cls.__name__} but a {type(model).__name__}")
         return model
 
 
@@ -118,7 +118,7 @@ def load_tokenizer(folder: Path) -> tuple[VQModel, str]:
     The model is in eval mode, and its weights are frozen.
 
     Raises:
-        InputError: there is no tokenizer, or it does not load.
+        InputError: there is not a tokenizer, or it does not load.
     """
     from vqgen.tokenizers import ARCHITECTURES, build_tokenizer  # here, because vqgen.tokenizers imports this module
 
@@ -128,7 +128,7 @@ def load_tokenizer(folder: Path) -> tuple[VQModel, str]:
     for name in ("config.json", "model.safetensors"):
         if not (inside / name).is_file():
             raise InputError(
-                f"{folder} is no tokenizer: it has no {name}; give a stage-1 run, such as stage1=runs/stage1"
+                f"{folder} is not a tokenizer: it has no {name}; give a stage-1 run, such as stage1=runs/stage1"
             )
     content = [(inside / name).read_bytes() for name in ("config.json", "model.safetensors")]
     try:

@@ -51,7 +51,9 @@ def open_run(config: Any) -> Iterator[None]:
     exists = os.path.exists  # unlike Path.exists, it returns False for a name that is too long
     for folder in (checkpoints, model):
         if exists(folder) and not exists(path):
-            raise InputError(f"run_dir={run_dir} has a {folder.name} but no config.yaml, so it is no run; name another")
+            raise InputError(
+                f"run_dir={run_dir} has a {folder.name} but no config.yaml, so it is not a run; name another"
+            )
     with ExitStack() as stack:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -133,7 +135,7 @@ def check_made_from(config: Any, state: Mapping[str, Any], made_from: Mapping[st
     if "held_out" not in state and there.get(key) != asked.get(key):  # older versions did not hash these images
         raise InputError(
             f"{config.run_dir} holds a run with {key}={there.get(key)}, but {key}={asked.get(key)} is asked for; "
-            f"its version did not note which images these were, so repeat that, or name another run_dir="
+            f"its version did not record which images these were, so repeat the setting, or name another run_dir="
         )
 
 
@@ -218,8 +220,10 @@ def how_resumed(state: dict[str, Any] | None, accumulation: int, *, by_pass: str
     if before == now:
         return text
     differ = by_pass if before[1] != now[1] else by_process
-    text += f" by {now[0]} x {now[1]} passes a step after {before[0]} x {before[1]}: the same batches; the same numbers"
-    return f"{text} but for rounding, what is drawn inside the model{f', and {differ}' if differ else ''}"
+    text += (
+        f" by {now[0]} x {now[1]} passes per step after {before[0]} x {before[1]}: the same batches; the same numbers"
+    )
+    return f"{text} except for rounding, random draws inside the model{f', and {differ}' if differ else ''}"
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:

@@ -33,7 +33,7 @@ def refuse_fsdp() -> None:
         InputError: the launch asks for FSDP.
     """
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    require(not asked, "FSDP: is for the prior of stage 2 alone; use accelerate launch --multi_gpu here")
+    require(not asked, "FSDP: is only for the prior of stage 2; use accelerate launch --multi_gpu here")
 
 
 def shard_like(x: Tensor, parameter: Tensor) -> Tensor:

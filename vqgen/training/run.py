@@ -94,7 +94,7 @@ def attempts(config: Any, *, lowered: str, to_lower: str, fsdp: bool = False) ->
             raise InputError(f"{run.diverged}; {kept}; {remedy}") from run.diverged
         rollbacks = run.rollbacks + 1
         if rank() == 0:
-            print(f"{run.diverged}: going back to {checkpoint} with {lowered} at 1/{2**rollbacks} of what is set")
+            print(f"{run.diverged}: going back to {checkpoint} with {lowered} at 1/{2**rollbacks} of the setting")
         del run
         gc.collect()  # frees the models of the failed attempt before the next one builds its own
     if stop.exit_code:

@@ -183,7 +183,7 @@ def explained(error: BaseException, config: Any = None) -> str | None:
             number = int(found[1])
         if number in DISK_ERRORS:
             where = getattr(link, "filename", None) or getattr(config, "run_dir", None) or "writing"
-            remedy = "make room" if number in FULL else "put that right"
+            remedy = "make room" if number in FULL else "correct that"
             return f"{where}: {os.strerror(number)}; {remedy}, and {GOES_ON}"
         died = re.search(r"DataLoader worker \(pid|Pin memory thread exited", text) is not None
         if died or (isinstance(link, ConnectionError | EOFError) and _is_of_a_pipe(link)):
@@ -208,10 +208,12 @@ def _smaller_passes(config: Any) -> str:
     parts = world_size() * train.accumulation
     images = train.batch_size // parts
     if images < 2:
-        return f"train.batch_size={train.batch_size} is one image a pass already; make the model or the images smaller"
+        return (
+            f"train.batch_size={train.batch_size} is one image per pass already; make the model or the images smaller"
+        )
     smallest = next(n for n in range(2, images + 1) if images % n == 0)
     return (
         f"train.batch_size={train.batch_size} over {world_size()} process(es) and train.accumulation="
-        f"{train.accumulation} is {images} images a pass; set train.accumulation={train.accumulation * smallest}, "
+        f"{train.accumulation} is {images} images per pass; set train.accumulation={train.accumulation * smallest}, "
         f"or lower train.batch_size (another run_dir= if this run has checkpoints)"
     )

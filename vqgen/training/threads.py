@@ -22,4 +22,4 @@ def keep_threads(saved: int | None) -> str:
     if os.environ.get(CHOSEN):
         torch.set_num_threads(saved)
         return f" with {saved} thread(s), as before"
-    return f" with {now} thread(s) after {saved}: the same numbers but for rounding"
+    return f" with {now} thread(s) after {saved}: the same numbers except for rounding"
