@@ -64,7 +64,7 @@ REFUSED = {
     ),
     "directions on a line": ({"code_dim": 1, "lookup": "cosine"}, "code_dim=1 with lookup=cosine"),
     "rotation on a line": ({"name": "vq", "code_dim": 1, "gradient": "rotation"}, "a line has only two directions"),
-    "rotation of simvq on a line": ({"name": "simvq", "code_dim": 1, "gradient": "rotation"}, "but two directions"),
+    "rotation of simvq on a line": ({"name": "simvq", "code_dim": 1, "gradient": "rotation"}, "only two directions"),
     "rotation of levels on a line": (
         {"name": "residual", "gradient": "rotation", "base": {"code_dim": 1}},
         "a line has only two directions",
