@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from vqgen.quantizers import QUANTIZERS
+from vqgen.yaml_file import read_yaml
 
 DEBUG = {stage: f"configs/debug/{stage}.yaml" for stage in ("stage1", "stage2")}
 
@@ -122,6 +123,7 @@ def test_accumulation_mixed_precision_flips_and_seconds(runs, program, tmp_path)
         "stage2/train.py", DEBUG["stage2"], f"run_dir={tmp_path}/2", f"stage1={tmp_path}/1", *stage2
     )
     assert code == 0, errors
+    assert read_yaml(runs / "stage1/config.yaml")["train"]["mixed_precision"] == "no"  # what null stood for
     assert all(np.isfinite(list(line.values())).all() for run in "12" for line in lines(tmp_path / run))
 
 
