@@ -183,7 +183,7 @@ class Generator:
                 data.resize,
             )
         data = replace(data, image_size=self.image_size)
-        squares = [torch.from_numpy(to_square(picture, self.channels, data)) for picture in pictures]
+        squares = [torch.from_numpy(to_square(picture, self.channels, data).copy()) for picture in pictures]
         parts = [squares[i : i + DEFAULTS.batch_size] for i in range(0, len(squares), DEFAULTS.batch_size)]
         return [
             picture
