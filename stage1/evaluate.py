@@ -1,4 +1,4 @@
-"""Measure a tokenizer on held-out images, with how each figure was made beside it.
+"""Measure a tokenizer on held-out images; the report says beside each figure how it was made.
 
 python stage1/evaluate.py RUN_DIR [key=value ...]
 python stage1/evaluate.py RUN_DIR --compare OTHER_RUN_DIR
@@ -49,9 +49,9 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
     tracking = run_tracking(run, config.tracking)
     accelerator = evaluation_device()
     device = accelerator.device
-    others, images, _ = run_images(run, config.data, model.channels)  # to train on, and held out
+    others, images, _ = run_images(run, config.data, model.channels)  # training images, held-out images
     with section("data"):
-        model.code_layout(images.image_size)  # raises where the size does not suit the stride
+        model.code_layout(images.image_size)  # raises if the stride does not divide the size
     rows = some_rows(len(images), config.num_images)
     network = load_feature_network(
         config.features, config.feature_weights, others, seed=config.seed, cache=cache, accelerator=accelerator
@@ -80,7 +80,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
         x = x.to(device)  # uint8 (B, C, H, W)
         with torch.inference_mode():
             codes = model.encode(from_uint8(x))
-            x_rec = to_uint8(model.decode(codes))  # rounded and clipped, as it would be saved
+            x_rec = to_uint8(model.decode(codes))  # rounded and clipped, as in a saved image
             usage.update(codes)
             columns = [image_psnr(x_rec, x), image_ssim(x_rec, x)]
             if perceptual:
@@ -124,7 +124,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
 
 @torch.no_grad()
 def extremes(images, rows: np.ndarray, badness: Tensor, model, device: torch.device) -> Image.Image:
-    """The images that come out worst, below them what comes out; and the same for the best."""
+    """A picture of the worst-reconstructed images above their reconstructions, then the same for the best."""
     order = badness.argsort(descending=True).numpy()
     each = min(10, len(order))
     lines = []

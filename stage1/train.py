@@ -1,4 +1,4 @@
-"""Stage 1: train the tokenizer, a VQ-VAE, and with a discriminator a VQGAN.
+"""Stage 1: train the tokenizer, a VQ-VAE; with a discriminator it is a VQGAN.
 
 accelerate launch stage1/train.py [CONFIG.yaml] [key=value ...]
 """
@@ -52,25 +52,26 @@ SECTIONS: Sections = {
 }
 REC_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
 DISC_BETAS = (0.5, 0.9)  # VQGAN's
-# A hundred times Adam's default. Real and generated images pull D's last bias equally far, and rounding noise in its
-# gradient would otherwise cause full-size steps, different ones on another number of processes.
+# This is 100 times Adam's default. Real and generated images pull D's last bias equally hard in opposite directions, so
+# its gradient is rounding noise. With Adam's default, this noise would cause full-size steps, which would differ with
+# the number of processes.
 DISC_EPS = 1e-6
-R1_EVERY = 4  # steps between R1 penalties, each with that many times the weight (StyleGAN2's lazy regularisation)
+R1_EVERY = 4  # steps between R1 penalties; each has 4 times the weight (StyleGAN2's lazy regularisation)
 
 
 class Nets(NamedTuple):
-    """What is trained, and what the losses need.
+    """The networks that are trained, and the networks that their losses need.
 
     Attributes:
-        model: the tokenizer, as `Accelerator.prepare` wraps it.
-        tokenizer: the same without its wrapper.
-        average: of the tokenizer's weights.
-        optimizer: of the tokenizer.
-        perceptual: the perceptual distance, if the loss has one.
-        disc: the discriminator, as `Accelerator.prepare` wraps it; None for a VQ-VAE.
-        bare_disc: the same without its wrapper.
-        disc_optimizer: of the discriminator.
-        lecam: the discriminator's regularisation.
+        model: the tokenizer, wrapped by `Accelerator.prepare`.
+        tokenizer: the same tokenizer without the wrapper.
+        average: the average of the tokenizer's weights.
+        optimizer: the tokenizer's optimizer.
+        perceptual: the perceptual distance; None if the loss has none.
+        disc: the discriminator D, wrapped by `Accelerator.prepare`; None for a VQ-VAE.
+        bare_disc: the same D without the wrapper.
+        disc_optimizer: D's optimizer.
+        lecam: D's regularisation.
     """
 
     model: nn.Module
@@ -97,15 +98,15 @@ def main(config: Stage1Config) -> None:
 def tokenizer_pass(
     nets: Nets, x: Tensor, config: Stage1Config, run: Run, now: Now, stopwatch: Stopwatch
 ) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
-    """One pass of the tokenizer and, where D teaches it, of D: all losses, their sum, and the sum's gradient.
+    """One pass of the tokenizer: its losses, their weighted sum, and the gradient; D judges, but does not learn here.
 
     Args:
-        nets: the tokenizer and what its losses need.
+        nets: the tokenizer, and the networks that its losses need.
         x: images (B, C, H, W) in [-1, 1].
-        config: of the losses.
-        run: scales the gradient, and says how far the adversarial weight is lowered.
-        now: decides which losses count yet.
-        stopwatch: takes the perceptual network's time.
+        config: names and weights of the losses.
+        run: runs the backward pass, and says how far the adversarial weight is lowered.
+        now: decides which losses have started.
+        stopwatch: measures the perceptual network's time.
 
     Returns:
         The losses by name; the codes of each code map, (B, Q, *S); the reconstructions, detached.
@@ -114,8 +115,8 @@ def tokenizer_pass(
     losses: dict[str, Tensor] = {}
     x_rec, q = nets.model(x)
     losses["quantizer_loss"] = sum(out.loss for out in q)
-    # The losses of the image meet at x_rec, and their summed gradient goes through the tokenizer once. So weighing them
-    # by their gradients takes no second backward pass, and D's weights get no gradient from here.
+    # The image losses are differentiated with respect to x_rec alone, and the weighted sum of their gradients goes
+    # through the tokenizer once. So the adaptive weight needs no second backward pass, and D's weights get no gradient.
     y = x_rec.detach().requires_grad_()
     losses["rec_loss"] = REC_LOSSES[config.loss.rec](y, x)
     (gradient,) = torch.autograd.grad(losses["rec_loss"], y)  # (B, C, H, W)
@@ -143,7 +144,7 @@ def tokenizer_pass(
 def discriminator_pass(
     nets: Nets, x: Tensor, x_rec: Tensor, config: Stage1Config, run: Run, now: Now
 ) -> dict[str, Tensor]:
-    """One pass of D on images and their reconstructions, both (B, C, H, W): its losses by name, and their gradient."""
+    """One pass of D on images and their reconstructions, both (B, C, H, W): D's losses by name, and their gradient."""
     adversarial = config.loss.adversarial
     losses: dict[str, Tensor] = {}
     penalised = adversarial.r1 > 0 and now.step % R1_EVERY == 0
@@ -232,7 +233,7 @@ def train(config: Stage1Config, run: Run) -> None:
 
 
 def load_data(config: Stage1Config) -> tuple[ImageSet, ImageSet]:
-    """The images to train on and those held out; writes into the configuration what follows from them."""
+    """The training and the held-out images; completes the configuration with settings that follow from the images."""
     config.data.channels = config.data.channels or config.model.get("channels")
     train_set, val_set = load_images(config.data)
     config.data.channels = train_set.channels
@@ -244,13 +245,13 @@ def load_data(config: Stage1Config) -> tuple[ImageSet, ImageSet]:
 
 
 def build(config: Stage1Config, run: Run) -> Nets:
-    """The networks on their device, their optimizers and the average, all as they are before the first step."""
+    """The networks on their device, their optimizers and the average, in their state before the first step."""
     adversarial, device = config.loss.adversarial, run.device
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     torch.manual_seed(config.seed)
     with section("model", image_size="data.image_size"):
         tokenizer = build_tokenizer(**config.model)
-        tokenizer.code_layout(config.data.image_size)  # raises where the size does not suit the stride
+        tokenizer.code_layout(config.data.image_size)  # raises if the stride does not divide the size
     perceptual = disc = lecam = disc_optimizer = None
     if config.loss.perceptual.name != "none":
         with section("loss.perceptual"):
@@ -279,7 +280,7 @@ def build(config: Stage1Config, run: Run) -> Nets:
 
 
 def disc_lr_at(share: float, config: Stage1Config) -> float:
-    """Learning rate of D after a share of the run: its own until the decoder sees it, then falling as the decoder's."""
+    """D's learning rate after a share of the run: constant until the decoder sees D, then falling as the decoder's."""
     adversarial, falling = config.loss.adversarial, replace(config.optim, warmup=0.0)
     if share <= adversarial.start:
         return adversarial.lr
@@ -290,10 +291,10 @@ def disc_lr_at(share: float, config: Stage1Config) -> float:
 def evaluate(
     model: VQModel, images: ImageSet, num_images: int, batch_size: int, device: torch.device
 ) -> dict[str, float]:
-    """PSNR (of the pooled squared error) and use of the codebook on held-out images, shared out over the processes."""
+    """PSNR (of the pooled squared error) and codebook usage on held-out images, divided among the processes."""
     chosen = np.linspace(0, len(images) - 1, min(len(images), num_images), dtype=int)[rank() :: world_size()]
     usage = CodeUsage(model.code_layout(images.image_size), device)
-    sums = torch.zeros(2, device=device)  # of squared errors, of images
+    sums = torch.zeros(2, device=device)  # the sum of squared errors, the number of images
     for start in range(0, len(chosen), batch_size):
         x = from_uint8(images.__getitems__(chosen[start : start + batch_size])[0].to(device))
         x_rec, q = model(x)
@@ -307,7 +308,7 @@ def evaluate(
 
 @torch.no_grad()
 def reconstructions(model: VQModel, images: ImageSet, device: torch.device) -> Image.Image:
-    """A picture of held-out images, and below each row of them what the model makes of it."""
+    """A picture of held-out images, with each row's reconstructions below it."""
     chosen = np.linspace(0, len(images) - 1, min(len(images), 16), dtype=int)
     x = images.__getitems__(chosen)[0]
     x_rec = to_uint8(model(from_uint8(x.to(device)))[0]).cpu()

@@ -1,4 +1,4 @@
-"""The plain GAN, to compare with: noise and a class in, an image out, and no codes.
+"""Train the plain GAN, for comparison: noise and a class in, an image out, no codes.
 
 accelerate launch stage1/train_gan.py [CONFIG.yaml] [key=value ...]
 """
@@ -27,11 +27,11 @@ from vqgen.training.schedule import lr_at, num_parameters, parameter_groups, set
 from vqgen.training.state import TrainState
 from vqgen.training.tracking import image_grid
 
-SETTLING_IMAGES = 1024  # images that batch normalisation's statistics are taken from before an evaluation or a save
+SETTLING_IMAGES = 1024  # batch normalisation's statistics come from this many images before an evaluation or a save
 
 
 class Nets(NamedTuple):
-    """What is trained; `bare_` is what `Accelerator.prepare` has not wrapped."""
+    """The networks that are trained; those named `bare_` lack the wrapper of `Accelerator.prepare`."""
 
     generator: nn.Module
     bare_generator: DCGANGenerator
@@ -53,7 +53,7 @@ def discriminator_pass(
     nets: Nets, x: Tensor, fakes: Tensor, class_ids: Tensor, name: str, run: Run
 ) -> dict[str, Tensor]:
     """One pass of D on real and on generated images, both (B, C, H, W): its loss, and the loss' gradient."""
-    real, fake = nets.disc(x, class_ids), nets.disc(fakes, class_ids)  # apart, each normalised by its own batch
+    real, fake = nets.disc(x, class_ids), nets.disc(fakes, class_ids)  # two calls: each batch is normalised by itself
     loss = discriminator_loss(name, real, fake)
     run.accelerator.backward(loss)
     terms = {"disc_loss": loss, "real_logits": real.mean(), "fake_logits": fake.mean()}
@@ -61,7 +61,7 @@ def discriminator_pass(
 
 
 def generator_pass(nets: Nets, z: Tensor, class_ids: Tensor, name: str, run: Run) -> dict[str, Tensor]:
-    """One pass of G on noise (B, latent_dim), through a D that does not learn from it: G's loss, and its gradient."""
+    """One pass of G on noise (B, latent_dim), judged by D, which does not learn from it: G's loss, and its gradient."""
     loss = generator_loss(name, nets.bare_disc(nets.generator(z, class_ids), class_ids))
     run.accelerator.backward(loss)
     return {"gen_loss": loss}
@@ -116,7 +116,7 @@ def train(config: GANConfig, run: Run) -> None:
         # Goodfellow et al. 2014, algorithm 1: an update of D, then one of G against the new D, on other noise.
         lr = set_lr(nets.optimizer, run.lowered * lr_at(now.share, config.optim))
         set_lr(nets.disc_optimizer, lr * config.disc_lr / config.optim.lr)
-        drawn: list[Tensor] = []  # the class ids of D's images, which G is then asked for too
+        drawn: list[Tensor] = []  # the class ids of D's passes; G's passes use the same
         for i, (x, class_ids) in enumerate(run.passes(batches, nets.disc)):  # (B, C, H, W) in [-1, 1], and (B,)
             with torch.no_grad():
                 fakes = nets.bare_generator(noise(config, run, now, i, turn=0), class_ids)
@@ -143,7 +143,7 @@ def train(config: GANConfig, run: Run) -> None:
 
 
 def load_data(config: GANConfig) -> ImageSet:
-    """The images to train on; writes into the configuration what follows from them."""
+    """The training images; completes the configuration with settings that follow from them."""
     train_set, _ = load_images(config.data)
     config.data.channels = train_set.channels
     config.generator = check_options(DCGANGenerator, config.generator, "generator")
@@ -152,7 +152,7 @@ def load_data(config: GANConfig) -> ImageSet:
 
 
 def build(config: GANConfig, run: Run, train_set: ImageSet) -> Nets:
-    """Both networks on their device, their optimizers and the average, all as they are before the first step."""
+    """Both networks on their device, their optimizers and the average, in their state before the first step."""
     fp16 = run.accelerator.mixed_precision == "fp16"
     require(not fp16, "train.mixed_precision=fp16 is too coarse for a discriminator's gradients; use bf16 or no")
     torch.manual_seed(config.seed)
@@ -164,7 +164,7 @@ def build(config: GANConfig, run: Run, train_set: ImageSet) -> Nets:
     memory_format = torch.contiguous_format
     if run.device.type == "cuda":
         memory_format = torch.channels_last
-        if world_size() > 1:  # one batch's statistics over all processes, which torch has for GPUs only
+        if world_size() > 1:  # statistics of the whole batch, over all processes; torch offers this on GPUs only
             generator, disc = map(nn.SyncBatchNorm.convert_sync_batchnorm, (generator, disc))
     generator, disc = (model.to(run.device, memory_format=memory_format) for model in (generator, disc))
     betas = (config.optim.beta1, config.optim.beta2)
@@ -187,7 +187,7 @@ def noise(config: GANConfig, run: Run, now: Now, i: int, *, turn: int) -> Tensor
 
 
 def samples(generator: DCGANGenerator, seed: int, device: torch.device) -> Image.Image:
-    """A picture of samples, the classes in turn."""
+    """A picture of samples that cycles through the classes."""
     columns = len(generator.class_names) if 0 < len(generator.class_names) <= 16 else 8
     class_ids = classes_in_turn(8 * columns, range(len(generator.class_names))).to(device)
     images = generate_images(generator, class_ids, seed=seed)

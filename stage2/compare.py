@@ -1,4 +1,4 @@
-"""What a GAN, a VQ-VAE with its prior and a VQGAN with its prior make of the same images in the same time.
+"""Compare a GAN, a VQ-VAE with a prior and a VQGAN with a prior, trained on the same images for the same time.
 
 python stage2/compare.py [CONFIG.yaml] [key=value ...]
 """
@@ -48,7 +48,7 @@ ROOT = Path(__file__).parents[1]
 MODELS = {"dcgan": "DCGAN", "vqvae": "VQ-VAE + prior", "vqgan": "VQGAN + prior"}
 BATCH = 256  # images drawn at a time
 SPEED_ROUNDS = 5
-SHARED = ("run_dir", "seed", "stage1", "train.max_steps", "train.max_seconds")  # and data.*, which all get
+SHARED = ("run_dir", "seed", "stage1", "train.max_steps", "train.max_seconds")  # the same for all, as data.* is
 REMEDY = "set seconds=, seed=, run_dir= or data.*= of the comparison"
 TOKENIZER_SECTIONS: Sections = {
     "model": ARCHITECTURES,
@@ -56,9 +56,9 @@ TOKENIZER_SECTIONS: Sections = {
     "model.quantizer.base": BASES,
     "discriminator": PatchDiscriminator,
 }
-LOWER_IS_BETTER = ("perceptual", "rF", "FD", "FID", "KD", "KID")  # how the figures' names begin
+LOWER_IS_BETTER = ("perceptual", "rF", "FD", "FID", "KD", "KID")  # beginnings of figures' names
 UNRANKED = ("usage", "parameters", "training seconds")
-ROWS, GAP = 6, 28  # of the picture's panels; pixels between them, which a title fits in
+ROWS, GAP = 6, 28  # rows of images in a panel of the picture; pixels between panels, enough for a title
 
 
 def main(config: CompareConfig) -> None:
@@ -66,7 +66,7 @@ def main(config: CompareConfig) -> None:
     folder = writable_folder("run_dir", Path(config.run_dir))
     cache = cache_folder(config)
     data = DataConfig(**check_options(DataConfig, config.data, "data"))
-    # Before the training, as what is wrong with any of it should be said now: the images, both networks, the settings.
+    # Loads the images and both networks and checks all settings first, so that errors appear before the long training.
     train_set, held_out = load_images(data)
     accelerator = evaluation_device()
     network = load_feature_network(
@@ -84,7 +84,7 @@ def main(config: CompareConfig) -> None:
         for setting in given:
             require(setting.split("=")[0] not in SHARED, f"{setting}: is the same for all three; {REMEDY}")
 
-    # The runs, by the programs that anyone would use: each goes on where it stopped.
+    # Trains by the usual programs, each of which resumes where it stopped.
     settings = [f"data.{key}={json.dumps(value)}" for key, value in config.data.items() if value is not None]
     tracking = [f"tracking.{key}={value}" for key, value in asdict(config.tracking).items()]
     images = [train_set.fingerprint, train_set.crop]
@@ -100,7 +100,7 @@ def main(config: CompareConfig) -> None:
         train("stage2/train.py", stage2, config, config.seconds * config.prior_share, given, [*images, tokenizer])
     sampled = {name: folder / name if name == "dcgan" else folder / name / "stage2" for name in MODELS}
 
-    # The figures: of reconstructions by stage1/evaluate.py, of samples by the same functions as stage2/evaluate.py's.
+    # Measures reconstructions by stage1/evaluate.py, and samples by the same functions as stage2/evaluate.py.
     generators = {name: Generator.from_pretrained(run).to(accelerator.device) for name, run in sampled.items()}
     columns: dict[str, dict[str, float]] = {name: {} for name in MODELS}
     real: dict[str, float] = {}
@@ -139,7 +139,7 @@ def main(config: CompareConfig) -> None:
 def train(
     program: str, run: Path, config: CompareConfig, seconds: float, settings: Sequence[str], made_from: list[Any]
 ) -> None:
-    """Runs a training program on its share of the time, unless it has done so already, from the same."""
+    """Runs a training program for its share of the time, unless a run from the same settings and data has finished."""
     seconds = round(seconds, 3)
     budget = ["train.max_steps=null", f"train.max_seconds={seconds}", f"seed={config.seed}"]
     command = [program, f"run_dir={run}", *budget, *settings]
@@ -156,7 +156,7 @@ def launch(command: Sequence[str]) -> None:
     """Runs one of the project's programs.
 
     Raises:
-        InputError: it failed, and has said why.
+        InputError: the program failed; it has printed the reason.
     """
     print(f"python {' '.join(command)}", flush=True)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -174,7 +174,7 @@ def launch(command: Sequence[str]) -> None:
 
 
 def reconstruction_report(run: Path, config: CompareConfig) -> Report:
-    """The evaluation of a tokenizer, made now unless it is there."""
+    """The evaluation report of a tokenizer, made now unless it exists already."""
     made_from = {"checkpoint": load_tokenizer(run)[1], "features": config.features, "perceptual": config.perceptual}
     made_from |= {"num_images": config.num_images, "seed": config.seed}
     options = [f"{key}={made_from[key]}" for key in ("features", "perceptual", "num_images", "seed")]
@@ -184,15 +184,15 @@ def reconstruction_report(run: Path, config: CompareConfig) -> Report:
 
 
 class Drawn:
-    """A model's samples, as a set that features are taken of.
+    """A model's samples, with the part of ImageSet's interface that `cached_features` needs.
 
     Args:
         images: uint8 (N, H, W, C).
         class_ids: (N,).
-        fingerprint: of what they were drawn from, and how.
+        fingerprint: identifies the model and the sampling settings.
     """
 
-    crop: ClassVar[dict[str, int | str]] = {}  # they are as large as they were made
+    crop: ClassVar[dict[str, int | str]] = {}  # samples are not cropped
 
     def __init__(self, images: np.ndarray, class_ids: np.ndarray, fingerprint: str):
         self.images, self.class_ids, self.fingerprint = images, class_ids, fingerprint
@@ -206,7 +206,7 @@ class Drawn:
 
 
 def samples(name: str, generator: Generator, config: CompareConfig, folder: Path) -> Drawn:
-    """The samples of a model, drawn now unless they are there; in FOLDER/NAME/samples.npz."""
+    """The samples of a model in FOLDER/NAME/samples.npz, drawn now unless they exist already."""
     options = generator.options(SampleConfig())
     made_from = [generator.checkpoint, config.seed, config.num_images, options]
     path = folder / name / "samples.npz"
@@ -234,7 +234,7 @@ def sample_report(
     cache: Path,
     accelerator: Accelerator,
 ) -> Report:
-    """The figures of a model's samples against training images, with what held-out images reach."""
+    """The figures of a model's samples against training images, with those of held-out images for reference."""
 
     def features_of(images, rows, description):
         options = {"batch_size": BATCH, "cache": cache, "accelerator": accelerator}
@@ -251,7 +251,7 @@ def sample_report(
 
 
 def images_per_second(generators: dict[str, Generator]) -> dict[str, float]:
-    """How fast each draws: medians of rounds in which they take turns, since a machine's speed drifts."""
+    """Images per second of each model: medians over rounds in which the models take turns (machine speed drifts)."""
     seconds: dict[str, list[float]] = {name: [] for name in generators}
     for first in range(0, (SPEED_ROUNDS + 1) * BATCH, BATCH):
         for name, generator in generators.items():
@@ -265,7 +265,7 @@ def images_per_second(generators: dict[str, Generator]) -> dict[str, float]:
 
 
 def cached(path: Path, made_from: Any, make: Callable[[], Any]) -> Any:
-    """What make returns, kept in a JSON file for as long as it is made from the same."""
+    """The result of `make`, kept in a JSON file and made anew when `made_from` changes."""
     made_from = json.loads(json.dumps(made_from))
     if path.is_file():
         kept = json.loads(path.read_text())
@@ -279,9 +279,9 @@ def cached(path: Path, made_from: Any, make: Callable[[], Any]) -> Any:
 
 
 def markdown(columns: dict[str, dict[str, float]], real: dict[str, float]) -> str:
-    """The figures as a table: a row a figure, a column a model, and what real images reach."""
+    """A table with a row for each figure, a column for each model, and a column for real images."""
     lines = [f"| | {' | '.join(MODELS.values())} | real images |", "|---" * (len(MODELS) + 2) + "|"]
-    longest_first = sorted(columns.values(), key=len, reverse=True)  # a GAN's column has no reconstructions, which lead
+    longest_first = sorted(columns.values(), key=len, reverse=True)  # reconstructions, which a GAN lacks, come first
     for figure in dict.fromkeys(figure for column in longest_first for figure in column):
         values = [column.get(figure) for column in columns.values()]
         there = [value for value in values if value is not None]
@@ -293,11 +293,11 @@ def markdown(columns: dict[str, dict[str, float]], real: dict[str, float]) -> st
 
 
 def picture(drawn: dict[str, Drawn], held_out: ImageSet, folder: Path, device: torch.device) -> Image.Image:
-    """Real images and each model's samples, a column a class; below, held-out images and how they are reconstructed."""
+    """Real images and each model's samples, one class per column; below, held-out images and their reconstructions."""
     columns = len(held_out.class_names) if 1 < len(held_out.class_names) <= 16 else 8
     wanted = classes_in_turn(ROWS * columns, range(len(held_out.class_names))).numpy()
     free = {c: iter(np.flatnonzero(held_out.class_ids == c)) for c in np.unique(wanted)}
-    rows = np.array([next(free[c], -1) for c in wanted])  # a class may have too few
+    rows = np.array([next(free[c], -1) for c in wanted])  # -1 (a white square) if a class has too few images
     real = held_out.__getitems__(rows)[0]
     real[rows < 0] = 255
     panels = {"real images": real}

@@ -1,4 +1,4 @@
-"""Measure a prior and its samples, or any images against others, with how each figure was made beside it.
+"""Measure a prior and its samples, or any images against others; the report says how each figure was made.
 
 python stage2/evaluate.py RUN_DIR [key=value ...]
 python stage2/evaluate.py --images A --reference B [key=value ...]
@@ -57,9 +57,10 @@ SYNOPSIS = (
     "or RUN_DIR --compare OTHER_RUN_DIR"
 )
 SCALE_IMAGES = 512  # training images that the decoder's scales are fitted to
-MEMORISED_NLL = 0.8  # of the held-out NLL: where the training NLL is below, the prior knows its training images
-COPY_QUANTILE, MEMORISED_COPIES = 0.01, 0.1  # so near are 1 % of held-out images; 10 % of samples are too many
-MEMORISED_SHARE = 0.9  # of pairs of a sample and a held-out image: where more samples are nearer, they are copies
+# Three signs that a prior memorises its training images:
+MEMORISED_NLL = 0.8  # the training NLL is below this share of the held-out NLL
+COPY_QUANTILE, MEMORISED_COPIES = 0.01, 0.1  # over 10 % of samples are nearer than the nearest 1 % of held-out images
+MEMORISED_SHARE = 0.9  # in more than this share of (sample, held-out image) pairs the sample is nearer
 
 
 def main(run_dir: str | None, config: Stage2EvaluateConfig) -> None:
@@ -99,7 +100,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     generator.to(device)
     samples = Samples(generator, config)
 
-    # Likelihood: of the codes under the prior and under mere counts, and of the images under prior and decoder.
+    # Likelihood of the codes under the prior and under code counts, and of the images under prior and decoder.
     codes_dir = codes_folder(run) if os.access(codes_folder(run), os.W_OK) else cache / "codes"
     train_codes, held_out_codes = (
         encode_images(
@@ -121,8 +122,8 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     code_nats = nll * prior.layout.num_tokens
     decoder_nats = decoder_nll(tokenizer, train, held_out, config.batch_size, device)
 
-    # Features of samples, training images and held-out images. Copies are looked for among the reconstructions of the
-    # real images, because the tokenizer's own errors would otherwise make a copy look unlike its original.
+    # Features of samples, training images and held-out images. Samples are compared with reconstructions of the real
+    # images, because the tokenizer's own errors would otherwise make a copy look unlike its original.
     def features_of(images, rows, description, folder=cache):
         options = {"batch_size": config.batch_size, "cache": folder, "accelerator": accelerator}
         return cached_features(images, rows, network, description=description, **options)
@@ -164,7 +165,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     report.add("code_bits_per_dim", code_nats / math.log(2) / dims, likelihood)
     report.add("bound_bits_per_dim", (code_nats + decoder_nats) / math.log(2) / dims, {**likelihood, **fitted})
 
-    # Features are compared by their angle: by distance, a flat image of small features would be near to all others.
+    # Features are compared by angle, because a flat image has small features, which are at a small distance from all.
     centre = known.kept.mean(dim=0)
     directions = [F.normalize(part.kept - centre) for part in (drawn, control, known)]
     in_features = [nearest(queries, directions[2]) for queries in directions[:2]]
@@ -197,7 +198,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
 
 
 def evaluate_images(config: Stage2EvaluateConfig) -> None:
-    """Any images against a reference, whoever made them."""
+    """Compares any images with reference images."""
     out, cache = writable_folder("out", Path(config.out or "evaluation")), cache_folder(config)
     accelerator = evaluation_device()
     size = config.data.get("image_size")
@@ -222,7 +223,7 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
     measured, known = features_of(images, rows, "images"), features_of(reference, reference_rows, "the reference")
     check_varied(measured, f"images={config.images}", images.channels)
     check_varied(known, f"reference={config.reference}", images.channels)
-    # Real images that are not in the reference: its held-out part, or what num_reference has left over.
+    # Other real images: the held-out part of the reference, or its images beyond num_reference.
     others = held_out or reference
     other_rows = np.arange(len(others)) if held_out else np.setdiff1d(np.arange(len(reference)), reference_rows)
     other_rows = other_rows[some_rows(len(other_rows), len(rows))]
@@ -234,7 +235,7 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
     report = Report("images", subject)
     protocol = {"reference": reference.fingerprint, "reference_images": len(reference_rows), "images": len(rows)}
     protocol |= reference.crop
-    if images.class_names and reference.class_names:  # by their names; the last place is that of -1, no class
+    if images.class_names and reference.class_names:  # maps ids by name; the last entry maps -1 (no class) to itself
         ids = {name: i for i, name in enumerate(reference.class_names)}
         measured.class_ids = torch.tensor([*(ids.get(name, -1) for name in images.class_names), -1])[measured.class_ids]
         if (measured.class_ids < 0).all():
@@ -250,7 +251,7 @@ SAMPLING = ("seed", "cfg_scale", "temperature", "top_k", "top_p", "class_ids")
 
 
 class Samples:
-    """A prior's samples as a set of images, drawn when they are asked for."""
+    """A prior's samples as a set of images, drawn on request."""
 
     def __init__(self, generator: Generator, config: Stage2EvaluateConfig):
         self.generator, self.config, self.options = generator, config, generator.options(config)
@@ -266,7 +267,7 @@ class Samples:
 
 
 class Reproduced:
-    """Images as a tokenizer reproduces them, otherwise like the `ImageSet` that they are from."""
+    """The images of an `ImageSet`, reconstructed by a tokenizer."""
 
     def __init__(self, images: ImageSet, tokenizer: VQModel, tokenizer_hash: str, device: torch.device):
         self.images, self.tokenizer, self.device = images, tokenizer, device
@@ -286,7 +287,7 @@ class Reproduced:
 def decoder_nll(
     tokenizer: VQModel, train: ImageSet, held_out: ImageSet, batch_size: int, device: torch.device
 ) -> float:
-    """-log p(x | z) of held-out images given their codes, in nats an image, with scales fitted to training images."""
+    """-log p(x | z) of held-out images given their codes, in nats per image, with scales from training images."""
     scales, nats = LogisticScales(tokenizer.channels, device), torch.zeros((), dtype=torch.float64, device=device)
     for images, rows in ((train, some_rows(len(train), SCALE_IMAGES)), (held_out, np.arange(len(held_out)))):
         for batch in my_batches(len(rows), batch_size, "decoder's likelihood"):
@@ -305,9 +306,9 @@ def decoder_nll(
 def nearest_training_image(
     parts: list[Features], codes: TokenStore, prior: Prior, tokenizer: VQModel, batch_size: int, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
-    """For the thumbnails of each part, distance (n,) and place in the store (n,) of the nearest training image.
+    """The nearest training image for each part's thumbnails: its distance (n,) and its place in the store (n,).
 
-    All training images are searched, mirrored ones included, as the tokenizer reproduces them from their codes.
+    Searches all training images, mirrored ones included, after reconstruction from their codes.
     """
     best = [
         (torch.full((len(p.kept),), torch.inf, dtype=torch.float64), torch.zeros(len(p.kept)).long()) for p in parts
@@ -319,7 +320,7 @@ def nearest_training_image(
             (distance, index), (least, place) = nearest(part.thumbnails, references), best[i]
             best[i] = torch.minimum(distance, least), torch.where(distance < least, index + batch[0], place)
     found = []
-    for distance, index in best:  # each process has searched its share; the nearest of all processes' finds wins
+    for distance, index in best:  # each process has searched its share; this keeps the nearest image of all
         rows = torch.zeros(2, world_size(), len(distance), dtype=torch.float64, device=device)
         rows[:, rank()] = torch.stack([distance, index.double()]).nan_to_num(posinf=1e9).to(device)
         distances, places = all_reduce_sum(rows).cpu()
@@ -337,7 +338,7 @@ def closest(
     in_pixels: tuple[Tensor, Tensor],
     in_features: tuple[Tensor, Tensor],
 ) -> Image.Image:
-    """The samples nearest to a training image in pixels; below each that image, and the nearest in feature space."""
+    """The samples nearest to a training image in pixels; below each, that image and the nearest one by features."""
     order = in_pixels[0].argsort()[:10]
     lines = [torch.cat([samples.__getitems__(drawn.rows[i : i + 1].numpy())[0].cpu() for i in order])]
     stored = train_codes.rows[in_pixels[1][order].numpy()]

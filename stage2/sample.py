@@ -40,7 +40,7 @@ def main(run_dir: str, config: SampleConfig) -> None:
         images = generator.draw(part, seed=config.seed, first=start, **options)
         drawn.append((start, rearrange(images, "n c h w -> n h w c").cpu().numpy()))
     drawn = gather_object(drawn)
-    state.end_training()  # otherwise a process may abort when it exits while the other still talks to it
+    state.end_training()  # otherwise a process may abort if it exits while another still sends data to it
     if not state.is_main_process:
         return
     array = np.concatenate([images for _, images in sorted(drawn, key=lambda part: part[0])])

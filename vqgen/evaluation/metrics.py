@@ -1,4 +1,4 @@
-"""Figures of merit of reconstructions, codes and samples; torchmetrics computes the standard ones."""
+"""Quality figures of reconstructions, codes and samples; torchmetrics computes the standard ones."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,9 +13,9 @@ from vqgen.distributed import all_reduce_sum, rank
 from vqgen.errors import need
 from vqgen.evaluation.features import Features
 
-EXTRA = "evaluation"  # the extra of vqgen that installs torchmetrics; training does without
+EXTRA = "evaluation"  # the extra of vqgen that installs torchmetrics, which training does not need
 KID_SUBSETS, KID_SUBSET_SIZE = 50, 1000
-BLOCK = 512  # rows of a matrix of distances that are worked on at a time
+BLOCK = 512  # rows of a distance matrix that are in memory at a time
 
 
 def psnr(mse: Tensor) -> Tensor:
@@ -34,23 +34,23 @@ def image_ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity (B,) of each pair of images uint8 (B, C, H, W) (Wang et al. 2004)."""
     metrics = need("torchmetrics.functional.image", EXTRA, "SSIM")
     x, y = x.float(), y.float()
-    side = min(11, 2 * ((min(x.shape[2:]) - 1) // 2) + 1)  # the window of very small images is as large as they are
+    side = min(11, 2 * ((min(x.shape[2:]) - 1) // 2) + 1)  # the window must not be larger than the image
     return metrics.structural_similarity_index_measure(
         x, y, gaussian_kernel=side == 11, kernel_size=side, data_range=255.0, reduction="none"
     )
 
 
 class CodeUsage:
-    """Counts codes on their device, and computes how many of them are in use.
+    """Counts codes on their device, and computes how many different codes are in use.
 
     Args:
-        layout: of the code maps, whose codebooks are all counted.
-        device: where the codes are.
+        layout: layout of the code maps; the codes of each codebook are counted separately.
+        device: the codes' device.
     """
 
     def __init__(self, layout: CodeLayout, device: torch.device):
         sizes = [k for shape, k in zip(layout.shapes, layout.codebook_sizes, strict=True) for _ in range(shape[0])]
-        self.sizes = torch.tensor(sizes, device=device)  # (Q,) of all codebooks of all maps
+        self.sizes = torch.tensor(sizes, device=device)  # (Q,) the sizes of all codebooks of all maps
         self.counts = torch.zeros(len(sizes), max(sizes), dtype=torch.int64, device=device)
 
     def update(self, codes: Sequence[Tensor]) -> None:
@@ -63,10 +63,11 @@ class CodeUsage:
             rows.view(-1).index_add_(0, flat, torch.ones_like(flat))
 
     def compute(self) -> dict[str, Tensor]:
-        """Means over all codebooks, of the codes that all processes counted since the last call.
+        """Figures of the codes that all processes have counted since the last call, as means over the codebooks.
 
         Returns:
-            `usage`, the share of the codes in use; `entropy` of their distribution, in nats; `perplexity`, its exp.
+            `usage`, the share of the codes in use; `entropy`, the entropy of the codes' distribution in nats;
+            `perplexity`, the exponential of each codebook's entropy.
         """
         counts = all_reduce_sum(self.counts.clone()).float()  # (Q, K)
         self.counts.zero_()
@@ -76,16 +77,16 @@ class CodeUsage:
         return {"usage": used.mean(), "entropy": entropy.mean(), "perplexity": entropy.exp().mean()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The counts since the last `compute`, summed over all processes; all of them must call it."""
+        """The counts since the last `compute`, summed over all processes. All processes must call it."""
         return {"counts": all_reduce_sum(self.counts.clone())}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Goes on from a state that any number of processes saved."""
+        """Loads a state that any number of processes have saved."""
         if rank() == 0:
             self.counts.copy_(state["counts"])
 
 
-# Two sets of images, by their features
+# Comparing two sets of images by their features
 
 
 def frechet_distance(a: Features, b: Features) -> float:
@@ -93,7 +94,7 @@ def frechet_distance(a: Features, b: Features) -> float:
     fid = need("torchmetrics.image.fid", EXTRA, "the Frechet distance")
     with _quiet():
         metric = fid.FrechetInceptionDistance(feature=_AsTheyAre(len(a.total)), sync_on_compute=False)
-        for side, features in (("fake", a), ("real", b)):  # the metric itself would have kept the same sums
+        for side, features in (("fake", a), ("real", b)):  # torchmetrics would make the same sums
             setattr(metric, f"{side}_features_sum", features.total)
             setattr(metric, f"{side}_features_cov_sum", features.outer)
             setattr(metric, f"{side}_features_num_samples", features.count[0])
@@ -119,9 +120,9 @@ def kernel_distance(a: Features, b: Features, seed: int) -> tuple[float, float |
 
 
 def confidence_score(a: Features, seed: int) -> tuple[float, float]:
-    """exp of the mean KL divergence of an image's class probabilities from those of all (Salimans et al. 2016).
+    """exp of the mean KL divergence between an image's class probabilities and their mean (Salimans et al. 2016).
 
-    With Inception it is the Inception score. Mean and deviation of ten splits.
+    With the Inception network it is the Inception score. Returns mean and deviation over ten splits.
     """
     inception = need("torchmetrics.image.inception", EXTRA, "the Inception score")
     with _quiet(), torch.random.fork_rng(devices=[]):
@@ -137,17 +138,19 @@ def confidence_score(a: Features, seed: int) -> tuple[float, float]:
 def manifold_figures(fake: Tensor, real: Tensor) -> dict[str, float]:
     """Precision and recall (Kynkaanniemi et al. 2019, k = 3), density and coverage (Naeem et al. 2020, k = 5).
 
-    Around each image of a set lies a ball that reaches to its k-th neighbour in the set. Precision is the share of fake
-    images in a real ball, recall that of real images in a fake ball; density the mean number of real balls around a
-    fake image, over k; coverage the share of real balls with a fake image inside.
+    Around each image of a set lies a ball that reaches to the image's k-th neighbour in the set. Precision is the share
+    of fake images in at least one real ball. Recall is the share of real images in at least one fake ball. Density is
+    the mean number of real balls around a fake image, divided by k. Coverage is the share of real balls that contain a
+    fake image.
 
     Args:
-        fake, real: features (n, D), as many of one as of the other.
+        fake, real: features (n, D) of the two sets, which have the same size n.
     """
     centre = real.double().mean(dim=0)
     fake, real = fake.double() - centre, real.double() - centre
     k = min(5, len(real) - 1)
-    fake_radius, real_radius = _radii(fake, k)[:, min(2, k - 1)], _radii(real, k)  # to the 3rd; to the 1st ... k-th
+    # Radii to the 3rd neighbour of fake images, and to the 1st, ..., k-th neighbour of real images.
+    fake_radius, real_radius = _radii(fake, k)[:, min(2, k - 1)], _radii(real, k)
     in_real, count, nearest, in_fake = [], 0.0, torch.full((len(real),), torch.inf, dtype=torch.float64), None
     for block, radius in zip(fake.split(BLOCK), fake_radius.split(BLOCK), strict=True):
         distance = torch.cdist(block, real)
@@ -166,7 +169,7 @@ def manifold_figures(fake: Tensor, real: Tensor) -> dict[str, float]:
 
 
 def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance (n,) of each query (n, D) from the nearest reference (m, D), and the index (n,) of that reference."""
+    """Distance (n,) of each query (n, D) from its nearest reference (m, D), and that reference's index (n,)."""
     centre = references.double().mean(dim=0)
     references = references.double() - centre
     found = [torch.cdist(block.double() - centre, references).min(dim=1) for block in queries.split(BLOCK)]
@@ -174,18 +177,18 @@ def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def share_closer(a: Tensor, b: Tensor) -> float:
-    """The probability that a value of a is below one of b; ties count half (Mann and Whitney's U)."""
+    """The probability that a random value of a is below a random value of b; ties count half (Mann and Whitney's U)."""
     b = b.sort().values
     below, up_to = torch.searchsorted(b, a), torch.searchsorted(b, a, right=True)
     return (1 - (below + up_to).double().mean() / (2 * len(b))).item()
 
 
 class ClassProbe:
-    """A linear classifier on a reference's features, to tell whether an image shows the class that it should.
+    """A linear classifier on a reference's features, which tells whether an image shows its class.
 
     Args:
         reference: features with class ids; images without a class are left out.
-        num_classes: K.
+        num_classes: number of classes K.
     """
 
     def __init__(self, reference: Features, num_classes: int):
@@ -208,19 +211,19 @@ class ClassProbe:
 
     @torch.no_grad()
     def accuracy(self, features: Features) -> float:
-        """Share of the images that are recognised as their class; those without a class are left out."""
+        """Share of the images that are recognised as their class; images without a class are left out."""
         known = features.class_ids >= 0
         logits = self.linear((features.kept[known] - self.mean) / self.scale)
         return (logits.argmax(dim=1) == features.class_ids[known]).double().mean().item()
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
-    """Distances (n, k) of each of x (n, D) to its first, ..., k-th neighbour."""
+    """Distances (n, k) of each vector in x (n, D) from its 1st, ..., k-th neighbour."""
     return torch.cat([torch.cdist(block, x).topk(k + 1, largest=False).values[:, 1:] for block in x.split(BLOCK)])
 
 
 class _AsTheyAre(nn.Module):
-    """Stands in for torchmetrics' feature network, since it is given features."""
+    """Takes the place of torchmetrics' feature network and returns its input, which are features already."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -232,7 +235,7 @@ class _AsTheyAre(nn.Module):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences torchmetrics, which warns of memory use and of sums that it did not make itself; both are intended."""
+    """Silences torchmetrics' warnings about memory use and about sums from elsewhere; both are intended."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""How different two images look: LPIPS, in its shift-tolerant form (Ghildyal and Liu 2022) or the original."""
+"""The perceptual distance of two images: LPIPS, in its shift-tolerant form (Ghildyal and Liu 2022) or the original."""
 
 import re
 from collections import OrderedDict
@@ -21,25 +21,25 @@ SHIFT_TOLERANT = {  # name: file in the package stlpips_pytorch, and its SHA-256
 }
 PERCEPTUAL = (*SHIFT_TOLERANT, "lpips-vgg")
 REMEDY = "pip install 'vqgen[perceptual]', or do without it: none"
-SMALLEST = 24  # pixels; the trunks' padding by reflection has nothing to reflect in images below 21
+SMALLEST = 24  # pixels; the trunks pad by reflection, which fails for images below 21 pixels
 
 
 class PerceptualDistance(nn.Module):
     """Distance between images by the activations of an ImageNet classifier (LPIPS, Zhang et al. 2018, eq. 1).
 
-    Its weights are frozen, and it computes in float32 under autocast too; gradients reach the images.
+    The weights are frozen, but gradients reach the images. It computes in float32, under autocast too.
 
     Args:
-        name: `alex` or `vgg`, the shift-tolerant AlexNet and VGG16 (Ghildyal and Liu 2022), whose weights the package
-            stlpips-pytorch brings; or `lpips-vgg`, the original on torchvision's VGG16.
-        weights: files to take the weights from instead: for `alex` and `vgg` one of that package's layout; for
-            `lpips-vgg` torchvision's vgg16 and LPIPS's linear heads, both needed.
+        name: `alex` or `vgg`, the shift-tolerant AlexNet and VGG16 (Ghildyal and Liu 2022) with the weights in the
+            package stlpips-pytorch; or `lpips-vgg`, the original on torchvision's VGG16.
+        weights: files to take the weights from instead: for `alex` and `vgg` one file in that package's layout; for
+            `lpips-vgg` two files, torchvision's vgg16 and LPIPS's linear heads, both needed.
 
     Attributes:
-        checksum: SHA-256 of the weights' files.
+        checksum: SHA-256 of the files of weights.
 
     Raises:
-        InputError: no such network, no weights, or weights of another network.
+        InputError: no network has this name, or its weights are missing or belong to another network.
     """
 
     shift: Tensor
@@ -86,22 +86,22 @@ class PerceptualDistance(nn.Module):
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "PerceptualDistance":
-        """Does nothing: it stays frozen in a model that is set to training."""
+        """Keeps the network in eval mode, whatever the mode."""
         return super().train(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distances (B,) of images x and y (B, C, H, W) in [-1, 1], grey or RGB; 0 is no difference."""
+        """Distances (B,) of images x and y (B, C, H, W) in [-1, 1], grey or RGB; 0 means no difference."""
         with torch.autocast(x.device.type, enabled=False):
             x, y = self._normalised(x), self._normalised(y)
             distance = torch.zeros(len(x), device=x.device)
             for stage, head in zip(self.trunk, self.heads, strict=True):
-                x, y = stage(x), stage(y)  # apart, so that no gradient is made for an image that wants none
+                x, y = stage(x), stage(y)  # two calls, so that an image without a gradient costs no backward pass
                 difference = _directions(x) - _directions(y)
                 distance = distance + reduce(difference.square() * head, "b c h w -> b h w", "sum").mean(dim=(1, 2))
             return distance
 
     def _normalised(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] as the trunk takes them: three channels, and large enough."""
+        """Prepares images (B, C, H, W) in [-1, 1] for the trunk: three channels, normalised, large enough."""
         x = x.float()
         if min(x.shape[2:]) < SMALLEST:
             x = F.interpolate(x, size=[max(side, SMALLEST) for side in x.shape[2:]], mode="bilinear", antialias=True)
@@ -109,7 +109,7 @@ class PerceptualDistance(nn.Module):
 
 
 def _given_weights(path: str) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a file that the option `weights` names, and its SHA-256."""
+    """The tensors of a file in the option `weights`, and its SHA-256."""
     try:
         return read_weights(Path(path), None)
     except InputError as error:
@@ -117,7 +117,7 @@ def _given_weights(path: str) -> tuple[dict[str, Tensor], str]:
 
 
 class BlurPool(nn.Module):
-    """Halves the resolution behind a 1-2-1 filter (Zhang 2019), padded as widely as the shift-tolerant networks are."""
+    """Halves the resolution after a 1-2-1 filter (Zhang 2019), with the wide padding of the shift-tolerant networks."""
 
     filt: Tensor
 
@@ -130,12 +130,12 @@ class BlurPool(nn.Module):
         return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), self.filt, stride=2, groups=x.shape[1])
 
 
-# The trunks: stages of layers under the numbers that the weights' files give them. The square root in forward has no
-# finite gradient at 0, which a position has only if all its activations are 0; there ReLU passes no gradient either.
+# The trunks are stages of layers, with the layers' numbers in the files of weights. The square root in `_directions`
+# has no finite gradient at 0, but it is 0 only if all activations of a position are, and there ReLU passes no gradient.
 
 
 def _directions(x: Tensor) -> Tensor:
-    """Activations (B, C, H, W) as vectors of length 1 at each position."""
+    """Scales the activations (B, C, H, W) at each position to a vector of length 1."""
     return x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
 
 
@@ -165,7 +165,7 @@ def _vgg16(shift_tolerant: bool) -> list[dict[int, nn.Module]]:
 
 
 def _own_name(key: str) -> str:
-    """A parameter's name here, from the one in the files of stlpips-pytorch and LPIPS."""
+    """The name here of a parameter, from its name in the files of stlpips-pytorch and LPIPS."""
     key = re.sub(r"^net\.slice(\d)\.", lambda match: f"trunk.{int(match[1]) - 1}.", key)
     return re.sub(r"^lin(\d)\.model\.1\.weight$", r"heads.\1", key).removeprefix("scaling_layer.")
 

@@ -1,4 +1,4 @@
-"""Figures with their provenance: how each was made, beside it; and two evaluations compared only if made alike."""
+"""Reports: figures, each with its protocol; two reports compare only if their protocols are the same."""
 
 import json
 import math
@@ -19,51 +19,51 @@ from vqgen.errors import InputError, require
 from vqgen.evaluation.features import FeatureNetwork, Features
 from vqgen.evaluation.metrics import ClassProbe, confidence_score, frechet_distance, kernel_distance, manifold_figures
 
-FORMAT = 1  # of evaluation.json; a figure whose arithmetic changes makes it another
+FORMAT = 1  # format of evaluation.json; it must change when the arithmetic of a figure changes
 FILE = "evaluation.json"
-SEED = 0  # of the subsets that some figures are means over
+SEED = 0  # seed of the random subsets that some figures average over
 
-MEANINGS = {  # what the table says beside a figure
+MEANINGS = {  # the table shows these beside the figures
     "psnr": "dB, of the pooled squared error",
     "psnr_per_image": "dB, mean over the images",
     "ssim": "1 is equal",
     "perceptual": "0 is equal",
     "usage": "share of the codes in use",
-    "perplexity": "codes, if all were as frequent",
-    "code_entropy": "bits a code",
+    "perplexity": "number of equally frequent codes with the same entropy",
+    "code_entropy": "bits per code",
     "frechet": "0 is equal",
     "kernel": "0 is equal",
-    "confidence": "higher is surer and more varied",
+    "confidence": "higher means surer classes and more variety",
     "precision": "share of samples that look real",
     "recall": "share of the reference that samples cover",
     "density": "1 is as real as the reference",
-    "coverage": "share of the reference with a sample near",
+    "coverage": "share of the reference with a sample nearby",
     "recognised": "share of samples recognised as their class",
-    "nll_held_out": "nats a token, on held-out images",
-    "nll_train": "nats a token, on training images",
-    "unigram_entropy": "nats a token, knowing only how often each code comes",
-    "bigram_entropy": "nats a token, knowing only the code before",
-    "code_bits_per_dim": "the codes' rate; no likelihood of images",
+    "nll_held_out": "nats per token, on held-out images",
+    "nll_train": "nats per token, on training images",
+    "unigram_entropy": "nats per token, from the codes' frequencies alone",
+    "bigram_entropy": "nats per token, from the previous code alone",
+    "code_bits_per_dim": "the codes' rate; not a likelihood of images",
     "bound_bits_per_dim": "bound on the images' likelihood, decoder included",
-    "closer_in_pixels": "0.5: as near to training images as held-out ones; 1: copies",
-    "near_copies": "share of samples nearer to a training image than 1 % of held-out ones are",
-    "closer_in_features": "0.5: as near to training images as held-out ones; 1: copies",
+    "closer_in_pixels": "0.5: as near to training images as held-out images are; 1: copies",
+    "near_copies": "share of samples nearer to a training image than the nearest 1 % of held-out images are",
+    "closer_in_features": "0.5: as near to training images as held-out images are; 1: copies",
 }
 
 
 @dataclass
 class Figure:
-    """A number and how it was made.
+    """A number, with how it was made.
 
     Attributes:
         value: the number.
-        meaning: what it says, for a reader of the table.
-        protocol: what must be the same for two such numbers to be compared.
-        spread: standard deviation, where it is a mean over subsets.
-        floor: what real images reach that are not in the reference.
-        floor_images: how many of those there were.
-        value_at_floor: the number from as few images, where there were fewer real ones and it matters.
-        biased: whether there are too few images for the number to be worth anything by itself.
+        meaning: the number's meaning, in words for the table.
+        protocol: the conditions that must agree for two such numbers to be comparable.
+        spread: standard deviation over subsets; None if the number is not a mean over subsets.
+        floor: the same figure of real images that are not in the reference.
+        floor_images: the number of those real images.
+        value_at_floor: the figure from only `floor_images` images, if there are fewer real images and it matters.
+        biased: whether there are too few images for the number to mean anything by itself.
     """
 
     value: float
@@ -78,15 +78,15 @@ class Figure:
 
 @dataclass
 class Report:
-    """An evaluation: its figures, and what they are of.
+    """An evaluation: its figures and its subject.
 
     Attributes:
-        kind: `tokenizer`, `samples` or `images`; only the same kinds compare.
-        subject: what was measured: run, checkpoint, seed, sampling settings. Two evaluations may differ in it.
-        figures: by name.
-        classes: figures of single classes.
-        warnings: what the reader should not miss.
-        versions: of the libraries.
+        kind: `tokenizer`, `samples` or `images`; two reports compare only if they have the same kind.
+        subject: run, checkpoint, seed and sampling settings that were measured; two reports may differ in them.
+        figures: figures by name.
+        classes: figures of single classes, by class.
+        warnings: lines that the reader should not miss.
+        versions: versions of the libraries.
     """
 
     kind: str
@@ -97,21 +97,21 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
 
     def add(self, kind: str, value: float, protocol: Mapping[str, Any], name: str | None = None, **more: Any) -> None:
-        """Adds a figure, of one of the kinds in MEANINGS, which is also its name if it has no other.
+        """Adds a figure; `kind` is a key of MEANINGS, and also the figure's name unless `name` is given.
 
         Raises:
-            InputError: it is not a number, as then something is wrong with the images.
+            InputError: the value is not a finite number, so the images or the model are at fault.
         """
         if not math.isfinite(value):
             raise InputError(f"{name or kind} is {value}: the images or the model hold something that is not a number")
         self.figures[name or kind] = Figure(value, MEANINGS[kind], dict(protocol), **more)
 
     def numbers(self) -> dict[str, float]:
-        """The figures' values alone."""
+        """The figures' values by name."""
         return {name: figure.value for name, figure in self.figures.items()}
 
     def save(self, folder: Path) -> Path:
-        """Writes evaluation.json, whole or not at all."""
+        """Writes evaluation.json, completely or not at all."""
         names = ("torch", "torchmetrics", "transformers", "accelerate", "numpy", "pillow")
         self.versions = {"vqgen": vqgen.__version__, "python": platform.python_version()}
         self.versions |= {name: version(name) for name in names}
@@ -121,10 +121,10 @@ class Report:
 
     @classmethod
     def load(cls, path: Path) -> "Report":
-        """Reads an evaluation.json, or that of a run's folder.
+        """Reads an evaluation.json, given by its path, its folder or its run's folder.
 
         Raises:
-            InputError: there is none, or it is from another version.
+            InputError: there is no such file, or another version wrote it.
         """
         places = [path, path / FILE, path / "evaluation" / FILE]
         found = next((place for place in places if place.is_file()), None)
@@ -142,7 +142,7 @@ class Report:
             raise InputError(f"{found} is no evaluation ({error}); evaluate again") from error
 
     def table(self) -> str:
-        """The figures, a line each, and below them how they were made."""
+        """A table with a line for each figure, and the figures' protocols below."""
         width = max(map(len, self.figures)) + 2
         lines = [_listed(self.subject.items())]
         for name, figure in self.figures.items():
@@ -180,7 +180,7 @@ def compare(first: Path, second: Path) -> str:
     """A table of two evaluations and their differences.
 
     Raises:
-        InputError: one is not there, or they were not made alike; the message names the field.
+        InputError: one does not exist, or the two were not made alike; the message names the difference.
     """
     a, b = Report.load(first), Report.load(second)
     if a.kind != b.kind:
@@ -202,7 +202,7 @@ def compare(first: Path, second: Path) -> str:
                     f"{first} and {second} were not made alike: for {name}, {key} is {values[0]} in one and "
                     f"{values[1]} in the other; evaluate them the same way"
                 )
-            difference = "   does not compare: a token of another tokenizer is another unit"
+            difference = "   does not compare: tokens of different tokenizers are different units"
         lines.append(f"  {name:<26}{shown(one.value):>12}{shown(other.value):>12}{difference}")
     for name in sorted((a.figures.keys() | b.figures.keys()) - set(common)):
         lines.append(f"  {name:<26}only in {'A' if name in a.figures else 'B'}")
@@ -213,17 +213,17 @@ def compare(first: Path, second: Path) -> str:
 
 
 def floor_of(figure: Callable[[Features], float], real: Features | None) -> dict[str, Any]:
-    """A figure of the features that are kept of other real images, as `Report.add` takes it."""
+    """The floor of a figure, from the kept features of other real images, as keywords for `Report.add`."""
     return {} if real is None else {"floor": figure(real), "floor_images": len(real.kept)}
 
 
 def network_protocol(network: FeatureNetwork) -> dict[str, Any]:
-    """What figures of a network's features depend on."""
+    """The part of a figure's protocol that describes the feature network."""
     return {"features": network.name, "checksum": network.checksum, "preprocessing": network.preprocessing}
 
 
 def kept_protocol(images: Features, reference: Features) -> dict[str, Any]:
-    """How many images' own features a figure is of, where it is not of sums over all."""
+    """The part of a figure's protocol that gives the number of images whose own features are used."""
     return {"images_kept": len(images.kept), "reference_kept": len(reference.kept)}
 
 
@@ -236,23 +236,23 @@ def distances(
     real: Features | None,
     prefix: str = "",
 ) -> None:
-    """Adds the Frechet and the kernel distance of images to a reference.
+    """Adds the Frechet and the kernel distance between images and a reference.
 
     Args:
-        report: takes the figures.
-        images: what is measured.
-        reference: real images.
-        network: that the features are of.
-        protocol: of these figures, the network's apart.
-        real: other real images, whose distance is the floor.
-        prefix: of the figures' names: r for reconstructions.
+        report: the report to add them to.
+        images: features of the measured images.
+        reference: features of real images.
+        network: the network that the features come from.
+        protocol: the figures' protocol, without the network's part.
+        real: features of other real images, whose distances are the floor.
+        prefix: prefix of the figures' names: r for reconstructions.
     """
     protocol = {**protocol, **network_protocol(network)}
     few = min(images.count.item(), reference.count.item()) <= len(images.total)
     floor: dict[str, Any] = {}
     if real is not None:
         floor = {"floor": frechet_distance(real, reference), "floor_images": real.count.item()}
-        if len(real.kept) < len(images.kept):  # the fewer images, the larger the distance
+        if len(real.kept) < len(images.kept):  # the distance grows as the number of images falls
             floor["value_at_floor"] = frechet_distance(images.some(len(real.kept)), reference)
     name = prefix + network.frechet_name
     report.add("frechet", frechet_distance(images, reference), protocol, name, biased=few, **floor)
@@ -271,21 +271,21 @@ def sample_figures(
     class_names: list[str],
     real: Features | None,
 ) -> None:
-    """Adds what tells good samples: distances, confidence, precision and recall, and whether the classes are right.
+    """Adds the figures of samples: distances, confidence, precision, recall, density, coverage, recognised classes.
 
     Args:
-        report: takes the figures.
-        images: the samples.
-        reference: real images.
-        network: that the features are of.
-        protocol: of these figures, the network's apart.
-        class_names: of the class ids, which are the same in both sets; empty if there are none.
-        real: other real images, to compare the samples' figures with.
+        report: the report to add them to.
+        images: features of the samples.
+        reference: features of real images.
+        network: the network that the features come from.
+        protocol: the figures' protocol, without the network's part.
+        class_names: the classes in the order of their ids, which both sets share; empty if there are none.
+        real: features of other real images, whose figures are the floor.
     """
     distances(report, images, reference, network, protocol, real)
     protocol = {**protocol, **network_protocol(network), **kept_protocol(images, reference)}
     mean, deviation = confidence_score(images, SEED)
-    enough = real if real is not None and len(real.kept) >= len(images.kept) else None  # fewer would look less varied
+    enough = real if real is not None and len(real.kept) >= len(images.kept) else None  # fewer images score lower
     floor = floor_of(lambda other: confidence_score(other, SEED)[0], enough)
     report.add("confidence", mean, protocol, network.confidence_name, spread=deviation, **floor)
     count = min(len(images.kept), len(reference.kept))
@@ -302,10 +302,10 @@ def sample_figures(
 
 
 def check_varied(features: Features, name: str, channels: int) -> None:
-    """Refuses sets that no figure can be made of.
+    """Refuses image sets that cannot be measured.
 
     Raises:
-        InputError: there are fewer than 2 images, they are all the same, or each is of one flat colour.
+        InputError: there are fewer than 2 images, they are all the same, or each has one flat colour.
     """
     count = features.count.item()
     if count < 2:
@@ -318,10 +318,10 @@ def check_varied(features: Features, name: str, channels: int) -> None:
 
 
 def cache_folder(config: Any) -> Path:
-    """Where the features of references are kept.
+    """The folder where the features of references are kept.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the folder cannot be written.
     """
     if config.cache_dir is not None:
         return writable_folder("cache_dir", Path(config.cache_dir))
@@ -330,10 +330,10 @@ def cache_folder(config: Any) -> Path:
 
 
 def writable_folder(key: str, path: Path) -> Path:
-    """Makes a folder, before anything long is done for what will lie in it.
+    """Makes a folder and tests that it can be written, before the long work whose results it will hold.
 
     Raises:
-        InputError: it cannot be written; `key` is the setting that names another.
+        InputError: the folder cannot be written; `key` is the setting that names another one.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -345,17 +345,16 @@ def writable_folder(key: str, path: Path) -> Path:
 
 
 def evaluation_device() -> Accelerator:
-    """The processes and the device to evaluate on: GPUs with float64, which Apple's do not have, or the CPU.
+    """The processes and the device to evaluate on: GPUs with float64 (Apple's have none), or the CPU.
 
-    Convolutions are in full float32: with the 10 bits that are Ampere's default a Frechet distance moves in its third
-    digit.
+    Convolutions use full float32. Ampere's default of 10 mantissa bits changes a Frechet distance in its third digit.
     """
     torch.backends.cudnn.allow_tf32 = False
     return Accelerator(cpu=not torch.cuda.is_available())
 
 
 def shown(value: float, sign: str = "") -> str:
-    """A number as a table shows it."""
+    """A number in the format of the tables."""
     return f"{value:{sign}.4g}" if abs(value) < 1000 else f"{value:{sign},.0f}"
 
 

@@ -1,4 +1,4 @@
-"""Other people's weights: found in an installed package, checked, and read without running any code in them."""
+"""Published weights of other projects: finds them in a package, checks them, and reads them without running code."""
 
 import hashlib
 import pickle
@@ -12,10 +12,10 @@ from vqgen.errors import InputError
 
 
 def installed_file(package: str, file: str, remedy: str) -> Path:
-    """A file of an installed package, which is not imported for it.
+    """The path of a file in an installed package; does not import the package.
 
     Raises:
-        InputError: the package is not installed; the message ends with the remedy.
+        InputError: the package is not installed; the message ends with `remedy`.
     """
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -24,14 +24,14 @@ def installed_file(package: str, file: str, remedy: str) -> Path:
 
 
 def read_weights(path: Path, expected: str | None) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a .pth file by their names, on the CPU, and the file's SHA-256.
+    """The tensors of a .pth file by name, on the CPU, and the file's SHA-256.
 
     Args:
         path: the file.
-        expected: what its SHA-256 must start with; None takes any file.
+        expected: the beginning of the correct SHA-256; None accepts any file.
 
     Raises:
-        InputError: there is no such file, it has another checksum, or it holds anything but tensors.
+        InputError: there is no such file, its checksum differs, or it does not hold tensors by name.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file of weights; fetch it, or give the path of another")

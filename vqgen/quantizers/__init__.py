@@ -1,4 +1,4 @@
-"""Quantizers: z (B, D, *S) in; z_q, codes and loss out. One file each."""
+"""Quantizers: they take z (B, D, *S) and return z_q, codes and a loss. Each has its own file."""
 
 from typing import Any
 
@@ -32,10 +32,10 @@ QUANTIZERS: dict[str, type[Quantizer]] = {**BASES, "residual": ResidualQuantizer
 
 
 def quantizer_options(name: str = "ema", **options: Any) -> dict[str, Any]:
-    """A quantizer's name and all of its options, defaults included; errors as in build.complete."""
+    """A quantizer's name and all of its options, defaults included; raises the same errors as build.complete."""
     return complete(QUANTIZERS, name, **options)
 
 
 def build_quantizer(name: str = "ema", **options: Any) -> Quantizer:
-    """The quantizer that has this name, with these options; errors as in build.build."""
+    """The quantizer with this name and these options; raises the same errors as build.build."""
     return build(QUANTIZERS, name, **options)

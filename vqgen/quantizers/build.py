@@ -1,4 +1,4 @@
-"""From a name and options to a quantizer."""
+"""Builds a quantizer from its name and options."""
 
 import inspect
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ BASES: dict[str, type[Quantizer]] = {
 
 
 def complete(quantizers: Mapping[str, type[Quantizer]], name: str = "ema", **options: Any) -> dict[str, Any]:
-    """A quantizer's name and all of its options: those given, and the constructor's defaults.
+    """A quantizer's name and all of its options: the given ones, and the constructor's defaults for the rest.
 
     Raises:
-        InputError: no quantizer has this name, or it does not take an option.
+        InputError: no quantizer has this name, or the quantizer does not take an option.
     """
     require_choice("name", name, quantizers, "quantizer")
     quantizer = quantizers[name]
@@ -38,10 +38,10 @@ def complete(quantizers: Mapping[str, type[Quantizer]], name: str = "ema", **opt
 
 
 def build(quantizers: Mapping[str, type[Quantizer]], name: str = "ema", **options: Any) -> Quantizer:
-    """The quantizer that has this name, with these options.
+    """The quantizer with this name and these options.
 
     Raises:
-        InputError: as complete; or an option is out of its range, or two options do not fit each other.
+        InputError: as in `complete`; or an option is out of its range, or two options contradict each other.
     """
     require_choice("name", name, quantizers, "quantizer")
     require_options(quantizers[name], name, options)

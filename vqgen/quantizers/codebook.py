@@ -1,4 +1,4 @@
-"""What `ema` and `vq` have in common: all but how their codebook learns."""
+"""The common part of `ema` and `vq`, which differ only in how their codebook learns."""
 
 from typing import Literal
 
@@ -24,26 +24,26 @@ from vqgen.quantizers.common import (
 
 
 class CodebookQuantizer(Quantizer):
-    """A codebook of which each vector takes the nearest row (VQ-VAE, van den Oord et al. 2017, eq. 2).
+    """Replaces each vector by the nearest row of a codebook (VQ-VAE, van den Oord et al. 2017, eq. 2).
 
-    The first batch in training initialises the codebook. A code that is hardly ever used is moved to a vector
-    of the current batch before the lookup, so it is in use in the same step.
+    The first training batch initialises the codebook. A code that is hardly ever used is revived: it moves to a vector
+    of the current batch before the lookup, so it is used in the same step.
 
     Args:
         codebook_size: number of codes K.
         code_dim: dimension D of a code.
-        lookup: `euclidean` takes the nearest code; `cosine` does so with vectors and codes scaled to unit length.
+        lookup: `euclidean` takes the nearest code; `cosine` first scales vectors and codes to unit length.
         gradient: how the decoder's gradient reaches the encoder, `straight-through` or `rotation`.
         commitment_weight: beta, on the encoder's term (VQ-VAE, eq. 3).
-        decay: of the running averages, per forward pass.
-        kmeans_iterations: of k-means on the first batch, which initialises the codebook.
-        revive_below: a code is revived when its running count falls below this share of the mean count; 0 never does.
-        temperature: in training codes are drawn from softmax(-distance^2 / temperature); 0 takes the nearest.
-        entropy_weight: of a loss that wants each vector near one code and all codes equally frequent.
-        entropy_temperature: of the softmax over -distance^2 whose entropies that loss takes.
+        decay: decay of the running averages per forward pass.
+        kmeans_iterations: iterations of k-means on the first batch, which initialises the codebook.
+        revive_below: a code is revived if its running count is below this share of the mean count; 0 revives none.
+        temperature: training draws codes from softmax(-distance^2 / temperature); 0 takes the nearest code.
+        entropy_weight: weight of a loss that draws each vector to one code and makes all codes equally frequent.
+        entropy_temperature: temperature of the softmax over -distance^2 in that loss.
     """
 
-    codebook_weight: float  # of the codebook's term in the loss
+    codebook_weight: float  # weight of the codebook's term in the loss
     codebook: Tensor  # (K, D)
     counts: Tensor  # (K,) running counts: N_k of appendix A.1
     num_updates: Tensor
@@ -90,10 +90,10 @@ class CodebookQuantizer(Quantizer):
         self.register_buffer("counts", torch.zeros(codebook_size))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self._register(torch.zeros(codebook_size, code_dim))
-        self.initialised = False  # the same as num_updates > 0, which would have to wait for the device
+        self.initialised = False  # equals num_updates > 0, but reading that would wait for the device
 
     def quantize(self, z: Tensor) -> QuantizerOutput:
-        """Vectors z (B, N, D) to z_q (B, N, D), codes (B, N, 1) and the loss."""
+        """Quantizes vectors z (B, N, D) to z_q (B, N, D), codes (B, N, 1) and the loss."""
         z = self._onto_sphere(z)
         vectors = z.detach().flatten(0, 1)  # (B N, D)
         if self.training:
@@ -108,7 +108,7 @@ class CodebookQuantizer(Quantizer):
         z_q = F.embedding(indices, codebook).view_as(z)
         loss = vq_loss(z, z_q, self.commitment_weight, self.codebook_weight)
         if self.entropy_weight and self.training:
-            seen = codebook.clone()  # ema changes the codebook before the backward pass
+            seen = codebook.clone()  # ema would change the original before the backward pass
             _, each, mean = soft_assignment(z.flatten(0, 1), seen, self.entropy_temperature)
             loss = loss + self.entropy_weight * entropy_loss(each, mean)
         if self.training:
@@ -127,15 +127,15 @@ class CodebookQuantizer(Quantizer):
         return (1 / (1 + 0.1 * self.num_updates)).clamp_min(1 - self.decay)
 
     def _register(self, codebook: Tensor) -> None:
-        """Takes the codebook (K, D) as a buffer or as a parameter."""
+        """Registers the codebook (K, D) as a buffer or as a parameter."""
         raise NotImplementedError
 
     def _learn(self, z: Tensor, indices: Tensor) -> None:
-        """Takes in the vectors (N, D) and their codes (N,)."""
+        """Learns from the vectors z (N, D) and their codes (N,)."""
         raise NotImplementedError
 
     def _place(self, codes: Tensor, dead: Tensor, vectors: Tensor, count: Tensor) -> None:
-        """Moves those of the codes (R,) that are dead (R,) to vectors (R, D), and sets their running count ()."""
+        """Moves each of the codes (R,) that is dead (R,) to its vector (R, D), and sets its running count."""
         self.codebook.index_copy_(0, codes, torch.where(dead[:, None], vectors, self.codebook[codes]))
         self.counts.index_copy_(0, codes, torch.where(dead, count, self.counts[codes]))
 
@@ -144,7 +144,7 @@ class CodebookQuantizer(Quantizer):
 
     @torch.no_grad()
     def _initialise(self, z: Tensor) -> None:
-        """Puts the codes on the centres that k-means finds in the vectors (N, D) of the first batch."""
+        """Moves the codes to the centres that k-means finds in the vectors (N, D) of the first batch."""
         centres = spread_vectors(z, self.codebook_size, self.num_updates)
         for _ in range(self.kmeans_iterations):
             count, total = assigned(z, nearest_code(z, centres), self.codebook_size)
@@ -156,15 +156,15 @@ class CodebookQuantizer(Quantizer):
 
     @torch.no_grad()
     def _revive(self, z: Tensor) -> None:
-        """Puts codes that are hardly ever used on vectors of the batch (N, D).
+        """Moves codes that are hardly ever used to vectors of the batch (N, D).
 
-        The least used 16th of all codes is judged, dead or not: no data-dependent shape, so no host sync, and little to
-        exchange between processes.
+        It always looks at the least used 16th of all codes. So shapes do not depend on the data, the CPU does not wait
+        for the device, and processes exchange little.
         """
         rarest = self.counts.argsort(stable=True)[: max(1, self.codebook_size // 16)]  # (R,)
         mean_count = self.counts.mean()
         dead = self.counts[rarest] < self.revive_below * mean_count
-        # A revived code has the mean count, so that it has many steps to find its vectors before it is judged again.
+        # A revived code starts with the mean count, so it has many steps to find its vectors before it can die again.
         self._place(rarest, dead, spread_vectors(z, len(rarest), self.num_updates), mean_count)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]

@@ -1,4 +1,4 @@
-"""What the quantizers share: interface, lookup, gradient estimators, entropy."""
+"""The quantizers' common parts: interface, lookup, gradient estimators, entropy."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -12,16 +12,16 @@ from torch.utils.checkpoint import checkpoint
 from vqgen.distributed import all_reduce_sum, rank, world_size
 from vqgen.errors import require, require_choice
 
-BLOCK_ELEMENTS = 1 << 22  # of (N, K) probabilities that are held at a time
-MAX_CODES, MAX_DIM = 1 << 31, 1 << 16  # of a codebook
+BLOCK_ELEMENTS = 1 << 22  # elements of the (N, K) probabilities that are in memory at a time
+MAX_CODES, MAX_DIM = 1 << 31, 1 << 16  # the largest codebook
 
 
 class QuantizerOutput(NamedTuple):
-    """What a quantizer returns, always.
+    """The output of every quantizer.
 
     Attributes:
-        z_q: (B, D, *S) the quantized vectors, whose gradient reaches z.
-        codes: (B, Q, *S) int64 indices into the codebook; never squeezed, also when Q = 1.
+        z_q: (B, D, *S) the quantized vectors, through which the gradient reaches z.
+        codes: (B, Q, *S) int64 indices into the codebook; never squeezed, not even if Q = 1.
         loss: scalar, already weighted.
     """
 
@@ -33,16 +33,16 @@ class QuantizerOutput(NamedTuple):
 class Quantizer(nn.Module):
     """The interface of every quantizer: vectors to codes and back.
 
-    A quantizer implements `quantize` and `decode`, on vectors in fp32 with the dimension last, and `bound` if its codes
-    lie in a bounded space; what is here brings maps of any number of spatial axes to that shape.
+    A quantizer implements `quantize` and `decode` on fp32 vectors whose last axis is D, and `bound` if its codes lie in
+    a bounded space. This class reshapes maps with any number of spatial axes to such vectors and back.
 
     Attributes:
         codebook_size: number of codes K.
         num_codebooks: codes per position Q; 1 except for residual quantizers.
         code_dim: dimension D of the vectors.
-        residual_scale: how much smaller what is left over is than what was quantized, in each dimension or in all; 1
-            where a codebook finds out by itself.
-        refused: options of other quantizers that would mean nothing here, and why.
+        residual_scale: size of the residual relative to the quantized vector, for each dimension or for all; 1 if the
+            codebook learns the size itself.
+        refused: options of other quantizers that make no sense for this one, with the reason.
     """
 
     codebook_size: int
@@ -53,13 +53,13 @@ class Quantizer(nn.Module):
 
     @classmethod
     def complete(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """The constructor's options, with the options of a quantizer inside this one completed by their defaults."""
+        """The constructor's options; those of a quantizer inside this one are completed by their defaults."""
         return options
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantizes z of shape (B, D, *S); in training mode a codebook may move too."""
+        """Quantizes z of shape (B, D, *S); in training mode it may also update the codebook."""
         assert z.shape[1] == self.code_dim, f"{z.shape[1]} channels for code_dim={self.code_dim}"
-        # Distances, statistics and rounding are in fp32 whatever autocast says: bf16 takes near codes for one another.
+        # Distances, statistics and rounding stay in fp32 under autocast, because bf16 confuses codes that are close.
         with torch.autocast(z.device.type, enabled=False):
             vectors = rearrange(z.float(), "b d ... -> b (...) d").contiguous()
             z_q, codes, loss = self.quantize(self.bound(vectors))
@@ -67,12 +67,12 @@ class Quantizer(nn.Module):
             return QuantizerOutput(z_q, codes.movedim(-1, 1).reshape(len(z), -1, *z.shape[2:]), loss)
 
     def decode_codes(self, codes: Tensor) -> Tensor:
-        """Codes (B, Q, *S) to vectors (B, D, *S), fp32."""
+        """The vectors (B, D, *S) in fp32 of codes (B, Q, *S)."""
         with torch.autocast(codes.device.type, enabled=False):
             return self.decode(codes.movedim(1, -1)).movedim(-1, 1)
 
     def bound(self, z: Tensor) -> Tensor:
-        """Vectors (..., D) as they are quantized: a quantizer of residuals takes them in the space of the codes."""
+        """Maps vectors (..., D) to the space of the codes; residual quantizers do so once, before the first level."""
         return z
 
     def quantize(self, z: Tensor) -> QuantizerOutput:
@@ -95,9 +95,9 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
-    """Returns z_q, bit for bit, with the gradient of the identity in z and none in z_q (VQ-VAE, section 3.2).
+    """Returns z_q, bit for bit; passes its gradient to z unchanged, and none to z_q (VQ-VAE, section 3.2).
 
-    z + (z_q - z).detach() says the same, at three more passes over memory and some lost bits.
+    z + (z_q - z).detach() does the same, but takes three more passes over memory and rounds.
     """
     return _StraightThrough.apply(z, z_q.detach())
 
@@ -122,17 +122,17 @@ class _VQLoss(torch.autograd.Function):
 def vq_loss(z: Tensor, z_q: Tensor, commitment_weight: float, codebook_weight: float = 1.0) -> Tensor:
     """The last two terms of VQ-VAE's eq. 3, as means: codebook_weight |sg(z) - z_q|^2 + beta |z - sg(z_q)|^2.
 
-    beta, the commitment weight, is the encoder's: it scales the gradient of z, and the codebook's weight that of z_q.
-    The terms have the same value, so both take one pass over memory, where two calls of mse_loss take four.
+    The commitment weight beta scales the gradient of z (the encoder), and codebook_weight scales the gradient of z_q.
+    Both terms have the same value, so one pass over memory computes both; two calls of mse_loss would take four.
     """
     return _VQLoss.apply(z, z_q, commitment_weight, codebook_weight)
 
 
 def rotation_trick(z: Tensor, z_q: Tensor) -> Tensor:
-    """Returns z_q, bit for bit, with the gradient of the rotation and scaling that take z (..., D) to z_q.
+    """Returns z_q, bit for bit, with the gradient of the rotation and scaling that map z (..., D) to z_q.
 
-    Both are constants to the gradient (Fifty et al. 2024, section 4.2), so it turns with the codes, where
-    straight-through moves it unturned.
+    The rotation and the scaling count as constants (Fifty et al. 2024, section 4.2). So the gradient keeps its angle to
+    the vector on its way from z_q to z, while straight-through keeps its direction.
     """
     with torch.no_grad():
         u, q = F.normalize(z, dim=-1), F.normalize(z_q, dim=-1)
@@ -149,10 +149,10 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def gradient_estimator(gradient: str, code_dim: int, temperature: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function (z, z_q) -> z_q by which the decoder's gradient passes the quantizer.
+    """The function (z, z_q) -> z_q that carries the decoder's gradient through the quantizer.
 
     Raises:
-        InputError: there is none of this name, or the rotation trick means nothing for such codes.
+        InputError: no function has this name, or the rotation trick makes no sense for such codes.
     """
     require_choice("gradient", gradient, ESTIMATORS, "gradient")
     require(
@@ -168,7 +168,7 @@ def gradient_estimator(gradient: str, code_dim: int, temperature: float = 0.0) -
 
 
 def require_weights(**weights: float) -> None:
-    """Raises InputError for a weight of a loss that is negative."""
+    """Raises InputError for a negative weight of a loss."""
     for key, weight in weights.items():
         require(weight >= 0, f"{key}={weight}: must be 0 or more")
 
@@ -176,23 +176,23 @@ def require_weights(**weights: float) -> None:
 def nearest_code(z: Tensor, codebook: Tensor, temperature: float = 0.0) -> Tensor:
     """Index of the Euclidean-nearest codebook row of each vector: (N, D), (K, D) -> (N,) int64.
 
-    With a temperature the index is drawn instead, from softmax(-|z - e|^2 / temperature). Call it in fp32.
+    With a temperature the index is drawn from softmax(-|z - e|^2 / temperature) instead. Call it in fp32.
 
-    argmin |z - e|^2 = argmax z.e - |e|^2 / 2, so matrix multiplies do it, and of the (N, K) scores a block exists at a
-    time: on a CPU one that stays in its cache.
+    argmin |z - e|^2 = argmax z.e - |e|^2 / 2, so matrix products compute the (N, K) scores. Only one block of them
+    exists at a time; on a CPU this block stays in the cache.
     """
     bias = -0.5 * codebook.square().sum(dim=1)
     on_cpu = z.device.type == "cpu"
     num_codes = min(len(codebook), 1024) if on_cpu else len(codebook)
     num_vectors = max(1, (1 << 19 if on_cpu else 1 << 23) // num_codes)
-    block = z.new_empty(num_vectors * num_codes)  # one for all: the first touch of new memory costs as much as the sums
+    block = z.new_empty(num_vectors * num_codes)  # reused: the first write to new memory takes as long as the products
     indices = []
     for part in z.split(num_vectors):
         best, index = part.new_full((len(part),), -torch.inf), part.new_zeros(len(part), dtype=torch.int64)
         for i, (rows, row_bias) in enumerate(zip(codebook.split(num_codes), bias.split(num_codes), strict=True)):
             scores = block[: len(part) * len(rows)].view(len(part), len(rows))
             torch.addmm(row_bias, part, rows.T, out=scores)
-            if temperature:  # the Gumbel-max trick; scores are -|z - e|^2 / 2 and what all codes have in common
+            if temperature:  # the Gumbel-max trick; scores are -|z - e|^2 / 2 plus a constant that all codes share
                 scores -= 0.5 * temperature * torch.empty_like(scores).exponential_().log()
             score, where = _row_max(scores)
             better = score > best
@@ -202,9 +202,9 @@ def nearest_code(z: Tensor, codebook: Tensor, temperature: float = 0.0) -> Tenso
 
 
 def _row_max(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum of each row of (N, K), and where it is.
+    """Maximum of each row of x (N, K), and its index.
 
-    On a CPU torch finds a maximum several times faster than its place, so the maxima of 32 groups come first.
+    On a CPU torch finds a maximum several times faster than its index, so this first takes the maxima of 32 groups.
     """
     if x.shape[1] % 32:
         return x.max(dim=1)
@@ -215,13 +215,15 @@ def _row_max(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def spread_vectors(z: Tensor, count: int, draw: Tensor) -> Tensor:
-    """(count, D) vectors spread evenly over the global batch, of which z (N, D) is this process's part.
+    """Chooses vectors (count, D) spread evenly over the global batch; z (N, D) is this process's part of the batch.
 
-    The golden-ratio sequence goes on from draw to draw, so all processes agree without a random state, and the choice
-    does not depend on their number. What is not finite counts as zero, or a code would be lost there.
+    The choice follows the golden-ratio sequence, which goes on from draw to draw. So all processes agree without a
+    random state, and the choice does not depend on their number. Values that are not finite count as zero, because a
+    code that moved to them would be lost.
     """
     k = torch.arange(count, device=z.device) + draw * count
-    share = (k % 2**31) * 1327217885 % 2**31  # of 2^31, and the factor its golden section: no overflow in int64
+    # A share of 2^31; the factor is the golden section of 2^31, and int64 does not overflow.
+    share = (k % 2**31) * 1327217885 % 2**31
     index = (share * (world_size() * len(z)) >> 31) - rank() * len(z)
     mine = (index >= 0) & (index < len(z))
     vectors = torch.nan_to_num(z[index.clamp(0, len(z) - 1)], 0.0, 0.0, 0.0)
@@ -229,7 +231,7 @@ def spread_vectors(z: Tensor, count: int, draw: Tensor) -> Tensor:
 
 
 def assigned(z: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    """How many vectors of the global batch each code has, (K,), and their sums, (K, D); z (N, D), indices (N,)."""
+    """The number (K,) and the sum (K, D) of each code's vectors in the global batch, from z (N, D), indices (N,)."""
     count = z.new_zeros(codebook_size).index_add_(0, indices, torch.ones_like(z[:, 0]))
     total = torch.zeros(codebook_size, z.shape[1], device=z.device).index_add_(0, indices, z)
     return all_reduce_sum(count), all_reduce_sum(total)
@@ -243,12 +245,12 @@ def entropy(p: Tensor) -> Tensor:
 def soft_assignment(
     z: Tensor, codebook: Tensor, temperature: float, target: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What p = softmax(-|z - e|^2 / temperature) over the codes (K, D) says of vectors (N, D).
+    """Assigns vectors z (N, D) softly to the codes (K, D), by p = softmax(-|z - e|^2 / temperature).
 
-    The (N, K) probabilities exist a block at a time, in the backward pass too.
+    Only one block of the (N, K) probabilities exists at a time, in the backward pass too.
 
     Returns:
-        The mean under p of `target` (K, E) for each vector, (N, E); the mean entropy of p; the mean p, (K,).
+        For each vector, the mean of `target` (K, E) under p, (N, E); the mean entropy of p, (); the mean of p, (K,).
     """
 
     def block(part: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,10 +267,10 @@ def soft_assignment(
 
 
 def entropy_loss(each: Tensor, mean: Tensor, diversity: float = 1.0) -> Tensor:
-    """The mean entropy () of each vector's distribution, less that of their mean (K,) over all processes.
+    """The mean entropy `each` () of the vectors' distributions, minus the entropy of their `mean` (K,), all processes'.
 
-    It wants each vector near one code and all codes equally frequent (MAGVIT-v2, eq. 5).
+    It draws each vector to one code and makes all codes equally frequent (MAGVIT-v2, eq. 5).
     """
-    # With the gradient of the local mean: DDP takes the mean of gradients by itself.
+    # The value is the mean over all processes, the gradient only the local one, because DDP averages the gradients.
     mean = mean + (all_reduce_sum(mean.detach().clone()) / world_size() - mean.detach())
     return each - diversity * entropy(mean)

@@ -20,7 +20,7 @@ class EMAQuantizer(CodebookQuantizer):
     @torch.no_grad()
     def _learn(self, z: Tensor, indices: Tensor) -> None:
         count, total = assigned(z, indices, self.codebook_size)
-        finite = torch.isfinite(total.sum(dim=1))  # one bad vector would stay in the average for good
+        finite = torch.isfinite(total.sum(dim=1))  # otherwise one bad vector would spoil the average for good
         count, total = torch.where(finite, count, self.counts), torch.where(finite[:, None], total, self.sums)
         self.counts.lerp_(count, self._weight())
         self.sums.lerp_(total, self._weight())

@@ -27,7 +27,7 @@ class FSQ(Quantizer):
         "revive_below": "it has no codebook, so there is nothing to revive",
     }
     num_levels: Tensor  # (D,)
-    basis: Tensor  # (D,) what a step in each dimension adds to the code
+    basis: Tensor  # (D,) the amount that one level in each dimension adds to the code
 
     def __init__(self, levels: Sequence[int] = (8, 8, 8)):
         super().__init__()
@@ -42,18 +42,18 @@ class FSQ(Quantizer):
         self.register_buffer("num_levels", torch.tensor(levels), persistent=False)
         basis = torch.tensor([prod(levels[:i]) for i in range(len(levels))])
         self.register_buffer("basis", basis, persistent=False)
-        # Rounding leaves over half a step at most, so the next quantizer's whole grid is scaled to half a step.
+        # Rounding leaves a residual of at most half a step, so the next quantizer's whole grid shrinks to half a step.
         self.residual_scale = 1 / (self.num_levels - 1 + self.num_levels % 2)  # (D,)
 
     def bound(self, z: Tensor) -> Tensor:
-        """Vectors (..., D) through a tanh to a range slightly beyond the values, so that the outermost are reached."""
-        # An even number of levels takes [-L / 2, L / 2 - 1] / (L / 2), an odd one all of [-1, 1]; zero goes to zero.
+        """Maps vectors (..., D) by a tanh to a range slightly larger than that of the levels, so z reaches them all."""
+        # An even number of levels L covers [-L / 2, L / 2 - 1] / (L / 2), an odd one all of [-1, 1]; zero stays zero.
         half = (self.num_levels - 1) * 1.001 / 2
         offset = 0.5 * (self.num_levels % 2 == 0)
         return (torch.tanh(z + torch.atanh(offset / half)) * half - offset) / (self.num_levels // 2)
 
     def quantize(self, z: Tensor) -> QuantizerOutput:
-        """Bounded vectors z (B, N, D) to z_q (B, N, D), codes (B, N, 1) and a loss of zero."""
+        """Quantizes bounded vectors z (B, N, D) to z_q (B, N, D), codes (B, N, 1) and a loss of zero."""
         half = self.num_levels // 2
         steps = torch.nan_to_num(z.detach() * half).round()
         level = steps.clamp(-half, self.num_levels - 1 - half).long() + half

@@ -1,4 +1,4 @@
-"""Index backpropagation: the gradient goes through the choice of the code, to all codes."""
+"""Index backpropagation: the gradient passes through the choice of the code and reaches all codes."""
 
 from typing import ClassVar
 
@@ -21,18 +21,18 @@ from vqgen.quantizers.common import (
 
 
 class IBQ(Quantizer):
-    """The nearest code, with the gradient of the mean code under softmax(-|z - e|^2) (Shi et al. 2024, section 3.2).
+    """Takes the nearest code, with the gradient of the mean code under softmax(-|z - e|^2) (Shi et al. 2024, sec. 3.2).
 
-    The authors take softmax(z . e), whose argmax is never a code inside the convex hull of the others: at best a third
-    of 512 codes was used here. The loss is VQ-VAE's eq. 3 on a z_q with that gradient; the authors' loss has one more
-    term for the encoder.
+    The authors use softmax(z . e). Its argmax is never a code inside the convex hull of the others, and in our trials
+    at most a third of 512 codes was used. The loss is VQ-VAE's eq. 3 on a z_q with this gradient; the authors' loss has
+    one more term for the encoder.
 
     Args:
         codebook_size: number of codes K.
         code_dim: dimension D of a code.
         commitment_weight: beta, on the encoder's term (VQ-VAE, eq. 3).
-        temperature: of that softmax; lower values give the gradient to fewer codes beside the chosen one.
-        entropy_weight: of the loss that wants each vector near one code and all codes equally frequent.
+        temperature: temperature of that softmax; with lower values the gradient reaches fewer codes.
+        entropy_weight: weight of a loss that draws each vector to one code and makes all codes equally frequent.
     """
 
     refused: ClassVar = {
@@ -61,10 +61,10 @@ class IBQ(Quantizer):
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim))
 
     def quantize(self, z: Tensor) -> QuantizerOutput:
-        """Vectors z (B, N, D) to z_q (B, N, D), codes (B, N, 1) and the loss."""
+        """Quantizes vectors z (B, N, D) to z_q (B, N, D), codes (B, N, 1) and the loss."""
         indices = nearest_code(z.detach().flatten(0, 1), self.codebook.detach()).view(z.shape[:2])
         z_q = F.embedding(indices, self.codebook)
-        if not torch.is_grad_enabled():  # no gradient to prepare
+        if not torch.is_grad_enabled():  # skips the softmax, which only serves the gradient
             return QuantizerOutput(z_q, indices[..., None], vq_loss(z, z_q, self.commitment_weight))
         target = self.codebook.detach()
         soft, each, mean = soft_assignment(z.flatten(0, 1), self.codebook, self.temperature, target)

@@ -20,15 +20,15 @@ from vqgen.quantizers.common import (
 
 
 class LFQ(Quantizer):
-    """The sign of each of log2(K) dimensions is one bit of the code (MAGVIT-v2, Yu et al. 2023, section 3.1).
+    """Takes the sign of each of log2(K) dimensions as one bit of the code (MAGVIT-v2, Yu et al. 2023, section 3.1).
 
     Args:
         codebook_size: number of codes K, a power of two.
-        spherical: vectors are scaled to unit length first, and so are codes (BSQ, Zhao et al. 2024).
+        spherical: whether vectors and codes are scaled to unit length first (BSQ, Zhao et al. 2024).
         commitment_weight: beta, on the encoder's term (VQ-VAE, eq. 3).
-        entropy_weight: of the loss that wants each vector near one code and all codes equally frequent.
-        diversity: weight, in that loss, of all codes being equally frequent (gamma).
-        entropy_temperature: of the softmax over -distance^2 whose entropies that loss takes, distances being in units
+        entropy_weight: weight of a loss that draws each vector to one code and makes all codes equally frequent.
+        diversity: weight (gamma) of the second aim, equal frequency, in that loss.
+        entropy_temperature: temperature of the softmax over -distance^2 in that loss; the unit of distance is the size
             of a code's entries.
     """
 
@@ -39,7 +39,7 @@ class LFQ(Quantizer):
         "kmeans_iterations": "it has no codebook to initialise",
     }
     residual_scale = 0.5
-    basis: Tensor  # (D,) worth of each bit
+    basis: Tensor  # (D,) the value of each bit
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class LFQ(Quantizer):
         self.register_buffer("basis", 2 ** torch.arange(code_dim - 1, -1, -1), persistent=False)
 
     def quantize(self, z: Tensor) -> QuantizerOutput:
-        """Vectors z (B, N, D) to z_q (B, N, D), codes (B, N, 1) and the loss."""
+        """Quantizes vectors z (B, N, D) to z_q (B, N, D), codes (B, N, 1) and the loss."""
         z = F.normalize(z, dim=-1) if self.spherical else z
         codes = ((z > 0) * self.basis).sum(dim=-1, keepdim=True)
         z_q = self.decode(codes)
@@ -85,13 +85,13 @@ class LFQ(Quantizer):
         return torch.where((codes & self.basis) > 0, self.scale, -self.scale)
 
     def _entropy_loss(self, z: Tensor) -> Tensor:
-        """Mean entropy of softmax(-|z - code|^2 / temperature) over the codes, less that of its mean (eq. 5).
+        """Mean entropy of p = softmax(-|z - code|^2 / temperature) over the codes, minus that of the mean p (eq. 5).
 
-        Bits are independent, p(code | z) being a product over them. So a vector's entropy is the sum of its bits', and
-        the mean of p over the vectors is a matrix product of the probabilities of the first half of the bits and of
-        those of the second: exact for any codebook, and no (N, K) array.
+        p(code | z) is a product over the bits, so the bits are independent. A vector's entropy is therefore the sum of
+        its bits' entropies, and the mean of p over the vectors is a matrix product: the probabilities of the first half
+        of the bits times those of the second half. This is exact for any codebook and needs no (N, K) array.
         """
-        logits = 4 * z / self.scale / self.entropy_temperature  # of a bit being 1: (N, D)
+        logits = 4 * z / self.scale / self.entropy_temperature  # (N, D): logits of the bits being 1
         bits = torch.stack([torch.sigmoid(-logits), torch.sigmoid(logits)], dim=-1)  # (N, D, 2)
         first, second = (_products(part) for part in bits.split([self.code_dim // 2, (self.code_dim + 1) // 2], dim=1))
         mean = (first.T @ second / len(z)).flatten()  # (K,)
@@ -99,7 +99,7 @@ class LFQ(Quantizer):
 
 
 def _products(bits: Tensor) -> Tensor:
-    """Probabilities of bits (N, D, 2) to those of their combinations (N, 2^D), the first bit counting most."""
+    """Probabilities (N, 2^D) of all combinations of bits, from the bits' (N, D, 2); the first bit counts most."""
     combinations = bits.new_ones(len(bits), 1)
     for bit in bits.unbind(dim=1):
         combinations = rearrange(einsum(combinations, bit, "n c, n b -> n c b"), "n c b -> n (c b)")

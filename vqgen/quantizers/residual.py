@@ -1,4 +1,4 @@
-"""Residual quantization: each quantizer takes what the quantizers before it have left over."""
+"""Residual quantization: each quantizer quantizes the residual of the quantizers before it."""
 
 import functools
 from typing import Any, ClassVar, Literal
@@ -14,15 +14,15 @@ from vqgen.quantizers.common import Quantizer, QuantizerOutput, gradient_estimat
 class ResidualQuantizer(Quantizer):
     """Several quantizers whose vectors add up (RQ-VAE, Lee et al. 2022, eq. 3 and 4).
 
-    Each level's commitment term reaches the encoder. The decoder's gradient passes all levels at once, so levels of ibq
-    send only their own loss through the index.
+    Each level's commitment term reaches the encoder. The decoder's gradient passes all levels at once, so only the loss
+    of an ibq level goes through its index.
 
     Args:
         base: the quantizer of each level
         num_quantizers: number of levels Q.
         gradient: how the decoder's gradient reaches the encoder, `straight-through` or `rotation`.
-        dropout: share of the training images of which only the first few levels are kept, at least one and at random,
-            so that the first codes alone decode to an image.
+        dropout: share of the training images that keep only their first few levels, a random number of at least one, so
+            that the first codes alone decode to an image.
     """
 
     scales: Tensor  # (Q, D)
@@ -69,19 +69,19 @@ class ResidualQuantizer(Quantizer):
             return {**options, "base": complete(BASES, **(options["base"] or {}))}
 
     def bound(self, z: Tensor) -> Tensor:
-        """Vectors (..., D) as the levels' codes are bounded: once, and not at each level."""
+        """Maps vectors (..., D) to the space of the levels' codes, once for all levels."""
         return self._levels()[0].bound(z)
 
     def quantize(self, z: Tensor) -> QuantizerOutput:
-        """Bounded vectors z (B, N, D) to z_q (B, N, D), codes (B, N, Q) and the loss."""
+        """Quantizes bounded vectors z (B, N, D) to z_q (B, N, D), codes (B, N, Q) and the loss."""
         residual, z_q, codes, loss = z, torch.zeros_like(z), [], z.new_zeros(())
         kept = self._num_kept(z)  # (B, 1, 1)
         for i, (level, scale) in enumerate(zip(self._levels(), self.scales, strict=True)):
             q = level.quantize(residual / scale)
             part = q.z_q.detach() * scale
-            residual = residual - part  # part is a constant: so each level's commitment term reaches z
+            residual = residual - part  # part is detached, so each level's commitment term reaches z
             z_q = z_q + torch.where(i < kept, part, 0.0)
-            loss = loss + q.loss * scale.square().mean()  # in z's units, so that no fine level outweighs the others
+            loss = loss + q.loss * scale.square().mean()  # in z's units, so that fine levels do not outweigh the others
             codes.append(q.codes)
         return QuantizerOutput(self.estimator(z, z_q), torch.cat(codes, dim=-1), loss)
 
@@ -89,13 +89,13 @@ class ResidualQuantizer(Quantizer):
         """Codes (..., Q), or the first few of them, to vectors (..., D)."""
         parts = zip(self._levels(), self.scales, codes.split(1, dim=-1), strict=False)
         vectors = [level.decode(code) * scale for level, scale, code in parts]
-        return functools.reduce(torch.add, vectors)  # in quantize's order, so to the same bits
+        return functools.reduce(torch.add, vectors)  # the order of quantize, which gives the same bits
 
     def _levels(self) -> list[Quantizer]:
         return list(self.levels)  # type: ignore[arg-type]
 
     def _num_kept(self, z: Tensor) -> Tensor:
-        """How many levels each image keeps: (B, 1, 1)."""
+        """The number of levels that each image keeps, (B, 1, 1)."""
         every = torch.full((len(z), 1, 1), self.num_codebooks, device=z.device)
         if not (self.training and self.dropout):
             return every

@@ -1,4 +1,4 @@
-"""SimVQ: a frozen codebook behind a linear map that is trained."""
+"""SimVQ: a frozen codebook followed by a trained linear map."""
 
 from typing import ClassVar, Literal
 
@@ -20,9 +20,9 @@ from vqgen.quantizers.common import (
 
 
 class SimVQ(Quantizer):
-    """The codebook is C W, with a frozen random C (K, D) and a trained W (D, D) (Zhu et al. 2024, algorithm 1).
+    """Uses the codebook C W, with a frozen random C (K, D) and a trained W (D, D) (Zhu et al. 2024, algorithm 1).
 
-    Training moves all codes at once, used or not, so unused codes do not stay behind.
+    Training W moves all codes at once, so unused codes do not stay behind.
 
     Args:
         codebook_size: number of codes K.
@@ -57,7 +57,7 @@ class SimVQ(Quantizer):
         self.projection = nn.Linear(code_dim, code_dim, bias=False)
 
     def quantize(self, z: Tensor) -> QuantizerOutput:
-        """Vectors z (B, N, D) to z_q (B, N, D), codes (B, N, 1) and the loss."""
+        """Quantizes vectors z (B, N, D) to z_q (B, N, D), codes (B, N, 1) and the loss."""
         codebook = self.projection(self.frozen_codebook)  # (K, D)
         indices = nearest_code(z.detach().flatten(0, 1), codebook.detach()).view(z.shape[:2])
         z_q = F.embedding(indices, codebook)

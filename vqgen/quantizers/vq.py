@@ -8,7 +8,7 @@ from vqgen.quantizers.codebook import CodebookQuantizer
 
 
 class VQQuantizer(CodebookQuantizer):
-    """A codebook that the optimizer moves, by the middle term of VQ-VAE's eq. 3: |sg(z) - e|^2."""
+    """A codebook that the optimizer trains with the middle term of VQ-VAE's eq. 3: |sg(z) - e|^2."""
 
     codebook_weight = 1.0
 

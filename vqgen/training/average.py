@@ -1,4 +1,4 @@
-"""The running average of the weights, which is what is evaluated and saved."""
+"""The running average of the weights, which evaluations use and model/ holds."""
 
 import copy
 from collections.abc import Iterator
@@ -14,25 +14,25 @@ from vqgen.training.fsdp import gathered, shard_like
 
 
 class WeightEMA:
-    """A running average of a model's weights, whose memory grows with the run (EDM2, Karras et al. 2024, section 3.1).
+    """A running average of a model's weights whose window grows with the run (EDM2, Karras et al. 2024, section 3.1).
 
-    After t steps the weights of step s count as s^gamma, so one setting fits a run of any length. Codebooks and buffers
-    are copied: they are averages already, or have codes that jump when they are revived.
+    After t steps, the weights of step s count in proportion to s^gamma, so one setting fits a run of any length.
+    Codebooks and buffers are copied instead: they are averages already, or contain codes that jump when revived.
 
     Args:
-        model: what to average.
-        width: standard deviation of that profile as a share of the run so far (EDM2's sigma_rel), below 0.28, where
-            gamma would be zero; 0 copies the model.
+        model: the model to average.
+        width: standard deviation of this profile as a share of the run so far (EDM2's sigma_rel); it must be below
+            0.28, where gamma would be zero; 0 copies the model.
     """
 
     def __init__(self, model: nn.Module, width: float):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.shards: list[Tensor] = []  # the averages where FSDP cuts the weights: the model's own are then empty
+        self.shards: list[Tensor] = []  # holds the averages under FSDP; the model's own tensors are then empty
         self.gamma = np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max() if width else None  # EDM2, algorithm 2
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Takes in the model's weights after step number `step`, counted from 1 (EDM2, eq. 127)."""
+        """Adds the model's weights after step number `step`, counted from 1 (EDM2, eq. 127)."""
         weight = 1 - (1 - 1 / step) ** (self.gamma + 1) if self.gamma is not None else 1.0
         averages, weights = ([p.detach() for p in m.parameters()] for m in (self.model, model))
         torch._foreach_lerp_(self.shards or averages, weights, weight)
@@ -43,7 +43,7 @@ class WeightEMA:
             average.copy_(buffer)
 
     def shard_like(self, model: nn.Module) -> None:
-        """Cuts the averages as FSDP has cut the model's weights, if it has; from then on `whole` has them whole."""
+        """Shards the averages if FSDP has sharded the model's weights; `whole` then puts them together."""
         if any(isinstance(p, DTensor) for p in model.parameters()):
             averages = (p.detach() for p in self.model.parameters())
             self.shards = [shard_like(*pair) for pair in zip(averages, model.parameters(), strict=True)]
@@ -51,7 +51,7 @@ class WeightEMA:
 
     @contextmanager
     def whole(self) -> Iterator[Any]:
-        """The averaged model, whole on each process, so that one alone can use it. All must call it."""
+        """Yields the averaged model with complete weights on each process. All processes must call it."""
         try:
             for parameter, shard in zip(self.model.parameters(), self.shards, strict=False):
                 parameter.data = gathered(shard)
@@ -63,11 +63,11 @@ class WeightEMA:
         """The averaged model's own state. All processes must call it."""
         with self.whole() as model:
             state = model.state_dict()
-        # FSDP's shards are many GPUs' memory when they are put together, so their sum waits on the CPU.
+        # Complete weights may not fit on one GPU beside its shards, so they go to the CPU.
         return {key: x.cpu() for key, x in state.items()} if self.shards else state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Loads what `state_dict` gave, also into averages that FSDP has cut."""
+        """Loads a state from `state_dict`, also into sharded averages."""
         with self.whole() as model:
             model.load_state_dict(state)
             for parameter, shard in zip(model.parameters(), self.shards, strict=False):

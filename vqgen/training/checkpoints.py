@@ -1,4 +1,4 @@
-"""A run's folder: the settings it was made by, and checkpoints that are whole or not there at all."""
+"""A run's folder: the settings that made it, and checkpoints that are either complete or absent."""
 
 import hashlib
 import logging
@@ -24,31 +24,31 @@ from vqgen.yaml_file import WORKING_DIR, as_saved, read_yaml, save_config
 
 logger = logging.getLogger("vqgen")
 
-# A run may go on with other values of these. Most change nothing about the result.
+# A run may resume with other values of these settings. Most of them do not affect the result.
 FREE_SETTINGS = ["run_dir", WORKING_DIR, "tracking", "data.workers", "train.log_every", "train.checkpoint_every"]
 FREE_SETTINGS += ["train.keep_checkpoints", "train.milestone_every", "train.max_hours", "train.eval_every"]
 FREE_SETTINGS += ["train.accumulation"]  # changes rounding; `how_resumed` says so
-# Where the data and the tokenizer lie; `check_made_from` sees to it that they are the same.
+# The data and the tokenizer may have moved; `check_made_from` checks that they are the same.
 FREE_SETTINGS += ["data.source", "data.val_source", "data.cache_gb", "stage1", "codes_dir"]
 
-BEFORE = {"model.name": "light", "order": "raster"}  # settings that older versions did not write, and what they did
+BEFORE = {"model.name": "light", "order": "raster"}  # settings that older versions did not write, with the values they stood for
 
-CHECKSUMS = "SHA256SUMS"  # as sha256sum writes it, and checks it
+CHECKSUMS = "SHA256SUMS"  # a file in the format of sha256sum, which can check it
 
 
 @contextmanager
 def open_run(config: Any) -> Iterator[None]:
-    """Makes the run's folder with its config.yaml, or checks that the one there was made by the same settings.
+    """Makes the run's folder with its config.yaml, or checks that an existing one has the same settings.
 
-    Inside, no other process can open the run. A run that has no checkpoint yet has nothing to go on from, and so takes
-    other settings.
+    Inside the context, no other process can open the run. A run without a checkpoint starts anew, so its settings may
+    change.
 
     Raises:
         InputError: the folder holds a run with other settings, is in use, or cannot be written.
     """
     run_dir = Path(config.run_dir)
     path, model, checkpoints = run_dir / "config.yaml", run_dir / "model", run_dir / "checkpoints"
-    exists = os.path.exists  # which, unlike Path.exists, is false for a name that is too long
+    exists = os.path.exists  # unlike Path.exists, it returns False for a name that is too long
     for folder in (checkpoints, model):
         if exists(folder) and not exists(path):
             raise InputError(f"run_dir={run_dir} has a {folder.name} but no config.yaml, so it is no run; name another")
@@ -57,7 +57,7 @@ def open_run(config: Any) -> Iterator[None]:
             run_dir.mkdir(parents=True, exist_ok=True)
             take = stack.enter_context(_lock(run_dir))
             if exists(old := _old(model)) and not exists(model):
-                old.rename(model)  # what the end of a process between the two renames of written_whole leaves
+                old.rename(model)  # a process was killed between the two renames in written_whole
             if not exists(model) and not _all_checkpoints(run_dir):
                 save_config(config, path)
             else:
@@ -69,7 +69,7 @@ def open_run(config: Any) -> Iterator[None]:
 
 
 def _check_settings(config: Any) -> None:
-    """Raises InputError for the first setting that a run may not change, and that is not as its config.yaml says."""
+    """Raises InputError for the first setting that differs from the run's config.yaml and may not change."""
     run_dir = Path(config.run_dir)
     there, asked = BEFORE | _flat(read_yaml(run_dir / "config.yaml")), _flat(asdict(config))
     if there.get("train.mixed_precision") is None:
@@ -85,12 +85,12 @@ def _check_settings(config: Any) -> None:
 
 @contextmanager
 def _lock(run_dir: Path) -> Iterator[Callable[[], None]]:
-    """Keeps other processes out of a run's folder, and yields what writes this process's name into the lock.
+    """Keeps other processes out of a run's folder, and yields a function that writes this process's id into the lock.
 
-    The system gives the lock back when this process ends, however it ends. Processes that load data do not inherit it.
+    The system releases the lock when this process ends, however it ends. Processes that load data do not inherit it.
 
     Raises:
-        InputError: another process has it.
+        InputError: another process holds the lock.
         OSError: the folder cannot be written.
     """
     with (run_dir / ".lock").open("a+") as file:
@@ -114,15 +114,15 @@ def _lock(run_dir: Path) -> Iterator[Callable[[], None]]:
 
 
 def check_made_from(config: Any, state: Mapping[str, Any], made_from: Mapping[str, str | None]) -> None:
-    """Checks that a run goes on with what it was made from, wherever that lies now.
+    """Checks that a run resumes with the data and the tokenizer that it was made from; their paths may differ.
 
     Args:
         config: the run's configuration.
-        state: of its checkpoint.
-        made_from: hashes, by the names that they have in the checkpoint.
+        state: the checkpoint's state.
+        made_from: hashes of the run's inputs, by their names in the checkpoint.
 
     Raises:
-        InputError: something is not what it was.
+        InputError: an input has changed.
     """
     words = {"data": "other data", "held_out": "other held-out images", "tokenizer": "another tokenizer"}
     for name, now in made_from.items():
@@ -130,7 +130,7 @@ def check_made_from(config: Any, state: Mapping[str, Any], made_from: Mapping[st
             raise InputError(f"{config.run_dir} was trained with {words[name]} than now; name another run_dir=")
     there, asked = _flat(read_yaml(Path(config.run_dir) / "config.yaml")), _flat(asdict(config))
     key = "data.val_source"
-    if "held_out" not in state and there.get(key) != asked.get(key):  # it was not hashed by older versions
+    if "held_out" not in state and there.get(key) != asked.get(key):  # older versions did not hash these images
         raise InputError(
             f"{config.run_dir} holds a run with {key}={there.get(key)}, but {key}={asked.get(key)} is asked for; "
             f"its version did not note which images these were, so repeat that, or name another run_dir="
@@ -138,7 +138,7 @@ def check_made_from(config: Any, state: Mapping[str, Any], made_from: Mapping[st
 
 
 def update_config(config: Any) -> None:
-    """Writes the settings that a run may change to its config.yaml, so that it says where the data lie now."""
+    """Writes changed settings to the run's config.yaml, so that it names the current place of the data."""
     path = Path(config.run_dir) / "config.yaml"
     if read_yaml(path) != as_saved(config):
         save_config(config, path)
@@ -146,7 +146,7 @@ def update_config(config: Any) -> None:
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """Yields a new folder to write to, which takes the place of `folder` once everything is in it and on the disk."""
+    """Yields a new folder to write to, and puts it in place of `folder` once everything in it is on the disk."""
     beside, old = folder.with_name(folder.name + ".tmp"), _old(folder)
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -155,11 +155,11 @@ def written_whole(folder: Path) -> Iterator[Path]:
         for path in [*beside.rglob("*"), beside]:
             _to_disk(path)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)  # it may be what filled the disk
+        shutil.rmtree(beside, ignore_errors=True)  # the partial folder may have filled the disk
         raise
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        folder.rename(old)  # not removed before the new one stands in its place
+        folder.rename(old)  # the old folder stays until the new one is in place
     beside.rename(folder)
     _to_disk(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -168,31 +168,31 @@ def written_whole(folder: Path) -> Iterator[Path]:
 def save_checkpoint(
     run_dir: Path, step: int, state: dict[str, Any], keep: int, milestone_every: int | None = None
 ) -> Path:
-    """Writes checkpoints/step_XXXXXXXX, whole or not at all, and removes older ones.
+    """Writes checkpoints/step_XXXXXXXX, completely or not at all, and removes older checkpoints.
 
     Args:
         run_dir: the run's folder.
         step: the number of steps so far.
-        state: what torch.save takes and torch.load(weights_only=True) gives back.
-        keep: so many of the newest stay, this one at least.
-        milestone_every: the first checkpoint at or after each multiple of so many steps stays too.
+        state: a state that torch.load(weights_only=True) can read back.
+        keep: how many of the newest checkpoints stay; this one always stays.
+        milestone_every: the first checkpoint at or after each multiple of this number of steps stays too.
     """
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     with written_whole(folder) as beside:
-        with (beside / "state.pt").open("wb") as file:  # torch's own would not say why it cannot write
+        with (beside / "state.pt").open("wb") as file:  # torch.save's own open would hide why writing failed
             torch.save(state, file)
         (beside / CHECKSUMS).write_text(f"{_sha256(beside / 'state.pt')}  state.pt\n")
     checkpoints = _all_checkpoints(run_dir)
     done = [path for path in checkpoints if _step(path) <= step]
-    for path in set(checkpoints) - set(done):  # what the run would have gone on from, if it were whole
+    for path in set(checkpoints) - set(done):  # these later checkpoints are damaged: the run would have resumed there
         path.rename(path.with_name(path.name + ".damaged"))
     kept = set(done[-max(1, keep) :])
     if milestone_every:
         first = {_step(path) // milestone_every: path for path in reversed(done)}
         kept |= {path for number, path in first.items() if number > 0}
-    for path in folder.parent.glob("step_*"):  # what an ended process was writing, too
+    for path in folder.parent.glob("step_*"):  # also finds partial folders of a process that was killed
         if path not in kept and path.suffix != ".damaged":
-            shutil.rmtree(path, ignore_errors=True)  # on a network a reader's open file may stay a while
+            shutil.rmtree(path, ignore_errors=True)  # network file systems keep a file that a reader has open
     return folder
 
 
@@ -203,13 +203,13 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
 
 
 def how_resumed(state: dict[str, Any] | None, accumulation: int, *, by_pass: str = "", by_process: str = "") -> str:
-    """Where a run goes on, and what it cannot keep on other processes or with another accumulation than before.
+    """Says where a run goes on, and what a new number of processes or passes changes about its result.
 
     Args:
-        state: its checkpoint's; None if there is none.
-        accumulation: passes a step now.
-        by_pass: what in it depends on the passes of a step.
-        by_process: what in it depends on the processes.
+        state: the checkpoint's state; None if there is no checkpoint.
+        accumulation: passes per step now.
+        by_pass: the part of the model whose numbers depend on the passes per step, in words.
+        by_process: the part whose numbers depend on the number of processes, in words.
     """
     if state is None:
         return ""
@@ -223,13 +223,13 @@ def how_resumed(state: dict[str, Any] | None, accumulation: int, *, by_pass: str
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint whose checksum holds, the same on all processes; None if there is none yet.
+    """The newest checkpoint with a correct checksum, the same on all processes; None if there is no checkpoint yet.
 
-    Those that are damaged are named.
+    A warning names each damaged checkpoint.
 
     Raises:
-        InputError: all that are there are damaged.
-        OSError: one cannot be read, which is no damage to it.
+        InputError: all checkpoints are damaged.
+        OSError: a checkpoint cannot be read, which does not mean that it is damaged.
     """
     newest, damaged = None, False
     if rank() == 0:
@@ -237,7 +237,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
             if (damage := _damage(folder)) is None:
                 newest = folder
                 break
-            if folder.exists():  # else it was removed meanwhile, by the run that it is of
+            if folder.exists():  # its run may have removed it in the meantime
                 logger.warning(f"{folder} is damaged ({damage}): the one before it is used")
                 damaged = True
         if newest is None and damaged:
@@ -247,7 +247,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def _all_checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints that are there, damaged or not, oldest first."""
+    """All checkpoints of a run, damaged or not, oldest first."""
     found = (run_dir / "checkpoints").glob("step_*")
     return sorted((path for path in found if path.name[5:].isdecimal()), key=_step)
 
@@ -257,7 +257,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None if its file is as it was written."""
+    """What is wrong with a checkpoint; None if its checksum is correct."""
     try:
         checksum, _, name = (folder / CHECKSUMS).read_text("ascii").strip().partition("  ")
         whole = name == "state.pt" and checksum == _sha256(folder / name)
@@ -277,7 +277,7 @@ def _sha256(path: Path) -> str:
 
 
 def _to_disk(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, would survive the machine's end."""
+    """Waits until a file's content, or a folder's list of names, would survive a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

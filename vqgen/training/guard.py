@@ -1,4 +1,4 @@
-"""Updates whose losses are not finite: each is skipped and named, and too many in a row end the attempt."""
+"""The guard against updates whose losses are not finite."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,19 +11,19 @@ from vqgen.training.stop import Stop
 
 
 class Diverged(Exception):
-    """So many steps in a row were not finite that only an earlier checkpoint helps."""
+    """Too many steps in a row were not finite, so the run must go back to an earlier checkpoint."""
 
 
 class FiniteGuard:
-    """Finds steps whose losses are not finite: each is skipped and named, and too many in a row end the attempt.
+    """Skips each step whose losses are not finite, names these losses, and raises after too many such steps in a row.
 
-    Whether to skip is decided on the device; the names are read a few steps later, when they are there anyway.
+    The device decides whether to skip a step. The CPU reads the result a few steps later, so it never waits.
 
     Args:
-        max_bad_steps: so many in a row are too many.
+        max_bad_steps: this many bad steps in a row raise `Diverged`.
         say: prints a line.
-        device: of the losses.
-        stop: is told at each step whether any process was asked to stop, as that takes no exchange of its own.
+        device: the losses' device.
+        stop: learns at each step whether any process was asked to stop; this shares the guard's own exchange.
     """
 
     def __init__(self, max_bad_steps: int, say: Callable[[str], None], device: torch.device, stop: Stop):
@@ -34,10 +34,10 @@ class FiniteGuard:
         self.in_a_row = 0
 
     def check(self, step: int, **terms: Tensor) -> Tensor:
-        """1.0 if a term (a scalar each) is not finite on any process, else 0.0: what a fused optimizer skips a step by.
+        """1.0 if a term (a scalar) is not finite on any process, else 0.0; a fused optimizer skips a step at 1.0.
 
         Raises:
-            Diverged: this is the last of too many bad steps in a row.
+            Diverged: too many steps in a row were bad.
         """
         asked = torch.full((), float(self.stop.asked), device=self.device)
         flags = torch.stack([*((~term.detach().isfinite()).float() for term in terms.values()), asked])
@@ -56,7 +56,7 @@ class FiniteGuard:
         return flags[:-1].amax().clamp(max=1)
 
     def finish(self) -> None:
-        """Names the bad ones among the last steps, which no later step will."""
+        """Reports the bad steps among the last ones, whose results no later step would read."""
         while self.pending:
             self._read(*self.pending.pop(0))
 

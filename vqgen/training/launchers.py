@@ -1,4 +1,4 @@
-"""Which launches of Accelerate's the programs refuse, before they fail in a traceback."""
+"""Refuses launch options of Accelerate that would end in a traceback."""
 
 import os
 
@@ -9,7 +9,7 @@ from vqgen.errors import require
 
 
 def refuse_other_engines() -> None:
-    """Call it before `Accelerator()`, which would import the engine.
+    """Refuses DeepSpeed and Megatron-LM; call it before `Accelerator()`, which would import them.
 
     Raises:
         InputError: the launch asks for DeepSpeed or Megatron-LM.
@@ -20,14 +20,14 @@ def refuse_other_engines() -> None:
 
 
 def refuse_compiled(accelerator: Accelerator, **settings: float) -> None:
-    """Call it for losses that run a backward pass twice or differentiate it, which compiled ones do not allow.
+    """Refuses compiled backward passes for losses that run a backward pass twice or differentiate it.
 
     Args:
-        accelerator: knows the backend of TorchDynamo that the launch asks for.
-        settings: of `loss.adversarial`, which ask for such a loss if they are not 0.
+        accelerator: names the TorchDynamo backend that the launch asks for.
+        settings: the settings of `loss.adversarial` that turn such a loss on unless they are 0.
 
     Raises:
-        InputError: one is on, and the backend compiles backward passes.
+        InputError: such a loss is on, and the backend compiles backward passes.
     """
     backend = accelerator.state.dynamo_plugin.backend
     if backend not in (DynamoBackend.NO, DynamoBackend.EAGER):

@@ -1,4 +1,4 @@
-"""What is measured at each step, without waiting for the device."""
+"""Measurements at each step that do not wait for the device."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from vqgen.distributed import all_gather, all_reduce_sum, rank, world_size
 
 
 class Means:
-    """Means of named numbers over a stretch of steps, kept on the device: reading them at every step would stall it."""
+    """Means of named numbers over several steps, kept on the device; reading them at each step would stall it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -20,7 +20,7 @@ class Means:
         self.counts: dict[str, int] = {}
 
     def add(self, **values: Tensor) -> None:
-        """Takes in scalars; a name may come in some steps only, though on all processes."""
+        """Adds scalars by name; a name may be absent in some steps, but then on all processes."""
         for name, value in values.items():
             value = value.detach().float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
@@ -34,25 +34,25 @@ class Means:
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """What was added since the last `compute`, by each process, who all must ask."""
+        """The sums since the last `compute`, of each process. All processes must call it."""
         sums = all_gather(torch.stack(list(self.sums.values()))) if self.sums else torch.zeros(world_size(), 0)
         return {"counts": dict(self.counts), "sums": sums}  # (world_size, n)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there: to the bit on as many processes, else with the mean of theirs."""
+        """Loads the sums: bit for bit on the same number of processes, otherwise their mean over the processes."""
         sums = state["sums"].to(self.device)
         sums = sums[rank()] if len(sums) == world_size() else sums.mean(dim=0)
         self.counts, self.sums = dict(state["counts"]), dict(zip(state["counts"], sums, strict=True))
 
 
 def accumulate(terms: dict[str, Tensor], values: Mapping[str, Tensor], passes: int) -> None:
-    """Takes the values of one of so many passes into the terms of a step, which become their means."""
+    """Adds the values of one pass, divided by the number of passes, to the terms of a step."""
     for name, value in values.items():
         terms[name] = terms.get(name, 0) + value.detach() / passes
 
 
 class Stopwatch:
-    """Time that parts of steps take on the device, which is not waited for before `seconds` is asked."""
+    """Measures the time that parts of steps take on the device; only `seconds` waits for the device."""
 
     def __init__(self, device: torch.device):
         self.on_cuda = device.type == "cuda"
@@ -60,13 +60,13 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Counts what is done inside."""
+        """Measures the time spent inside the context."""
         start = self._now()
         yield
         self.spans.append((start, self._now()))
 
     def seconds(self) -> float:
-        """What was counted since the last call."""
+        """The seconds measured since the last call."""
         if self.on_cuda:
             torch.cuda.synchronize()
             total = sum(start.elapsed_time(end) for start, end in self.spans) / 1000

@@ -42,7 +42,7 @@ from vqgen.training.stop import Stop
 from vqgen.training.threads import keep_threads
 from vqgen.training.tracking import Tracker
 
-MAX_ROLLBACKS = 5  # a 32nd of what was set: what that does not cure has another cause
+MAX_ROLLBACKS = 5  # the settings are then at 1/32; a run that still diverges has another fault
 T = TypeVar("T")
 
 
@@ -51,11 +51,11 @@ class Now(NamedTuple):
 
     Attributes:
         step: updates so far.
-        share: of the run's budget that is spent, from 0 to 1 or a little more.
+        share: share of the run's budget that is spent, from 0 to 1 or a little more.
         evaluates: whether an evaluation is due.
         saves: whether a checkpoint is due.
         ends: whether the run ends here, without another update.
-        logs: whether the update that follows is the last of those that a line of the log is about.
+        logs: whether a line of the log is due after the next update.
     """
 
     step: int
@@ -67,18 +67,18 @@ class Now(NamedTuple):
 
 
 def attempts(config: Any, *, lowered: str, to_lower: str, fsdp: bool = False) -> Iterator["Run"]:
-    """Yields the run to train with; and when that diverged, another that goes on from its newest checkpoint.
+    """Yields a run to train with; after a run has diverged, yields another that starts from the newest checkpoint.
 
-    With the same settings it would diverge again, so a program multiplies some of them by `Run.lowered`.
+    The same settings would diverge again, so a program multiplies some of its settings by `Run.lowered`.
 
     Args:
         config: a training program's configuration.
-        lowered: what the program lowers, in words.
+        lowered: the settings that the program lowers, in words.
         to_lower: the settings that the user should lower if that is not enough.
-        fsdp: whether the program's models can be cut up by FSDP.
+        fsdp: whether FSDP can shard the program's models.
 
     Raises:
-        InputError: going back does not help, or there is no checkpoint to go back to.
+        InputError: the run still diverges after `MAX_ROLLBACKS` rollbacks, or has no checkpoint to go back to.
         SystemExit: a signal stopped the run, and its exit code is not 0.
     """
     stop, rollbacks = Stop(config.train.max_hours), 0
@@ -96,33 +96,33 @@ def attempts(config: Any, *, lowered: str, to_lower: str, fsdp: bool = False) ->
         if rank() == 0:
             print(f"{run.diverged}: going back to {checkpoint} with {lowered} at 1/{2**rollbacks} of what is set")
         del run
-        gc.collect()  # the failed attempt's models would otherwise lie in memory beside those of the next
+        gc.collect()  # frees the models of the failed attempt before the next one builds its own
     if stop.exit_code:
         sys.exit(stop.exit_code)
 
 
 class Run:
-    """One attempt at a training run; used as `with run:`, which listens for signals and keeps a `Diverged`.
+    """One attempt at a training run; `with run:` listens for signals and stores a `Diverged` in `run.diverged`.
 
     Args:
         config: a training program's configuration, with the sections `optim`, `train` and `tracking`, `run_dir` and
-            `seed`. Its `train.mixed_precision` becomes what Accelerate made of it.
+            `seed`. Its `train.mixed_precision` is set to the value that Accelerate chose.
         rollbacks: how often the run went back to a checkpoint so far.
-        stop: is asked whether to end the run.
-        fsdp: whether the program's models can be cut up by FSDP.
+        stop: tells whether to end the run.
+        fsdp: whether FSDP can shard the program's models.
 
     Attributes:
-        accelerator: of the processes.
-        device: of this process.
+        accelerator: Accelerate's handle on the processes.
+        device: this process's device.
         dir: the run's folder.
         micro_batch: examples per forward pass of this process.
         accumulation: passes per update.
         lowered: factor of the settings that are lowered after each rollback.
         diverged: why the run must go back to a checkpoint; None as long as all is well.
-        means: of what is logged, since the last line.
+        means: means of the logged numbers since the last line of the log.
 
     Raises:
-        InputError: a setting or the way the program was launched cannot be used.
+        InputError: a setting is invalid, or the program was launched in a way that it does not support.
     """
 
     def __init__(self, config: Any, rollbacks: int, stop: Stop, fsdp: bool = False):
@@ -135,7 +135,8 @@ class Run:
         self.accelerator = Accelerator(
             mixed_precision=config.train.mixed_precision,
             gradient_accumulation_steps=config.train.accumulation,
-            # Buffers are equal on all processes: quantizers see to it, and the GAN takes two batches before a backward.
+            # Quantizers keep their buffers equal on all processes. Sending buffers out again before each forward pass
+            # would break the GAN's D, which runs two forward passes before one backward pass.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         if fsdp:
@@ -148,7 +149,7 @@ class Run:
         self.means = Means(self.device)
         self.step = self.evaluated = self.saved = 0
         self._guards: dict[str, FiniteGuard] = {}
-        self._terms: dict[str, Tensor] = {}  # of the passes since the last update
+        self._terms: dict[str, Tensor] = {}  # means over the passes since the last update
         self._made_from: dict[str, Any] = {}
         self._state: dict[str, Any] | None = None
         self._threads = ""
@@ -163,7 +164,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         if isinstance(error, Diverged):
-            self.diverged = error.with_traceback(None)  # it would keep the models of this attempt
+            self.diverged = error.with_traceback(None)  # a traceback would keep this attempt's models in memory
             self.tracker.close()  # the next attempt opens it again
             self.accelerator.free_memory()
         self._open.close()
@@ -171,7 +172,7 @@ class Run:
 
     @property
     def lowered(self) -> float:
-        """1, halved for each time that the run went back."""
+        """1, halved once for each rollback."""
         return 0.5**self.rollbacks
 
     @property
@@ -181,14 +182,14 @@ class Run:
 
     @property
     def tracker(self) -> Tracker:
-        """Of the run, once it is started."""
+        """The run's tracker; `start` opens it."""
         assert self._tracker is not None, "start the run first"
         return self._tracker
 
     # Before the first step
 
     def open(self, *image_sets: Any) -> None:
-        """Makes the run's folder, or checks that the one there was made by the same settings; names skipped images.
+        """Makes the run's folder, or checks that an existing one has the same settings; reports skipped images.
 
         Raises:
             InputError: the folder holds a run with other settings, is in use by another process, or cannot be written.
@@ -208,15 +209,15 @@ class Run:
         """Loads the newest checkpoint, if there is one, into the state; call it after `prepare`.
 
         Args:
-            state: what the checkpoint holds beside the run's own numbers.
-            then: the next command, for a run that is finished.
-            made_from: hashes of what the run is made from, such as its data; None where there is no such thing.
+            state: the program's part of the checkpoint; the run adds its own numbers.
+            then: the next command, printed if the run is finished.
+            made_from: hashes of the run's inputs, such as its data; None for an input that the run does not have.
 
         Returns:
-            Whether the run is finished; this is said.
+            Whether the run is finished; a line on the screen says so.
 
         Raises:
-            InputError: the checkpoint was made from something else, or by a version that knew other parts.
+            InputError: the checkpoint has other inputs, or a version with other parts wrote it.
         """
         self._made_from = made_from
         saved = self._state = load_checkpoint(self.dir)
@@ -249,15 +250,15 @@ class Run:
         return False
 
     def start(self, what: str, num_parameters: int, *, by_pass: str = "", by_process: str = "") -> None:
-        """Opens the log, and says what is trained and where it goes on.
+        """Opens the log, and prints what the run trains and the step it goes on from.
 
         Args:
-            what: is trained, of which size, on how many examples.
-            num_parameters: of the model, for the tracker.
-            by_pass: what in the run depends on the number of passes per update.
-            by_process: what in it depends on the number of processes.
+            what: the model's size and the number of examples, in words.
+            num_parameters: the model's number of parameters, for the tracker.
+            by_pass: the part of the model whose numbers depend on the number of passes per update, in words.
+            by_process: the part whose numbers depend on the number of processes, in words.
         """
-        saved, self._state = self._state, None  # the state is as large as the models and optimizers together
+        saved, self._state = self._state, None  # frees memory: the state is as large as the models and optimizers
         self._tracker = Tracker(
             self.dir,
             self.config,
@@ -269,7 +270,7 @@ class Run:
         self.say(f"{self.dir}: {what}, {world_size()} x {self.device.type}{resumed}{self._threads}")
 
     def batches(self, dataset: Any, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's batches of a data set, from where the run is, without end."""
+        """Yields this process's batches of a data set without end, from the run's current step on."""
         return endless_batches(dataset, self.place, workers=workers, device=self.device)
 
     # The loop
@@ -295,7 +296,7 @@ class Run:
         if save_due:
             for guard in self._guards.values():
                 guard.finish()
-        healthy = not any(guard.in_a_row for guard in self._guards.values())  # a checkpoint is what one can go back to
+        healthy = not any(guard.in_a_row for guard in self._guards.values())  # a rollback needs a sound checkpoint
         return Now(
             step,
             share,
@@ -316,25 +317,26 @@ class Run:
                 yield next(batches)
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
-        """Takes in what one pass measured, scalars by name; what is logged is the mean over the passes."""
+        """Adds the scalars of one pass, by name; the log shows their mean over the passes."""
         accumulate(self._terms, terms, self.accumulation)
 
     def update(self, **groups: tuple[nn.Module, Any]) -> None:
-        """Ends an update of some models: clips their gradients, and steps and zeroes their optimizers.
+        """Ends an update of some models: clips their gradients, steps their optimizers, and zeroes the gradients.
 
-        If a loss or a norm is not finite on any process, none of them is changed, which is decided on the device.
+        If a loss or a gradient norm is not finite on any process, no model changes. The device decides this, so that
+        the CPU need not wait for it.
 
         Args:
-            groups: a model and its optimizer, by the name that the norm of its gradient has in the log.
+            groups: each model with its optimizer; the key is the name of its gradient norm in the log.
 
         Raises:
-            Diverged: that was so for too many updates in a row.
+            Diverged: losses or norms were not finite for too many updates in a row.
         """
         terms, self._terms = self._terms, {}
         for name, (model, _) in groups.items():
             norm = self.accelerator.clip_grad_norm_(model.parameters(), self.config.optim.grad_clip)
             terms[name] = gathered(norm)
-        scaled = self.accelerator.scaler is not None  # a scaler skips gradients that are not finite by itself
+        scaled = self.accelerator.scaler is not None  # a scaler itself skips updates whose gradients are not finite
         watched = [name for name in terms if name.endswith("_loss")] or ["loss"]
         watched += [] if scaled else list(groups)
         if (first := next(iter(groups))) not in self._guards:
@@ -349,7 +351,7 @@ class Run:
         self.means.add(**terms)
 
     def log(self, now: Now, figures: Mapping[str, Any], shown: tuple[str, ...]) -> None:
-        """Writes a line of the log after an update: the figures, the speed, and of both those that are shown."""
+        """Logs the figures and the speed after an update, and shows the figures named in `shown` on the screen."""
         step, seconds = now.step + 1, self.seconds_of_window
         speed = (step - self._window_step) * self.config.train.batch_size / seconds
         figures = {**figures, "images_per_second": speed}
@@ -365,11 +367,11 @@ class Run:
         return self.budget.seconds - self._window_start
 
     def paused(self) -> AbstractContextManager[None]:
-        """Stops the clock for what is not training."""
+        """Stops the clock of the budget inside, for work that is not training."""
         return self.budget.paused()
 
     def report(self, now: Now, figures: Mapping[str, float], **pictures: Image.Image | None) -> None:
-        """Logs, prints and keeps what an evaluation found; a picture is needed on the main process only."""
+        """Logs and prints an evaluation's figures and saves its pictures; only the main process needs the pictures."""
         self.evaluated = now.step
         if figures:
             named = {f"val/{name}": value for name, value in figures.items()}
@@ -384,8 +386,8 @@ class Run:
 
         Args:
             now: where the run is.
-            state: what the checkpoint holds beside the run's own numbers.
-            model: things with `save_pretrained`, or averages of such, by their folder inside model/.
+            state: the program's part of the checkpoint; the run adds its own numbers.
+            model: models with `save_pretrained`, or their averages, by their folder inside model/.
         """
         train = self.config.train
         saved = {
@@ -420,10 +422,10 @@ class Run:
         self.tracker.say(text)
 
     def close(self, made: str, then: str) -> None:
-        """Ends the run and says what it made, where, and the next command to type.
+        """Ends the run, and prints what it made, the folder, and the next command to type.
 
         Args:
-            made: what is in the run's model/.
+            made: the contents of the run's model/, in words.
             then: the next command.
         """
         if count := count_skipped(self.dir / "skipped.txt"):

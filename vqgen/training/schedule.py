@@ -1,4 +1,4 @@
-"""How much of a run is spent, and the learning rate and batch that follow from it."""
+"""The budget of a run, the learning rates that depend on it, and the batch size of one pass."""
 
 import math
 import time
@@ -13,15 +13,15 @@ from vqgen.distributed import from_main, world_size
 from vqgen.errors import InputError
 from vqgen.settings import OptimConfig
 
-CLOCK_EVERY = 10  # steps between looks at the clock where several processes must agree on it, as that makes them wait
+CLOCK_EVERY = 10  # steps between looks at the clock on several processes: agreeing on the time makes them wait
 
 
 class Budget:
-    """How much of a run is spent, in steps or in seconds of training, whichever is nearer its end.
+    """The spent share of a run, in steps or in seconds of training, whichever is larger.
 
     Args:
-        max_steps: the run ends after so many steps; None is no such bound.
-        max_seconds: the run ends after so many seconds of training, `paused` apart; None is no such bound.
+        max_steps: the run ends after this many steps; None sets no bound.
+        max_seconds: the run ends after this many seconds of training, not counting `paused`; None sets no bound.
 
     Raises:
         InputError: neither bound is given, or one is not positive.
@@ -59,7 +59,7 @@ class Budget:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stops the clock for what is not training."""
+        """Stops the clock inside, for work that is not training."""
         self.spent, self.started = self.seconds, None
         try:
             yield
@@ -89,13 +89,16 @@ def ramp_at(share: float, start: float, ramp: float) -> float:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """How many numbers a model learns or keeps as parameters."""
+    """The number of values in a model's parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and convolutions; none for biases and norms, which have no scale to spare, nor for
-    what a quantizer trains, as it would draw all codes to the origin."""
+    """Parameter groups with weight decay for matrices and convolutions only.
+
+    Biases and norms have none (their scale matters), and neither have a quantizer's parameters: weight decay would pull
+    all codes to the origin.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [p for name, p in named if p.ndim >= 2 and not name.startswith("quantizer.")]
     kept = [p for name, p in named if p.ndim < 2 or name.startswith("quantizer.")]

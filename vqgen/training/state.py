@@ -1,4 +1,4 @@
-"""What a run resumes from, as one object that saves and loads itself."""
+"""The state that a run resumes from, as one object that saves and loads itself."""
 
 from typing import Any
 
@@ -8,25 +8,25 @@ from vqgen.training.fsdp import load_optimizer, shard_like, whole
 
 
 class TrainState:
-    """The parts of a training program that a checkpoint holds, by the names that they have there.
+    """The parts of a training program that a checkpoint holds, by their names in the checkpoint.
 
     Args:
-        parts: anything with `state_dict` and `load_state_dict`: models (without their wrapper of DDP), averages,
-            optimizers, counters. A part that is None is left out.
+        parts: objects with `state_dict` and `load_state_dict`: models (without DDP's wrapper), averages, optimizers,
+            counters. A part that is None is left out.
     """
 
     def __init__(self, **parts: Any):
         self.parts = {name: part for name, part in parts.items() if part is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """All parts' states. All processes must call it, since FSDP's shards are put together on the main one."""
+        """The states of all parts. All processes must call it: each sends its FSDP shards to the main process."""
         return {name: whole(part.state_dict()) for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads all parts, after `Accelerator.prepare`: FSDP has cut the weights by then.
+        """Loads all parts; call it after `Accelerator.prepare`, when FSDP has sharded the weights.
 
         Raises:
-            KeyError, RuntimeError, ValueError: the state is of other parts.
+            KeyError, RuntimeError, ValueError: the state does not match the parts.
         """
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):

@@ -1,4 +1,4 @@
-"""What ends a run early: a signal, the clock, or the machine it is on."""
+"""Reasons for a run to end early: a signal, the clock, unread output, or a fault of the machine."""
 
 import errno
 import multiprocessing
@@ -27,23 +27,23 @@ GOES_ON = "the same command then goes on from the newest checkpoint"
 
 
 class Stop:
-    """The wish to end a run early and save it: SIGTERM, SIGINT, SIGUSR1, the clock, or output that no one reads.
+    """A request to save a run and end it early: SIGTERM, SIGINT, SIGUSR1, the clock, or output that no one reads.
 
-    Until training begins there is nothing to save, and a signal ends the process at once; so does a second SIGINT.
+    Before training begins there is nothing to save, so a signal ends the process at once. A second SIGINT always does.
 
     Args:
-        max_hours: stop after so many hours by the clock; None is never.
+        max_hours: stop after this many hours by the clock; None means never.
     """
 
     def __init__(self, max_hours: float | None = None):
         self.deadline = time.monotonic() + 3600 * (max_hours or float("inf"))
         self.signal: signal.Signals | None = None
         self.training = False
-        self.agreed = False  # set by what all processes exchange at each step
+        self.agreed = False  # FiniteGuard sets it once any process was asked to stop
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the signals inside."""
+        """Handles the signals inside the context."""
         before = {number: signal.signal(number, self._take) for number in SIGNALS}
         try:
             yield
@@ -58,12 +58,12 @@ class Stop:
 
     @property
     def due(self) -> bool:
-        """Whether to stop now, all processes at the same step."""
+        """Whether to stop now; all processes stop at the same step."""
         return self.asked if world_size() == 1 else self.agreed
 
     @property
     def reason(self) -> str:
-        """What asked for it, in a word or two."""
+        """The reason to stop, in a word or two."""
         if self.signal is not None:
             return self.signal.name
         if output_is_unread():
@@ -72,23 +72,23 @@ class Stop:
 
     @property
     def exit_code(self) -> int:
-        """130 after SIGINT, as shells have it; else 0, since whoever sent the signal had it planned."""
+        """130 after SIGINT, as in shells; otherwise 0, because the sender of any other signal planned the stop."""
         return 130 if self.signal == signal.SIGINT else 0
 
     def _take(self, number: int, frame: Any) -> None:
         twice = self.signal == number == signal.SIGINT
-        self.signal = self.signal or signal.Signals(number)  # the launcher's end, which follows, is not the reason
+        self.signal = self.signal or signal.Signals(number)  # SIGTERM may follow when the launcher ends
         if twice:
             end_workers()
             os._exit(130)
         if not self.training:
-            if rank() == 0:  # not by print, which the signal may have interrupted
+            if rank() == 0:  # print is not safe here: the signal may have interrupted another print
                 os.write(1, f"{self.reason} before the first step: the same command starts again\n".encode())
             sys.exit(self.exit_code)
 
 
 class _Output:
-    """A text stream that drops what is written once its reader has ended, as `head` does in `train.py | head`."""
+    """A text stream that drops its text once its reader has ended, as `head` does in `train.py | head`."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -106,7 +106,7 @@ class _Output:
             action()
         except BrokenPipeError:
             self.unread = True
-            # Text is left in the buffer, and Python would fail again when it writes that at the end.
+            # The buffer still holds text, and Python would fail again when it writes that text at exit.
             devnull = os.open(os.devnull, os.O_WRONLY)
             os.dup2(devnull, self.stream.fileno())
             os.close(devnull)
@@ -117,7 +117,7 @@ class _Output:
 
 @contextmanager
 def dropping_unread_output() -> Iterator[None]:
-    """Inside, a reader that ends early raises no BrokenPipeError: `output_is_unread` tells, and a `Stop` asks."""
+    """Replaces the BrokenPipeError of a reader that ends early by `output_is_unread`, which `Stop` checks."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
     try:
@@ -132,15 +132,15 @@ def output_is_unread() -> bool:
 
 
 def ignore_signals(worker: int) -> None:
-    """For processes that load data: they end with the one they load for, which needs them for the step it is in."""
+    """Lets a process that loads data ignore signals: its training process still needs it to finish the step."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers() -> None:
-    """Ends the processes that load data for this one, if there are any left."""
+    """Ends all processes that still load data for this one."""
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would call their end an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would raise an error when they end
     for process in multiprocessing.active_children():
         process.kill()
 
@@ -151,9 +151,9 @@ def is_launched() -> bool:
 
 
 def end_with_launcher() -> None:
-    """Asks for SIGTERM when `accelerate launch` or torchrun ends, which need not pass on what ended them.
+    """Asks the system for SIGTERM when `accelerate launch` or torchrun ends, because a killed launcher sends no signal.
 
-    It is for Linux; elsewhere the processes of a launcher that was killed go on.
+    This works on Linux only; elsewhere the processes of a killed launcher keep running.
     """
     if sys.platform == "linux" and is_launched():
         import ctypes
@@ -163,15 +163,15 @@ def end_with_launcher() -> None:
 
 
 def explained(error: BaseException, config: Any = None) -> str | None:
-    """One line on what the machine did to a run, and what helps; None for anything else, which is then a bug.
+    """One line that names a fault of the machine and its remedy; None for any other error, which is a bug.
 
     Args:
-        error: what ended the run.
-        config: of the program; None if it did not come so far.
+        error: the error that ended the run.
+        config: the program's configuration; None if the error came before it was read.
     """
     chain = [error]
     while isinstance(chain[-1], RuntimeError) and (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)  # torch's own names no reason where a file cannot be written
+        chain.append(cause)  # torch's own error does not say why a file cannot be written
     for link in chain:
         text = str(link)
         first_line = text.partition("\n")[0]
@@ -179,7 +179,7 @@ def explained(error: BaseException, config: Any = None) -> str | None:
             which = "the GPU's memory" if "CU" in text else "memory"
             return f"{which} is full: {_smaller_passes(config)}"
         number = link.errno if isinstance(link, OSError) else None
-        if found := re.search(r"\(os error (\d+)\)", text):  # as safetensors says it
+        if found := re.search(r"\(os error (\d+)\)", text):  # the wording of safetensors
             number = int(found[1])
         if number in DISK_ERRORS:
             where = getattr(link, "filename", None) or getattr(config, "run_dir", None) or "writing"
@@ -196,12 +196,12 @@ def explained(error: BaseException, config: Any = None) -> str | None:
 
 
 def _is_of_a_pipe(error: BaseException) -> bool:
-    """Whether an error comes from the pipe between two processes of Python's."""
+    """Whether an error comes from a pipe of Python's multiprocessing."""
     return any("multiprocessing" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _smaller_passes(config: Any) -> str:
-    """What to set so that a pass takes less memory."""
+    """The settings that make a pass take less memory."""
     if not hasattr(config, "train"):
         return "lower batch_size="
     train = config.train

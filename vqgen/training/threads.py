@@ -1,20 +1,20 @@
-"""The number of threads that a run computes with on a CPU: sums in another order give other bits."""
+"""The number of CPU threads of a run: another number sums in another order, which changes the last bits."""
 
 import os
 
 import torch
 
-CHOSEN = "VQGEN_CHOSE_THREADS"  # is set in the environment if the program, and not the user, chose the number
+CHOSEN = "VQGEN_CHOSE_THREADS"  # this environment variable is set if the program chose the number, not the user
 
 
 def keep_threads(saved: int | None) -> str:
-    """Goes on with as many threads as a checkpoint was made with, unless the user chose the number now.
+    """Sets the number of threads that the checkpoint was made with, unless the user chose the number now.
 
     Args:
-        saved: the checkpoint's number; None if its version did not note it.
+        saved: the checkpoint's number of threads; None if an older version wrote the checkpoint.
 
     Returns:
-        What the user should know, for the end of a line; mostly nothing.
+        The end of a line that tells the user about a change; empty if there is none.
     """
     now = torch.get_num_threads()
     if saved is None or saved == now:

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl always, a progress bar or plain lines, wandb if it can."""
+"""The log of a run: metrics.jsonl always, a progress bar or plain lines, and wandb where it is available."""
 
 import json
 import logging
@@ -22,14 +22,14 @@ logger = logging.getLogger("vqgen")
 
 
 class Tracker:
-    """Writes a run's numbers and pictures; on processes other than the main one it does nothing.
+    """Writes a run's numbers and pictures on the main process; does nothing on the others.
 
     Args:
         run_dir: the run's folder.
         config: the run's configuration, with a `tracking` section.
-        logged: how many bytes of metrics.jsonl are the run's, as `flush` said; what came after them is dropped.
+        logged: length of metrics.jsonl in bytes at the checkpoint, from `flush`; any later lines are dropped.
         is_main: whether this is the main process.
-        facts: what wandb should know beside the configuration, such as the number of parameters.
+        facts: facts for wandb beside the configuration, such as the number of parameters.
     """
 
     def __init__(self, run_dir: Path, config: Any, *, logged: int, is_main: bool, facts: Mapping[str, Any]):
@@ -44,7 +44,7 @@ class Tracker:
         self.bar = tqdm(total=100, bar_format="{l_bar}{bar}| {desc}", leave=False, disable=None)
 
     def progress(self, step: int, share: float, seconds_left: float, **shown: float) -> None:
-        """Moves the bar, or where there is no terminal prints a line."""
+        """Moves the bar; prints a line if the output is not a terminal."""
         if not self.is_main:
             return
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
@@ -67,7 +67,7 @@ class Tracker:
         self.wandb.log(numbers, step)
 
     def flush(self) -> int:
-        """Waits until the lines are on the disk, as those before a checkpoint do not come again; how many bytes."""
+        """Waits until all lines are on the disk, and returns their bytes; a resumed run does not write them again."""
         with open(self.path, "a") as file:
             os.fsync(file.fileno())
             return file.tell()
@@ -96,7 +96,7 @@ class Tracker:
 def log_evaluation(
     run_dir: Path, tracking: TrackingConfig, figures: Mapping[str, float], pictures: Mapping[str, Image.Image]
 ) -> None:
-    """Sends an evaluation's figures and pictures to a run's wandb, into its summary, as they belong to no step."""
+    """Sends an evaluation's figures to the summary of a run's wandb (they belong to no step), and its pictures."""
     run = _Wandb(run_dir, tracking, {})
     run.summary({f"evaluation/{name}": value for name, value in figures.items()})
     for name, image in pictures.items():
@@ -105,7 +105,7 @@ def log_evaluation(
 
 
 class _Wandb:
-    """A wandb run that never stops training: the first failure is told in one line, and ends the logging to it."""
+    """A wandb run that never stops training: after the first failure it prints one line and logs nothing more."""
 
     def __init__(self, run_dir: Path, tracking: TrackingConfig, config: dict[str, Any]):
         self.run: Any = None
@@ -116,9 +116,9 @@ class _Wandb:
         mode: Any = tracking.wandb if tracking.wandb != "auto" else _mode_of_environment()
         if mode == "disabled":
             return
-        import wandb  # here, since a run without it should not wait for its import
+        import wandb  # imported here, so that a run without wandb does not wait for it
 
-        # One id for the run's folder, so that a run that goes on is one run there too.
+        # The folder keeps one id, so that a resumed run continues the same wandb run.
         id_file = run_dir / "wandb" / "id"
         if not id_file.exists():
             id_file.parent.mkdir(exist_ok=True)
@@ -136,12 +136,12 @@ class _Wandb:
             mode = mode or ("online" if wandb.login(prompt=False) else "offline")
             self.run = wandb.init(mode=mode, **options)
         except (wandb.errors.CommError, wandb.errors.AuthenticationError) as error:
-            wandb.teardown()  # or the id would be in use
+            wandb.teardown()  # otherwise wandb would say that the id is in use
             print(f"wandb: not reached ({_first_line(error)}), so this run is kept offline", flush=True)
             mode = "offline"
             self.run = wandb.init(mode=mode, **options)
         if mode in ("offline", "dryrun"):
-            # `wandb sync` may let a later file of a run replace an earlier one, so each holds the run from its start.
+            # `wandb sync` may replace an earlier file of a run by a later one, so each file holds all lines so far.
             lines = (run_dir / "metrics.jsonl").read_text().splitlines() if (run_dir / "metrics.jsonl").exists() else []
             for values in map(json.loads, lines):
                 self.run.log(values, step=values.pop("step"))
@@ -168,13 +168,13 @@ class _Wandb:
     def _attempt(self, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # whatever it is: a tracker must not cost anyone a training run
+        except Exception as error:  # no failure of a tracker may end a training run
             self.run = None
             logger.warning("wandb failed and is off for this run (%s); metrics.jsonl goes on", _first_line(error))
 
 
 def _mode_of_environment() -> str | None:
-    """What wandb's own environment variables ask for; None if they leave it open."""
+    """The mode that wandb's own environment variables ask for; None if they do not say."""
     if os.environ.get("WANDB_DISABLED", "false").lower() in ("true", "1", "yes", "on"):
         return "disabled"
     return os.environ.get("WANDB_MODE") or None
@@ -185,7 +185,7 @@ def _first_line(error: Exception) -> str:
 
 
 def image_grid(images: np.ndarray, columns: int, gap: int = 2) -> Image.Image:
-    """Puts images uint8 (N, H, W, C) into rows of so many columns, small ones enlarged to be seen."""
+    """Arranges images, uint8 (N, H, W, C), in a grid with this number of columns; small images are enlarged."""
     n, height, width, channels = images.shape
     rows = math.ceil(n / columns)
     canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 128, dtype=np.uint8)
