@@ -12,13 +12,13 @@ from accelerate.utils import gather_object
 from einops import rearrange
 from tqdm import tqdm
 
-from vqgen.cli.parse import read_yaml
 from vqgen.cli.program import run_program
 from vqgen.errors import InputError
 from vqgen.generator import Generator
 from vqgen.priors.sampling import classes_in_turn
 from vqgen.settings import SampleConfig
 from vqgen.training.tracking import image_grid
+from vqgen.yaml_file import read_yaml
 
 
 def main(run_dir: str, config: SampleConfig) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from programs import launch_two, shell
-from vqgen.config import DataConfig
-from vqgen.models.vqmodel import from_uint8, load_tokenizer
 
 from vqgen.data.images import load_images
+from vqgen.settings import DataConfig
+from vqgen.tokenizers.vqmodel import from_uint8, load_tokenizer
 
 # Two processes add in another order than one, so their sums differ by 1e-7. The encoder's slow learning keeps the
 # difference that small for 20 steps: vectors hardly ever cross the border of two codes. k-means would amplify it, as it

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from vqgen.adversarial.dcgan import DCGANDiscriminator, DCGANGenerator
 from vqgen.adversarial.discriminators import PatchDiscriminator
-from vqgen.cli.parse import read_yaml
 from vqgen.codes import CodeLayout
 from vqgen.data.images import load_images
 from vqgen.data.order import BatchOrder, coin_flips, mixed_seed
@@ -34,6 +33,7 @@ from vqgen.settings import DataConfig
 from vqgen.tokenizers import ARCHITECTURES, build_tokenizer
 from vqgen.tokenizers.light import Light
 from vqgen.tokenizers.vqmodel import load_tokenizer
+from vqgen.yaml_file import read_yaml
 
 QUIET = "tracking.wandb=disabled"
 STEP = [

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vqgen.errors import require, require_size
+from vqgen.codes import ORDERS
+from vqgen.errors import require, require_choice, require_size
 
 # The settings that are paths, by the last part of their keys: the programs expand `~` in them.
 PATHS = {"run_dir", "source", "val_source", "stage1", "codes_dir", "weights", "out"}
@@ -219,6 +220,8 @@ class Stage2Config:
     """The tokenizer: a stage-1 run, or a folder with a model's config.json and model.safetensors."""
     codes_dir: str | None = None
     """Where the encoded data set is kept; null puts it in the tokenizer's folder, under codes/."""
+    order: str = "raster"
+    """The order in which the prior writes the codes: `raster`."""
     class_dropout: float = 0.1
     """Share of the examples whose class is hidden, so that sampling can use classifier-free guidance."""
     seed: int = 0
@@ -231,6 +234,7 @@ class Stage2Config:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
+        require_choice("order", self.order, ORDERS, "order of tokens")
         require(0 <= self.class_dropout <= 1, f"class_dropout={self.class_dropout}: is a share, from 0 to 1")
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from vqgen.cli.parse import save_config
 from vqgen.data import order
 from vqgen.data.order import BatchOrder, coin_flips, mixed_seed, seed_step
 from vqgen.errors import InputError
@@ -25,6 +24,7 @@ from vqgen.training.run import Run, attempts
 from vqgen.training.schedule import Budget, lr_at, micro_batch_size, parameter_groups, ramp_at
 from vqgen.training.state import TrainState
 from vqgen.training.stop import Stop
+from vqgen.yaml_file import save_config
 
 CPU = torch.device("cpu")
 
@@ -106,6 +106,15 @@ def test_budget_does_not_count_what_happens_while_paused(clock):
         assert budget.seconds == 1
     clock[0] += 2
     assert budget.seconds == 3
+
+
+def test_the_clock_goes_on_after_an_error_in_a_pause(clock):
+    budget = Budget(max_steps=None, max_seconds=10)
+    budget.start()
+    with contextlib.suppress(ZeroDivisionError), budget.paused():
+        raise ZeroDivisionError
+    clock[0] += 2
+    assert budget.seconds == 2
 
 
 @pytest.mark.parametrize(("steps", "seconds"), [(None, None), (0, None), (-1, 5.0), (5, 0.0), (None, -2.0)])
@@ -300,6 +309,17 @@ def test_average_is_a_frozen_copy_in_eval_mode():
     assert not any(p.requires_grad for p in ema.model.parameters())
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_shards_are_put_back_after_an_error():
+    model = nn.Linear(3, 2)
+    ema = WeightEMA(model, 0.1)
+    ema.shards = [p.detach().clone() for p in model.parameters()]  # as if FSDP had cut them, into one part
+    ema._put_back()
+    with contextlib.suppress(ZeroDivisionError), ema.whole() as whole:
+        assert torch.equal(whole.weight, model.weight)
+        raise ZeroDivisionError
+    assert ema.model.weight.numel() == 0
 
 
 @pytest.mark.parametrize("width", [-0.1, 0.28, 1.0])

@@ -31,7 +31,7 @@ FREE_SETTINGS += ["train.accumulation"]  # changes rounding; `how_resumed` says 
 # Where the data and the tokenizer lie; `check_made_from` sees to it that they are the same.
 FREE_SETTINGS += ["data.source", "data.val_source", "data.cache_gb", "stage1", "codes_dir"]
 
-BEFORE = {"model.name": "light"}  # settings that older versions did not write, and what they did
+BEFORE = {"model.name": "light", "order": "raster"}  # settings that older versions did not write, and what they did
 
 CHECKSUMS = "SHA256SUMS"  # as sha256sum writes it, and checks it
 
