@@ -32,7 +32,7 @@ class InputError(ValueError):
 
 
 @contextmanager
-def section(name: str, **elsewhere: str) -> Iterator[None]:
+def section(name: str, /, **elsewhere: str) -> Iterator[None]:
     """Puts `name.` in front of the option that an InputError raised inside begins with.
 
     A line that begins with no option (`key=`, `key:` or `key.`) stays as it is.
