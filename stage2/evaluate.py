@@ -91,7 +91,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     train, held_out, own = run_images(run, config.data, tokenizer.channels)
     require(own, "data.source: not the images that the prior was trained on; for others use --images and --reference")
     with section("data"):
-        fits = tokenizer.code_layout(train.image_size) == prior.layout
+        fits = tokenizer.code_layout(train.image_size).shapes == prior.layout.shapes
     require(fits, f"data.image_size={train.image_size}: is not what the prior was trained on")
     flip = read_yaml(run / "config.yaml")["data"]["flip"] if (run / "config.yaml").is_file() else False
     network = load_feature_network(
@@ -104,7 +104,13 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     codes_dir = codes_folder(run) if os.access(codes_folder(run), os.W_OK) else cache / "codes"
     train_codes, held_out_codes = (
         encode_images(
-            images, tokenizer, codes_dir, tokenizer_hash=tokenizer_hash, mirror=mirror, accelerator=accelerator
+            images,
+            tokenizer,
+            codes_dir,
+            tokenizer_hash=tokenizer_hash,
+            mirror=mirror,
+            accelerator=accelerator,
+            order=prior.layout.order,
         )
         for images, mirror in ((train, flip), (held_out, False))
     )

@@ -4,7 +4,7 @@ accelerate launch stage2/train.py [CONFIG.yaml] [key=value ...]
 """
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
@@ -133,7 +133,7 @@ def load_data(config: Stage2Config, run: Run, tokenizer: VQModel) -> tuple[Image
 def build(config: Stage2Config, run: Run, tokenizer: VQModel, class_names: list[str]) -> Nets:
     """The prior on its device, its optimizer and the average, in their state before the first step."""
     with section("data"):
-        layout = tokenizer.code_layout(config.data["image_size"])
+        layout = replace(tokenizer.code_layout(config.data["image_size"]), order=config.order)
     torch.manual_seed(config.seed)
     config.model = check_options(Prior, config.model, "model")
     with section("model"):
@@ -159,6 +159,7 @@ def encode(
         mirror=mirror,
         accelerator=run.accelerator,
         skipped=run.dir / "skipped.txt",
+        order=config.order,
     )
 
 

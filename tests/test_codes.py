@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqgen.codes import CodeLayout
+from vqgen.codes import ORDERS, CodeLayout
 
 LAYOUTS = {
     "1-D": CodeLayout(((1, 5),), (7,)),
@@ -74,3 +74,27 @@ def test_maps_of_another_number_are_refused():
     layout = LAYOUTS["two maps"]
     with pytest.raises(ValueError, match="zip"):
         layout.flatten(random_codes(layout)[:1])
+
+
+def column_by_column(shapes):
+    """A toy order, for maps of 2 x 3 positions with one code each."""
+    ((_, height, width),) = shapes
+    return [y * width + x for x in range(width) for y in range(height)]
+
+
+def test_another_order_is_a_name_and_a_function(monkeypatch):
+    monkeypatch.setitem(ORDERS, "columns", column_by_column)
+    codes = [torch.arange(12).reshape(2, 1, 2, 3)]
+    layout = CodeLayout(((1, 2, 3),), (16,), order="columns")
+    assert layout.flatten(codes)[0].tolist() == [0, 3, 1, 4, 2, 5]
+    assert torch.equal(layout.unflatten(layout.flatten(codes))[0], codes[0])
+
+
+def test_legal_tokens_follow_the_order(monkeypatch):
+    monkeypatch.setitem(ORDERS, "fine first", lambda shapes: [2, 3, 4, 5, 0, 1])
+    layout = CodeLayout(((2, 1, 1), (1, 2, 2)), (4, 8), order="fine first")
+    assert layout.token_ranges().tolist() == [[8, 16]] * 4 + [[0, 4], [4, 8]]
+    codes = [torch.tensor([[[[3]], [[1]]]]), torch.tensor([[[[0, 1], [2, 7]]]])]
+    tokens = layout.flatten(codes)[0]
+    assert tokens.tolist() == [8, 9, 10, 15, 3, 5]
+    assert all(torch.equal(a, b) for a, b in zip(layout.unflatten(tokens[None]), codes, strict=True))

@@ -1,5 +1,6 @@
 """The three commands from end to end on tiny settings, and what they say to bad input."""
 
+import itertools
 import json
 import shutil
 import signal
@@ -15,7 +16,9 @@ from programs import ENVIRONMENT, ROOT, shell
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from vqgen.codes import ORDERS
 from vqgen.quantizers import QUANTIZERS
+from vqgen.yaml_file import read_yaml
 
 DEBUG = {stage: f"configs/debug/{stage}.yaml" for stage in ("stage1", "stage2")}
 
@@ -122,6 +125,7 @@ def test_accumulation_mixed_precision_flips_and_seconds(runs, program, tmp_path)
         "stage2/train.py", DEBUG["stage2"], f"run_dir={tmp_path}/2", f"stage1={tmp_path}/1", *stage2
     )
     assert code == 0, errors
+    assert read_yaml(runs / "stage1/config.yaml")["train"]["mixed_precision"] == "no"  # what null stood for
     assert all(np.isfinite(list(line.values())).all() for run in "12" for line in lines(tmp_path / run))
 
 
@@ -159,6 +163,23 @@ def test_several_codes_a_position_from_images_to_images(program, tmp_path):
     code, _, errors = program("stage2/sample.py", tmp_path / "2", "num_images=4", f"out={tmp_path}/out")
     assert code == 0, errors
     assert np.load(tmp_path / "out/samples.npz")["images"].shape == (4, 32, 32, 1)
+
+
+def test_a_prior_writes_the_codes_in_another_order(runs, program, monkeypatch, tmp_path):
+    monkeypatch.setitem(ORDERS, "backwards", lambda shapes: range(15, -1, -1))
+    arguments = [DEBUG["stage2"], f"stage1={runs}/stage1", f"codes_dir={tmp_path}/codes", *FEW_STEPS]
+    for order in ("raster", "backwards"):
+        code, _, errors = program("stage2/train.py", *arguments, f"run_dir={tmp_path}/{order}", f"order={order}")
+        assert code == 0, errors
+    stores = [np.load(path / "tokens.npy") for path in (tmp_path / "codes").iterdir()]
+    assert len(stores) == 4
+    assert sum(np.array_equal(a, b[:, ::-1]) for a, b in itertools.permutations(stores, 2)) == 4  # two pairs, both ways
+    code, _, errors = program("stage2/sample.py", tmp_path / "backwards", "num_images=4", f"out={tmp_path}/out")
+    assert code == 0, errors
+    monkeypatch.delitem(ORDERS, "backwards")
+    code, _, errors = program("stage2/sample.py", tmp_path / "backwards", "num_images=4", f"out={tmp_path}/out")
+    assert code == 2
+    assert "the order of its tokens, backwards, is not known" in errors
 
 
 def test_codes_are_made_once_and_made_again_for_another_tokenizer(runs, program, tmp_path):
@@ -252,6 +273,11 @@ BAD = {
     "an average of too many steps": ("stage1", "train.ema=0.5", "train.ema=0.5: must be at least 0 and below 0.28"),
     "a home that nobody has": ("stage1", "data.source=~nobody-at-all/images", "there is no home folder ~nobody-at-all"),
     "too many shards": ("stage1", "data.source={tmp}/{{0..9999999999}}.tar", "no shard"),
+    "an order that does not exist": (
+        "stage2",
+        "order=spiral",
+        "order=spiral: no such order of tokens; there is raster",
+    ),
     "no budget": ("stage1", "train.max_steps=null", "train.max_seconds"),
 }
 

@@ -368,7 +368,7 @@ def test_sets_of_other_sizes_and_channels_are_measured_when_told_how(program, se
         ("stage2/evaluate.py --images {runs}", "give both --images and --reference"),
         ("stage2/evaluate.py {runs}/stage2 --images a --reference b", "give both --images and --reference, and no run"),
         ("stage1/evaluate.py {runs}/none", "{runs}/none is not a tokenizer"),
-        ("stage2/evaluate.py {runs}/stage1", "{runs}/stage1/model/prior: no prior there"),
+        ("stage2/evaluate.py {runs}/stage1", "{runs}/stage1: no model there to sample"),
         ("stage1/evaluate.py {runs}/stage1 features=resnet", "features=resnet is not known; use efficientnet-lite0"),
         ("stage1/evaluate.py {runs}/stage1 perceptual=resnet", "perceptual=resnet is not known"),
         ("stage1/evaluate.py {runs}/stage1 feature_weights={runs}/x.pth", "no such file of weights"),

@@ -32,7 +32,7 @@ class InputError(ValueError):
 
 
 @contextmanager
-def section(name: str, **elsewhere: str) -> Iterator[None]:
+def section(name: str, /, **elsewhere: str) -> Iterator[None]:
     """Adds `name.` in front of the option at the beginning of an InputError that is raised inside.
 
     A line that does not begin with an option (`key=`, `key:` or `key.`) stays the same.

@@ -184,13 +184,15 @@ class Generator:
                 data.resize,
             )
         data = replace(data, image_size=self.image_size)
-        squares = [torch.from_numpy(to_square(picture, self.channels, data)) for picture in pictures]
+        squares = [to_square(picture, self.channels, data) for picture in pictures]
         parts = [squares[i : i + DEFAULTS.batch_size] for i in range(0, len(squares), DEFAULTS.batch_size)]
         return [
             picture
             for part in parts
             for picture in _pictures(
-                to_uint8(tokenizer.decode(tokenizer.encode(from_uint8(torch.stack(part).to(self.device)))))
+                to_uint8(
+                    tokenizer.decode(tokenizer.encode(from_uint8(torch.from_numpy(np.stack(part)).to(self.device))))
+                )
             )
         ]
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vqgen.errors import require, require_size
+from vqgen.codes import ORDERS
+from vqgen.errors import require, require_choice, require_size
 
 # The last part of the key of each setting that is a path; the programs expand `~` in these.
 PATHS = {"run_dir", "source", "val_source", "stage1", "codes_dir", "weights", "out"}
@@ -220,6 +221,8 @@ class Stage2Config:
     """The tokenizer: a stage-1 run, or a folder with a model's config.json and model.safetensors."""
     codes_dir: str | None = None
     """Folder for the encoded data set; null takes codes/ in the tokenizer's folder."""
+    order: str = "raster"
+    """The order in which the prior writes the codes: `raster`."""
     class_dropout: float = 0.1
     """Share of the examples whose class is hidden, so that sampling can use classifier-free guidance."""
     seed: int = 0
@@ -232,6 +235,7 @@ class Stage2Config:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
+        require_choice("order", self.order, ORDERS, "order of tokens")
         require(0 <= self.class_dropout <= 1, f"class_dropout={self.class_dropout}: is a share, from 0 to 1")
 
 

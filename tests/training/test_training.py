@@ -108,6 +108,15 @@ def test_budget_does_not_count_what_happens_while_paused(clock):
     assert budget.seconds == 3
 
 
+def test_the_clock_goes_on_after_an_error_in_a_pause(clock):
+    budget = Budget(max_steps=None, max_seconds=10)
+    budget.start()
+    with contextlib.suppress(ZeroDivisionError), budget.paused():
+        raise ZeroDivisionError
+    clock[0] += 2
+    assert budget.seconds == 2
+
+
 @pytest.mark.parametrize(("steps", "seconds"), [(None, None), (0, None), (-1, 5.0), (5, 0.0), (None, -2.0)])
 def test_budget_without_a_positive_bound_is_refused(steps, seconds):
     with pytest.raises(InputError, match=r"train\.max_(steps|seconds)"):
@@ -300,6 +309,17 @@ def test_average_is_a_frozen_copy_in_eval_mode():
     assert not any(p.requires_grad for p in ema.model.parameters())
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_shards_are_put_back_after_an_error():
+    model = nn.Linear(3, 2)
+    ema = WeightEMA(model, 0.1)
+    ema.shards = [p.detach().clone() for p in model.parameters()]  # as if FSDP had cut them, into one part
+    ema._put_back()
+    with contextlib.suppress(ZeroDivisionError), ema.whole() as whole:
+        assert torch.equal(whole.weight, model.weight)
+        raise ZeroDivisionError
+    assert ema.model.weight.numel() == 0
 
 
 @pytest.mark.parametrize("width", [-0.1, 0.28, 1.0])

@@ -1,5 +1,6 @@
 """The token store: the tokens of a data set, which the tokenizer encodes once, memory-mapped from disk."""
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from vqgen.codes import CodeLayout
 from vqgen.data.images import MAX_THREADS, ImageSet
 from vqgen.data.skipped import SkippedFile, read_skipped
 from vqgen.distributed import cores_per_process, from_main, rank, world_size
@@ -64,6 +66,7 @@ def encode_images(
     mirror: bool,
     accelerator: Accelerator,
     skipped: Path | None = None,
+    order: str = "raster",
 ) -> TokenStore:
     """The images as tokens: from the store on disk if it has them, else encoded now and stored.
 
@@ -77,18 +80,20 @@ def encode_images(
         mirror: store each image and its mirror image.
         accelerator: of the processes that share the work.
         skipped: the file that lists the images that do not load, now or when the store was made; see `SkippedFile`.
+        order: in which the codes are written; see `CodeLayout`.
 
     Raises:
         InputError: the store or that file cannot be written, or no image loads.
     """
     made_from = {"tokenizer": tokenizer_hash, "data": images.fingerprint, "mirror": mirror, **images.crop}
+    made_from |= {"order": order} if order != "raster" else {}  # older versions knew no other
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     folder, beside = cache / key, cache / f"{key}.{from_main(os.getpid(), accelerator.device):.0f}.tmp"
+    layout = dataclasses.replace(model.code_layout(images.image_size), order=order)
     exists = bool(from_main(accelerator.is_main_process and _is_whole(folder), accelerator.device))
     if not exists:
         try:
             if accelerator.is_main_process:
-                layout = model.code_layout(images.image_size)
                 count = len(images) * (2 if mirror else 1)
                 dtype = np.uint16 if layout.vocab_size <= 1 << 16 else np.uint32
                 try:
@@ -105,7 +110,7 @@ def encode_images(
                     ) from error
             accelerator.wait_for_everyone()
             images.report_skipped(beside / "skipped.txt")
-            _encode_share(images, model, beside, mirror)
+            _encode_share(images, model, layout, beside, mirror)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 left_out = int((np.load(beside / "class_ids.npy")[: len(images)] == LEFT_OUT).sum())
@@ -161,10 +166,10 @@ def _reserve(path: Path, dtype: type, shape: tuple[int, ...]) -> None:
 
 
 @torch.no_grad()
-def _encode_share(images: ImageSet, model: VQModel, folder: Path, mirror: bool) -> None:
+def _encode_share(images: ImageSet, model: VQModel, layout: CodeLayout, folder: Path, mirror: bool) -> None:
     """Encodes this process's share of the images. The mirror image of row i is row i + len(images)."""
     tokens, class_ids = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("tokens", "class_ids"))
-    layout, device = model.code_layout(images.image_size), next(model.parameters()).device
+    device = next(model.parameters()).device
     share = np.array_split(np.arange(len(images)), world_size())[rank()]
     threads = min(MAX_THREADS, cores_per_process())  # Pillow decodes without the interpreter's lock
     with (

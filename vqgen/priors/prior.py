@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from vqgen.codes import CodeLayout
+import vqgen
+from vqgen.codes import ORDERS, CodeLayout
 from vqgen.errors import InputError, expanded, require, require_size
 
 # transformers raises these for settings that contradict each other.
@@ -92,7 +93,10 @@ class Prior(nn.Module):
         self.lm = lm
         self._no_split_modules = lm._no_split_modules  # FSDP gathers these layers one by one
         facts = lm.config.vqgen
-        self.layout = CodeLayout(tuple(tuple(shape) for shape in facts["shapes"]), tuple(facts["codebook_sizes"]))
+        shapes, sizes = tuple(tuple(shape) for shape in facts["shapes"]), tuple(facts["codebook_sizes"])
+        order = facts.get("order", "raster")  # older versions knew no other
+        require(order in ORDERS, f"the order of its tokens, {order}, is not known to vqgen {vqgen.__version__}")
+        self.layout = CodeLayout(shapes, sizes, order)
         self.class_names = list(facts["class_names"])
         ids = torch.arange(self.layout.vocab_size)
         # DDP may broadcast buffers at every pass, so these have a row for each range, not for each of the N positions.

@@ -1,5 +1,6 @@
 """The one abstraction between the stages: code maps <-> one token sequence."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -13,16 +14,17 @@ from torch import Tensor
 class CodeLayout:
     """Converts code maps of given shapes to one sequence of N tokens, and back.
 
-    Every codebook of every map has its own range of token ids, so a token id also identifies its codebook. A map with Q
-    codebooks is written position by position; the Q codes of a position stay together (RQ-VAE's order).
+    Every codebook of every map has its own range of token ids, so a token id also identifies its codebook.
 
     Attributes:
         shapes: (Q, *S) of each map, coarse to fine.
         codebook_sizes: K of each map's codebooks.
+        order: in which the codes are written, a name in `vqgen.codes.ORDERS`.
     """
 
     shapes: tuple[tuple[int, ...], ...]
     codebook_sizes: tuple[int, ...]
+    order: str = "raster"
 
     @property
     def vocab_size(self) -> int:
@@ -40,10 +42,15 @@ class CodeLayout:
             rearrange(c + offset, "b q ... -> b (...) q")
             for c, offset in zip(codes, self._offsets(codes[0].device), strict=True)
         ]
-        return torch.cat([rearrange(t, "b s q -> b (s q)") for t in tokens], dim=1)
+        flat = torch.cat([rearrange(t, "b s q -> b (s q)") for t in tokens], dim=1)  # (B, N) in raster order
+        places = _places(self.order, self.shapes)
+        return flat if places is None else flat[:, places.to(flat.device)]
 
     def unflatten(self, tokens: Tensor) -> list[Tensor]:
         """Tokens (B, N) to code maps [(B, Q, *S), ...]."""
+        places = _places(self.order, self.shapes)
+        if places is not None:
+            tokens = tokens[:, places.argsort().to(tokens.device)]  # (B, N) in raster order
         parts = tokens.split([prod(shape) for shape in self.shapes], dim=1)
         codes = [
             rearrange(part, "b (s q) -> b q s", q=shape[0]).reshape(-1, *shape)
@@ -55,7 +62,10 @@ class CodeLayout:
         """(N, 2) int64: the legal token ids at each position go from the first number to one below the second."""
         ones = [torch.zeros(1, *shape, dtype=torch.int64) for shape in self.shapes]
         first = self.flatten(ones)[0]
-        sizes = torch.cat([torch.full((prod(s),), k) for s, k in zip(self.shapes, self.codebook_sizes, strict=True)])
+        sizes = (
+            self.flatten([torch.full((1, *s), k) for s, k in zip(self.shapes, self.codebook_sizes, strict=True)])[0]
+            - first
+        )
         return torch.stack([first, first + sizes], dim=1)
 
     def _offsets(self, device: torch.device) -> list[Tensor]:
@@ -66,3 +76,13 @@ class CodeLayout:
             offsets.append(offset.view(-1, *[1] * (len(shape) - 1)))
             start += shape[0] * size
         return offsets
+
+
+@functools.cache
+def _places(order: str, shapes: tuple[tuple[int, ...], ...]) -> Tensor | None:
+    """(N,) the number, in raster order, of the code at each place of the sequence; None for raster order itself."""
+    from vqgen.codes import ORDERS  # which imports this module
+
+    places = list(ORDERS[order](shapes))
+    assert sorted(places) == list(range(len(places))), f"the order {order} does not hold each code once"
+    return None if places == sorted(places) else torch.tensor(places)

@@ -1,0 +1,11 @@
+"""Code maps <-> one token sequence, and the orders in which the sequence can be written."""
+
+from collections.abc import Callable, Sequence
+
+from vqgen.codes.layout import CodeLayout
+from vqgen.codes.raster import raster
+
+__all__ = ["ORDERS", "CodeLayout", "raster"]
+
+# From the shapes (Q, *S) of the code maps to an order of their codes; `raster` says how the codes are counted.
+ORDERS: dict[str, Callable[[Sequence[tuple[int, ...]]], Sequence[int]]] = {"raster": raster}
