@@ -222,7 +222,7 @@ class Stage2Config:
     codes_dir: str | None = None
     """Folder for the encoded data set; null takes codes/ in the tokenizer's folder."""
     order: str = "raster"
-    """The order in which the prior writes the codes: `raster`."""
+    """The order of the codes in the prior's sequence: `raster`."""
     class_dropout: float = 0.1
     """Share of the examples whose class is hidden, so that sampling can use classifier-free guidance."""
     seed: int = 0

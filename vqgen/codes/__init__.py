@@ -7,5 +7,5 @@ from vqgen.codes.raster import raster
 
 __all__ = ["ORDERS", "CodeLayout", "raster"]
 
-# From the shapes (Q, *S) of the code maps to an order of their codes; `raster` says how the codes are counted.
+# Functions from the shapes (Q, *S) of the code maps to an order of their codes; `raster` defines the codes' numbers.
 ORDERS: dict[str, Callable[[Sequence[tuple[int, ...]]], Sequence[int]]] = {"raster": raster}

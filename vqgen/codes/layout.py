@@ -19,7 +19,7 @@ class CodeLayout:
     Attributes:
         shapes: (Q, *S) of each map, coarse to fine.
         codebook_sizes: K of each map's codebooks.
-        order: in which the codes are written, a name in `vqgen.codes.ORDERS`.
+        order: name of the order of the codes in the sequence, a key of `vqgen.codes.ORDERS`.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -80,8 +80,8 @@ class CodeLayout:
 
 @functools.cache
 def _places(order: str, shapes: tuple[tuple[int, ...], ...]) -> Tensor | None:
-    """(N,) the number, in raster order, of the code at each place of the sequence; None for raster order itself."""
-    from vqgen.codes import ORDERS  # which imports this module
+    """For each place of the sequence, its code's number in raster order, (N,); None for raster order itself."""
+    from vqgen.codes import ORDERS  # imported here, because vqgen.codes imports this module
 
     places = list(ORDERS[order](shapes))
     assert sorted(places) == list(range(len(places))), f"the order {order} does not hold each code once"

@@ -1,13 +1,13 @@
-"""Raster order: line by line, as one reads."""
+"""Raster order: line by line, from left to right."""
 
 from collections.abc import Sequence
 from math import prod
 
 
 def raster(shapes: Sequence[tuple[int, ...]]) -> Sequence[int]:
-    """The number of the code that each place of the sequence holds: 0, 1, 2, ... by definition.
+    """For each place of the sequence, the number of its code: here simply 0, 1, 2, ...
 
-    Codes are counted map by map from coarse to fine, then line by line, the Q codes of a position together (RQ-VAE's
-    order).
+    All orders number the codes in raster order: map by map from coarse to fine, in a map line by line, with the Q codes
+    of a position together (RQ-VAE's order).
     """
     return range(sum(prod(shape) for shape in shapes))

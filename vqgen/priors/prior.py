@@ -94,7 +94,7 @@ class Prior(nn.Module):
         self._no_split_modules = lm._no_split_modules  # FSDP gathers these layers one by one
         facts = lm.config.vqgen
         shapes, sizes = tuple(tuple(shape) for shape in facts["shapes"]), tuple(facts["codebook_sizes"])
-        order = facts.get("order", "raster")  # older versions knew no other
+        order = facts.get("order", "raster")  # older versions had no other order
         require(order in ORDERS, f"the order of its tokens, {order}, is not known to vqgen {vqgen.__version__}")
         self.layout = CodeLayout(shapes, sizes, order)
         self.class_names = list(facts["class_names"])
