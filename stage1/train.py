@@ -226,7 +226,7 @@ def train(config: Stage1Config, run: Run) -> None:
             if watch.has_just_won(figures):
                 run.say(
                     f"step {now.step + 1}: the discriminator has won: it tells {figures['disc_accuracy']:.1%} of the "
-                    "patches, and a decoder learns little from that; lower loss.adversarial.lr, or raise "
+                    "patches apart, so the decoder learns little from it; lower loss.adversarial.lr, or raise "
                     "loss.adversarial.r1 or lecam"
                 )
     run.close("the tokenizer", then)

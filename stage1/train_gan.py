@@ -137,7 +137,7 @@ def train(config: GANConfig, run: Run) -> None:
             if watch.has_just_won(figures):
                 run.say(
                     f"step {now.step + 1}: the discriminator has won: it tells {figures['disc_accuracy']:.1%} of the "
-                    "images, and a generator learns little from that; lower disc_lr or discriminator.width"
+                    "images apart, so the generator learns little from it; lower disc_lr or discriminator.width"
                 )
     run.close("the generator", then)
 

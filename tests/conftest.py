@@ -12,14 +12,14 @@ from accelerate.state import AcceleratorState
 from filelock import FileLock
 from programs import ROOT, THREADS, shell
 
-# As many threads here as in the programs that tests start: another number of threads gives other bits.
+# Use as many threads here as in the programs that tests start, because another number of threads changes the bits.
 torch.set_num_threads(THREADS)
 
 LONGEST = ["test_readme.py", "test_configs.py", "test_gan.py", "test_evaluate.py", "test_end_to_end.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest files first: one that starts last would run alone while the other workers wait."""
+    """Puts the longest files first, because a long file that starts last would run while the other workers wait."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
@@ -43,9 +43,9 @@ def program(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
-    """A folder with stage1/ and stage2/, made by the two commands on tiny settings, once for all xdist workers.
+    """A folder with stage1/ and stage2/, made by the two commands with tiny settings, once for all xdist workers.
 
-    VQGEN_TEST_RUNS names a folder to keep them in, for who starts the tests many times.
+    If you start the tests many times, set VQGEN_TEST_RUNS to a folder that keeps these runs.
     """
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"

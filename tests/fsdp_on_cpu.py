@@ -1,6 +1,6 @@
-"""PROGRAM [ARGUMENTS]: runs it with Accelerate led to believe that each process has a GPU, as it does FSDP only there.
+"""PROGRAM [ARGUMENTS]: runs the program and makes Accelerate, which does FSDP on GPUs only, see a GPU per process.
 
-At the end, each process prints which modules are gathered one by one, and its shares of what training keeps.
+At the end, each process prints which modules are gathered one by one, and its share of the training state.
 """
 
 import gc

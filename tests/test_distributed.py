@@ -1,4 +1,4 @@
-"""Two processes do what one does: the same losses, the same codebook, the same samples."""
+"""Two processes give the results of one: the same losses, the same codebook, the same samples."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ from vqgen.data.images import load_images
 from vqgen.settings import DataConfig
 from vqgen.tokenizers.vqmodel import from_uint8, load_tokenizer
 
-# Two processes add in another order than one, so their sums differ by 1e-7. The encoder's slow learning keeps the
-# difference that small for 20 steps: vectors hardly ever cross the border of two codes. k-means would amplify it, as it
+# Two processes add in another order than one, so their sums differ by 1e-7. Slow learning of the encoder keeps this
+# difference small for 20 steps: vectors hardly ever cross the border of two codes. k-means would amplify it, because it
 # chooses codes ten times.
 STAGE1 = "model.quantizer.kmeans_iterations=0 optim.lr=1e-3 train.max_steps=20 train.log_every=1"
 
@@ -29,7 +29,7 @@ def one(runs, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(runs, tmp_path_factory) -> Path:
-    """The same runs by two processes; stage2/ uses the tokenizer of `runs`, as it does there."""
+    """The same runs by two processes; stage2/ uses the tokenizer of `runs` in both."""
     folder = tmp_path_factory.mktemp("two")
     for stage, more in (("stage1", STAGE1), ("stage2", f"stage1={runs}/stage1 codes_dir={folder}/codes")):
         command = f"{stage}/train.py configs/debug/{stage}.yaml run_dir={folder}/{stage} tracking.wandb=disabled {more}"
@@ -38,15 +38,15 @@ def two(runs, tmp_path_factory) -> Path:
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics, without what a clock says."""
+    """The lines of a run's metrics, without the figures that depend on time."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "train/images_per_second"} for line in lines]
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_two_processes_train_as_one_does(one, two, stage):
-    # A step of stage 1 has 2,048 vectors. If one takes another code, the losses change by some 1/2048, the entropy of
-    # the codes by up to log(2048) / 2048 and their usage by up to 1/64. The tolerances allow a few such vectors.
+    # A step of stage 1 has 2,048 vectors. If one takes another code, the losses change by about 1/2048, the codes'
+    # entropy by up to log(2048) / 2048, and their usage by up to 1/64. The tolerances allow a few such vectors.
     tolerance = 5e-3 if stage == "stage1" else 1e-4
     for a, b in zip(metrics(one / stage), metrics(two / stage), strict=True):
         assert a.keys() == b.keys()

@@ -1,4 +1,4 @@
-"""The three commands from end to end on tiny settings, and what they say to bad input."""
+"""The three commands from end to end with tiny settings, and their messages for bad input."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ DEBUG = {stage: f"configs/debug/{stage}.yaml" for stage in ("stage1", "stage2")}
 
 
 def lines(run: Path) -> list[dict]:
-    """The metrics of a run, without what a clock says."""
+    """The metrics of a run, without the figures that depend on time."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "train/images_per_second"} for line in metrics]
 
@@ -44,7 +44,7 @@ def test_a_run_leaves_metrics_pictures_checkpoints_and_a_model(runs):
         assert list((run / "wandb").glob("offline-run-*/*.wandb"))
         assert (run / "config.yaml").is_file()
     figures = lines(runs / "stage2")[-1]
-    assert figures["val/nll"] < figures["val/unigram_entropy"]  # it has learned more than how often each code comes
+    assert figures["val/nll"] < figures["val/unigram_entropy"]  # it has learned more than the codes' frequencies
     assert figures["val/code_bits_per_dim"] == pytest.approx(figures["val/nll"] / np.log(2) * 16 / 32**2)
 
 
@@ -125,7 +125,7 @@ def test_accumulation_mixed_precision_flips_and_seconds(runs, program, tmp_path)
         "stage2/train.py", DEBUG["stage2"], f"run_dir={tmp_path}/2", f"stage1={tmp_path}/1", *stage2
     )
     assert code == 0, errors
-    assert read_yaml(runs / "stage1/config.yaml")["train"]["mixed_precision"] == "no"  # what null stood for
+    assert read_yaml(runs / "stage1/config.yaml")["train"]["mixed_precision"] == "no"  # the value that null stood for
     assert all(np.isfinite(list(line.values())).all() for run in "12" for line in lines(tmp_path / run))
 
 
@@ -173,7 +173,7 @@ def test_a_prior_writes_the_codes_in_another_order(runs, program, monkeypatch, t
         assert code == 0, errors
     stores = [np.load(path / "tokens.npy") for path in (tmp_path / "codes").iterdir()]
     assert len(stores) == 4
-    assert sum(np.array_equal(a, b[:, ::-1]) for a, b in itertools.permutations(stores, 2)) == 4  # two pairs, both ways
+    assert sum(np.array_equal(a, b[:, ::-1]) for a, b in itertools.permutations(stores, 2)) == 4  # 2 pairs, each twice
     code, _, errors = program("stage2/sample.py", tmp_path / "backwards", "num_images=4", f"out={tmp_path}/out")
     assert code == 0, errors
     monkeypatch.delitem(ORDERS, "backwards")
@@ -194,7 +194,7 @@ def test_codes_are_made_once_and_made_again_for_another_tokenizer(runs, program,
     shutil.copytree(tmp_path / "other/model", stage1 / "model", dirs_exist_ok=True)
     assert program(*arguments, f"run_dir={tmp_path}/b")[0] == 0
     assert len(list((stage1 / "codes").iterdir())) == 4
-    code, _, errors = program(*arguments, f"run_dir={tmp_path}/a")  # that run knows the tokenizer that was there before
+    code, _, errors = program(*arguments, f"run_dir={tmp_path}/a")  # it had the earlier tokenizer
     assert code == 2
     assert "another tokenizer" in errors
 
@@ -213,7 +213,7 @@ def test_help_names_every_setting(program):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Folders that are wrong in some way."""
+    """Folders that each have a fault."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "images").mkdir()
     for i in range(4):

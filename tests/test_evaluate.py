@@ -1,4 +1,4 @@
-"""The two evaluations on tiny runs: what they report, that they refuse to compare what does not compare, bad input."""
+"""The two evaluations on tiny runs: their reports, the refusal of unlike comparisons, and bad input."""
 
 import json
 import math
@@ -108,9 +108,9 @@ def test_a_priors_figures_hang_together(evaluations, runs):
     ]
     assert found["nll_held_out"] < found["unigram_entropy"]
     assert found["code_bits_per_dim"] == pytest.approx(found["nll_held_out"] / math.log(2) * 16 / 32**2)
-    assert found["code_bits_per_dim"] < found["bound_bits_per_dim"] < 8  # 8 bits would be no model at all
+    assert found["code_bits_per_dim"] < found["bound_bits_per_dim"] < 8  # 8 bits would need no model
     trained = [json.loads(line) for line in (runs / "stage2/metrics.jsonl").read_text().splitlines()][-1]
-    assert found["nll_held_out"] == pytest.approx(trained["val/nll"], abs=0.1)  # that is of 128 other images
+    assert found["nll_held_out"] == pytest.approx(trained["val/nll"], abs=0.1)  # measured on 128 other images
     assert not evaluated(evaluations / "stage2")["warnings"]
     assert Image.open(evaluations / "stage2/closest.png").width > 10 * 32
 
@@ -144,7 +144,7 @@ def test_a_tokenizer_is_measured_on_other_images_too(runs, program, cache, tmp_p
 
 
 def test_a_run_whose_data_have_moved_is_measured_on_them_still(program, cache, tmp_path, digits):
-    """The same images by another path, and settings that have to fit."""
+    """The same images under another path, and settings that must match the model."""
     pixels, class_ids = (part.numpy() for part in digits[0].__getitems__(np.arange(100)))
     held_out = digits[1].__getitems__(np.arange(40))
     arrays = {"train_images": pixels[:, 0], "train_labels": class_ids}
@@ -312,7 +312,7 @@ def test_a_report_takes_no_figure_that_is_not_a_number():
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory, digits) -> Path:
-    """A folder of sets that do not go together, or with nothing."""
+    """A folder of image sets that do not match each other, or cannot be measured at all."""
     folder = tmp_path_factory.mktemp("sets")
     pixels = digits[1].__getitems__(np.arange(20))[0].numpy()
     grey = pixels[:, 0]

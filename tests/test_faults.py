@@ -23,7 +23,7 @@ from vqgen.training.guard import FiniteGuard
 from vqgen.training.stop import Stop, explained
 
 QUIET = "tracking.wandb=disabled"
-# Metrics whose windows, evaluations and checkpoints fall on different steps; accumulation, mirror images, dropout.
+# Lines of metrics, evaluations and checkpoints fall on different steps; with accumulation, mirror images and dropout.
 UNEVEN = ["train.log_every=7", "train.eval_every=9", "train.checkpoint_every=11", "train.accumulation=2", QUIET]
 UNEVEN += ["train.max_steps=30", "train.eval_images=32"]
 VQGAN = ["loss.adversarial.name=hinge", "loss.adversarial.start=0.2", "loss.adversarial.lecam=0.01"]
@@ -46,9 +46,9 @@ def metrics(run: Path) -> list[dict]:
 
 
 def check_same_state(a: Path, b: Path) -> None:
-    """Checks that two runs ended in the same state to the bit, but for what a clock says."""
+    """Checks that two runs ended in the same state to the bit, except for figures that depend on time."""
     a, b = (torch.load(newest_checkpoint(run) / "state.pt", weights_only=True) for run in (a, b))
-    for key in ("seconds", "logged"):  # how many characters the speed takes
+    for key in ("seconds", "logged"):  # the speed's number of characters varies
         assert a.pop(key) > 0 < b.pop(key)
     for name in {"data", "tokenizer"} & a.keys():
         assert a.pop(name) == b.pop(name)
@@ -78,7 +78,7 @@ def at_step(monkeypatch):
 def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(runs, program, at_step, tmp_path, name):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert program(*settings(name, runs, whole))[0] == 0
-    # Before an evaluation that is due, in the middle of a window of metrics, and right after a checkpoint.
+    # Before an evaluation that is due, between two lines of metrics, and right after a checkpoint.
     for step, number, code in ((8, signal.SIGTERM, 0), (12, signal.SIGINT, 130), (21, signal.SIGUSR1, 0)):
         at_step(step, lambda guard, number=number: os.kill(os.getpid(), number))
         found, output, errors = program(*settings(name, runs, stopped))
@@ -106,7 +106,7 @@ def test_the_clock_stops_a_run_too(program, at_step, tmp_path):
 
 
 def test_a_run_that_is_stopped_among_bad_steps_goes_back_to_a_good_one(program, at_step, monkeypatch, tmp_path):
-    """Its weight makes gradients overflow from step 30 on, where it begins; lowered far enough, they do not."""
+    """The adversarial weight makes gradients overflow from its start, step 30, until it has been lowered far enough."""
     arguments = ["stage1/train.py", "configs/debug/stage1.yaml", QUIET, "discriminator.width=8", "train.max_steps=40"]
     arguments += ["loss.adversarial.name=hinge", "loss.adversarial.adaptive=false", "loss.adversarial.weight=1e21"]
     arguments += ["loss.adversarial.start=0.75", "loss.adversarial.ramp=0", "discriminator.norm=none"]
@@ -127,7 +127,7 @@ def test_what_comes_after_a_signal_is_not_the_reason():
     stop.training = True
     with stop.listening():
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)  # as the launcher ends, of the same Ctrl-C
+        os.kill(os.getpid(), signal.SIGTERM)  # the same Ctrl-C also ends the launcher
     assert (stop.reason, stop.exit_code) == ("SIGINT", 130)
 
 
@@ -196,7 +196,7 @@ def test_faults_of_the_machine_are_told_in_one_line_and_bugs_are_not(tmp_path):
     config = Stage1Config(run_dir="runs/a", train=TrainConfig(batch_size=96, accumulation=2))
     with pytest.raises(RuntimeError) as full_memory:
         torch.empty(1 << 60)
-    # The GPU's memory cannot be filled here: what torch raises there is made by hand.
+    # A GPU's memory cannot be filled here, so the test makes torch's errors by hand.
     for error in (full_memory.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")):
         line = explained(error, config)
         assert "train.batch_size=96" in line
@@ -225,7 +225,7 @@ def test_faults_of_the_machine_are_told_in_one_line_and_bugs_are_not(tmp_path):
     assert explained(in_a_worker.value, config) is None
     bugs = [EOFError("No data left in file"), KeyError("x"), FileNotFoundError(2, "x")]
     bugs += [RuntimeError("mat1 and mat2 shapes cannot be multiplied")]
-    bugs[1].__context__ = denied.value  # raised while that was handled
+    bugs[1].__context__ = denied.value  # raised while the first error was handled
     for bug in bugs:
         assert explained(bug, config) is None
 

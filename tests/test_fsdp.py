@@ -15,7 +15,7 @@ FSDP = (
 
 
 def as_it_was(run: Path, step: int, copy: Path) -> Path:
-    """A copy of a run as it was at a step."""
+    """A copy of a run in its state at a step."""
     shutil.copytree(run, copy)
     for folder in (copy / "checkpoints").iterdir():
         if folder.name > f"step_{step:08d}":
@@ -39,7 +39,7 @@ def check_same(one: Path, other: Path) -> None:
 
 def test_fsdp_goes_on_with_a_run_of_one_process_and_one_process_goes_on_with_that(program, runs, tmp_path):
     plain, sharded, again = (tmp_path / name for name in ("plain", "sharded", "again"))
-    # Tied embeddings are one parameter by two names; of several passes only the last may reduce the gradients.
+    # Tied embeddings are one parameter with two names. Only the last of several passes may reduce the gradients.
     settings = (
         f"configs/debug/stage2.yaml stage1={runs}/stage1 tracking.wandb=disabled model.tie_word_embeddings=true "
         "train.accumulation=2 train.max_steps=24 train.eval_every=12 train.log_every=1 train.checkpoint_every=4 "
@@ -55,7 +55,7 @@ def test_fsdp_goes_on_with_a_run_of_one_process_and_one_process_goes_on_with_tha
     for report in reports:
         assert report["units"] == ["", "lm.model.layers.0", "lm.model.layers.1"]
         assert report["shares"] == pytest.approx({"weights": 0.5, "averages": 0.5, "optimizer": 0.5}, abs=0.01)
-        assert report["whole"] == 0  # bytes of embeddings that are not cut
+        assert report["whole"] == 0  # bytes of embeddings that are not sharded
 
     code, said, _ = program("stage2/train.py", *settings.split(), f"run_dir={as_it_was(sharded, 16, again)}")
     assert code == 0

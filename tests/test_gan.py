@@ -1,4 +1,4 @@
-"""As programs: the plain GAN, stage 1 with discriminator and perceptual loss, and the comparison of the three."""
+"""Runs the plain GAN, stage 1 with discriminator and perceptual loss, and the comparison, as programs."""
 
 import json
 import signal
@@ -24,7 +24,7 @@ VQGAN += ["loss.adversarial.lecam=0.01", "loss.adversarial.r1=0.1", "discriminat
 
 
 def lines(run: Path) -> list[dict]:
-    """The metrics of a run, without what a clock says."""
+    """The metrics of a run, without the figures that depend on time."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     timed = ("train/images_per_second", "train/perceptual_time")
     return [{k: v for k, v in line.items() if k not in timed} for line in metrics]
@@ -90,7 +90,7 @@ def test_the_other_losses_and_a_fixed_weight_train_too(program, tmp_path, name):
 
 
 def test_turning_the_discriminator_on_costs_less_than_one_db_within_its_ramp(program, tmp_path):
-    """Eight evaluations, of which the third is the last without it and the sixth the end of the ramp."""
+    """Of eight evaluations, the third is the last without the adversarial loss, the sixth is at the end of its ramp."""
     settings = ["train.max_steps=320", "train.eval_every=40", "train.checkpoint_every=1000", "train.eval_images=500"]
     settings += ["loss.adversarial.name=hinge", "loss.adversarial.start=0.375", "loss.adversarial.ramp=0.375"]
     settings += ["discriminator.width=16"]
@@ -103,7 +103,7 @@ def test_turning_the_discriminator_on_costs_less_than_one_db_within_its_ramp(pro
 
 
 def test_a_run_that_overflows_goes_back_with_a_lowered_weight_and_ends_well(program, tmp_path):
-    """Its weight makes gradients overflow from step 30 on, where it begins; lowered far enough, they do not."""
+    """The adversarial weight makes gradients overflow from its start, step 30, until it has been lowered far enough."""
     settings = ["loss.adversarial.name=hinge", "loss.adversarial.adaptive=false", "loss.adversarial.weight=1e21"]
     settings += ["loss.adversarial.start=0.5", "loss.adversarial.ramp=0", "train.max_bad_steps=3", "train.max_steps=60"]
     settings += ["train.eval_every=100", "discriminator.width=8", "discriminator.norm=none"]
@@ -134,7 +134,7 @@ def test_a_run_beyond_help_ends_with_one_line(program, runs, tmp_path, name):
 def test_a_discriminator_that_has_won_is_reported(program, tmp_path):
     settings = ["loss.adversarial.name=hinge", "loss.adversarial.start=1", "loss.adversarial.lead=1"]
     settings += ["discriminator.width=8", "discriminator.norm=none", "discriminator.layers=1", "train.max_steps=60"]
-    settings += ["optim.lr=1e-6", "loss.adversarial.lr=1e-2"]  # a decoder that learns nothing
+    settings += ["optim.lr=1e-6", "loss.adversarial.lr=1e-2"]  # the decoder learns nothing
     code, output, errors = program("stage1/train.py", DEBUG["train"], f"run_dir={tmp_path}/run", QUIET, *settings)
     assert code == 0, errors
     assert output.count("the discriminator has won") == 1
@@ -153,7 +153,7 @@ def test_a_gans_run_has_what_the_others_have_and_is_sampled_like_them(made, prog
     assert samples["images"].shape == (25, 32, 32, 1)
     assert samples["images"].dtype == np.uint8
     assert samples["class_ids"].tolist() == [i % 10 for i in range(25)]
-    assert np.array_equal(samples["images"][:12], fewer["images"])  # whatever the batch size
+    assert np.array_equal(samples["images"][:12], fewer["images"])  # the same with any batch size
     assert Image.open(tmp_path / "25/grid.png").width > 10 * 32
 
 
@@ -174,8 +174,8 @@ def test_a_gan_of_colour_images_without_classes(program, tmp_path):
 
 
 def test_two_processes_train_a_vqgan_as_one_does_and_a_gan(tmp_path):
-    # Sums over two processes round differently, by 1e-7 of their value. Everything here is continuous, so that the
-    # difference stays small: a single code has no border to another one, and this adversarial loss has no hinge. Slow
+    # Sums over two processes round differently, by 1e-7 of their value. The difference stays small because everything
+    # here is continuous: a single code has no border to another code, and this adversarial loss has no hinge. Slow
     # learning keeps 20 steps from amplifying it: weights changed by 1e-6 change no figure by more than 4e-5.
     smooth = ["loss.adversarial.name=non_saturating", "model.quantizer.codebook_size=1"]
     slow = ["optim.lr=1e-3", "loss.adversarial.lr=5e-4", "train.max_steps=20", "train.log_every=1"]

@@ -1,4 +1,4 @@
-"""What happens inside the three loops, against plain autograd and formulas written out here.
+"""The inside of the three loops, against plain autograd and formulas written out here.
 
 After one update, Adam's first moment is the gradient, clipped and scaled. It is compared with the gradient of the
 summed loss, since rounding moves a gradient only a little. The weights are then compared with AdamW's formula for that
@@ -49,7 +49,7 @@ CLIP, DECAY, WARMUP = 0.02, 0.3, 1e-3 / 0.5  # the learning rate's factor before
 
 
 def metrics(run: Path) -> dict[str, float]:
-    """Everything that the last lines of a run's log say."""
+    """All figures in the last lines of a run's log."""
     merged: dict[str, float] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         merged |= json.loads(line)
@@ -76,10 +76,10 @@ def first_batches(num_passes: int, size: int, channels: int = 1) -> list[tuple[T
 
 
 def clipped(model: nn.Module, largest: float = CLIP) -> tuple[dict[str, Tensor], float]:
-    """A model's gradients by name, scaled to a norm of `largest` at most, and the norm that they had."""
+    """A model's gradients by name, scaled down to a norm of at most `largest`, and their norm before."""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt().item()
-    assert norm > largest  # or clipping would not show
+    assert norm > largest  # otherwise clipping would not show
     return {name: g * largest / norm for name, g in gradients.items()}, norm
 
 
@@ -127,7 +127,7 @@ def test_one_update_of_a_vqgan_is_that_of_the_summed_loss(program, tmp_path):
             p.grad = g / 2 if p.grad is None else p.grad + g / 2
 
         x.requires_grad_()
-        real, fake = disc(torch.cat([x, x_rec.detach()])).chunk(2)  # together, as spectral norm moves at each call
+        real, fake = disc(torch.cat([x, x_rec.detach()])).chunk(2)  # once: a call changes spectral norm
         disc_loss = F.softplus(-real).mean() + F.softplus(fake).mean()
         drift = F.relu(real - lecam[1]).square().mean() + F.relu(lecam[0] - fake).square().mean()
         slope = 0.5 * torch.autograd.grad(real.sum(), x, create_graph=True)[0].square().sum(dim=(1, 2, 3)).mean()
@@ -224,12 +224,12 @@ def test_one_update_of_the_gan_is_a_step_of_d_and_then_one_of_g_against_it(progr
 
     with torch.no_grad():
         for name, p in disc.named_parameters():
-            p.copy_(saved["disc"][name])  # what G learns against
+            p.copy_(saved["disc"][name])  # the D that G learns against
     for i, (_, class_ids) in enumerate(batches):
         loss = F.softplus(-disc(generator(noise(1, i), class_ids), class_ids)).mean()
         for p, g in zip(
             params := list(generator.parameters()), torch.autograd.grad(loss, params), strict=True
-        ):  # D takes no part
+        ):  # D does not learn
             p.grad = g / 2 if p.grad is None else p.grad + g / 2
         gen_loss += loss.item() / 2
     gradients, norm = clipped(generator, 0.001)
@@ -238,7 +238,7 @@ def test_one_update_of_the_gan_is_a_step_of_d_and_then_one_of_g_against_it(progr
     check_update(saved, "model", "optimizer", built()[0], gradients, adam | {"lr": 1e-3 * WARMUP})
 
 
-# The average, and what is evaluated and saved
+# The average, which is evaluated and saved
 
 
 FIVE = [
@@ -258,7 +258,7 @@ def test_the_average_follows_its_formula_and_is_what_is_saved(runs, program, tmp
     arguments += [f"stage1={runs}/stage1"] if name == "stage2/train" else []
     code, _, errors = program(f"{name}.py", *arguments)
     assert code == 0, errors
-    # EDM2's power profile: of a width sigma, gamma solves sigma^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+    # EDM2's power profile: for a width sigma, gamma solves sigma^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
     gamma = max(root.real for root in np.roots([1, 7, 16 - 25, 12 - 25]))
     assert (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) == pytest.approx(0.2**2)
     steps = [state(tmp_path, step) for step in range(1, 6)]
@@ -320,7 +320,7 @@ def test_validation_of_stage2_is_of_the_shared_prior_on_held_out_codes(runs, pro
 
 
 class TwoMaps(Light):
-    """An architecture with a second code map, of eight codes, which are of the same vectors as the first's."""
+    """An architecture with a second code map, of eight codes, from the same vectors as the first map."""
 
     def __init__(self, channels: int = 3, widths: Sequence[int] = (8, 16), quantizer: dict[str, Any] | None = None):
         super().__init__(channels=channels, widths=widths, quantizer=quantizer)
@@ -352,16 +352,16 @@ def test_usage_is_of_all_code_maps(program, monkeypatch, tmp_path):
     held_out = load_images(DataConfig(channels=1))[1]
     x = held_out.__getitems__(np.linspace(0, len(held_out) - 1, 100, dtype=int))[0].float() / 127.5 - 1
     used = [len(out.codes.unique()) for out in model(x)[1]]
-    assert used[0] < 1000  # of 4,096: so the second map's share is another
+    assert used[0] < 1000  # of 4,096 codes, so the second map's share differs
     logged = metrics(tmp_path)
     assert logged["val/usage"] == pytest.approx((used[0] / 4096 + used[1] / 8) / 2)
-    assert logged["train/usage"] > 0.5  # nearly all eight codes of the second map count as much as the 4,096
+    assert logged["train/usage"] > 0.5  # the second map's 8 codes, nearly all used, count as much as the first's 4,096
 
 
 # The shape of the house
 
 
-FLOORS = [  # from the ground up; a room imports from below, and from what stands beside it in the same line
+FLOORS = [  # from low to high; a room may import from lower lines and from its own line
     ["errors", "codes", "distributed"],
     ["settings", "yaml_file"],
     ["adversarial", "quantizers"],
@@ -403,5 +403,5 @@ def test_a_loop_fits_on_a_screen_and_nothing_calls_it_back(name):
         for argument in [*node.args, *(keyword.value for keyword in node.keywords)]
         if isinstance(argument, ast.Name) and argument.id in functions
     ]
-    assert handed_on == ["main"]  # to run_program, which is the frame of a program and not of a loop
+    assert handed_on == ["main"]  # to run_program, which frames a program, not a loop
     assert not any(isinstance(node, ast.Lambda) for node in ast.walk(tree))

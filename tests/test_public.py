@@ -1,4 +1,4 @@
-"""The library from outside: what importing it costs and changes, the Generator, and what is said of missing extras."""
+"""The library from outside: the cost and effects of importing it, the Generator, and messages about missing extras."""
 
 import json
 import shutil
@@ -110,7 +110,7 @@ def small(runs) -> Generator:
     with torch.no_grad():
         for p in prior.parameters():
             if p.ndim == 2:
-                p.mul_(8)  # so that tokens depend a lot on the class and on each other
+                p.mul_(8)  # so that tokens depend strongly on the class and on each other
     return Generator(prior.eval(), tokenizer)
 
 
@@ -245,7 +245,7 @@ def test_reconstructions_are_the_tokenizer_s_of_images_resized_as_in_training(ru
     made = generator.reconstruct([photo, square])
     assert [image.mode for image in made] == ["L", "L"]
     for image, source in zip(made, (photo, square), strict=True):
-        assert np.abs(np.asarray(image).astype(int) - expected(source)).max() <= 1  # a batch of two rounds otherwise
+        assert np.abs(np.asarray(image).astype(int) - expected(source)).max() <= 1  # a batch of two rounds differently
     assert len(generator.reconstruct(photo)) == 1
 
     other = shutil.copytree(runs / "stage2", tmp_path / "padded")
@@ -325,7 +325,7 @@ EXTRAS = [*EVALUATION, "stlpips_pytorch", "wandb"]
 
 @pytest.fixture
 def without(tmp_path):
-    """Runs a program where packages are not installed; returns exit code, output and errors."""
+    """Runs a program as if packages were not installed; returns exit code, output and errors."""
     (tmp_path / "hide").mkdir()
     (tmp_path / "hide/sitecustomize.py").write_text(HIDE)
 

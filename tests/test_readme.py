@@ -1,4 +1,4 @@
-"""The README and the pages in docs/: their commands run, on few steps; their links, quotes and map are right."""
+"""The README and the pages in docs/: their commands run, with few steps; their links, quotes and map are right."""
 
 import re
 import runpy
@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 README_BYTES = 9000
 INSTALLING = ["python3 -m venv .venv", ". .venv/bin/activate", "pip install -c constraints.txt -e '.[dev]'"]
-ELSEWHERE = ["make demo", "make test", "python stage2/compare.py"]  # below, never, and in test_gan.py
+ELSEWHERE = ["make demo", "make test", "python stage2/compare.py"]  # run below, never, and in test_gan.py
 FEW_STEPS = "train.max_steps=2 train.batch_size=32 train.log_every=1 train.eval_images=32 tracking.wandb=disabled"
 FEW_DIGITS = "data.source=digits.npz"
 FEW_IMAGES = "num_images=20 tracking.wandb=disabled"
@@ -30,7 +30,7 @@ def blocks(name: str, language: str) -> list[str]:
 
 
 def commands(name: str) -> list[str]:
-    """The commands of a page, a line each."""
+    """The commands of a page, one per line."""
     return [line.partition("  #")[0].strip() for block in blocks(name, "bash") for line in block.splitlines()]
 
 
@@ -41,7 +41,7 @@ def runnable(name: str) -> list[str]:
 
 
 class Project:
-    """A copy of the project that commands run in, nearly all in this process, as importing torch takes seconds.
+    """A copy of the project to run commands in, nearly all in this process, because importing torch takes seconds.
 
     Only the first command with options of `accelerate launch` is launched. The programs without such options are
     launched by `make demo` here, by conftest.py and by test_gan.py.
@@ -52,7 +52,7 @@ class Project:
         self.launched = False
 
     def run(self, command: str) -> None:
-        """Runs a command on few steps, or few images."""
+        """Runs a command with few steps or few images."""
         if "evaluate.py" in command and "--compare" not in command:
             command += f" {FEW_IMAGES}" + (" num_reference=60" if "stage2" in command else "")
         if re.search(r"train(_gan)?\.py", command) and "--help" not in command:
@@ -65,11 +65,11 @@ class Project:
             self.run_here(words[[word.endswith(".py") for word in words].index(True) :])
 
     def run_here(self, words: list[str]) -> None:
-        """Runs a program in this process, as its file run with these arguments."""
+        """Runs a program's file in this process with these arguments."""
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.folder)
             patch.setattr(sys, "argv", words)
-            AcceleratorState._reset_state(reset_partial_state=True)  # a process of its own would start with none
+            AcceleratorState._reset_state(reset_partial_state=True)  # a new process would start without state
             code = 0
             try:
                 runpy.run_path(str(self.folder / words[0]), run_name="__main__")
@@ -80,7 +80,7 @@ class Project:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
-    """A copy of the project, with a folder of photos, and some of the digits for what goes through all of its data."""
+    """A copy of the project with a folder of photos, and with few digits for commands that read all of their data."""
     folder = tmp_path_factory.mktemp("readme") / "project"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "tests", ".*_cache"))
     rng = np.random.default_rng(0)
@@ -96,7 +96,7 @@ def copy(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def project(copy) -> Project:
-    """The copy after the README's commands, whose runs the other pages go on from."""
+    """The copy after the README's commands; the other pages use the runs that these made."""
     project = Project(copy)
     for command in runnable("README.md"):
         project.run(command)
@@ -153,7 +153,7 @@ def test_every_link_to_a_file_leads_somewhere(name):
 
 
 def sections(page: Path) -> list[str]:
-    """The headings of a page, as GitHub writes them in links."""
+    """The headings of a page, in the form of GitHub's links."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M)
     return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 

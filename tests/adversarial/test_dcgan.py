@@ -39,7 +39,7 @@ def test_the_class_matters_once_its_rows_differ():
     generator, disc = DCGANGenerator(8, 1, ["a", "b"], width=4).eval(), DCGANDiscriminator(8, 1, 2, width=4).eval()
     z, x = torch.randn(1, 100).expand(2, -1), torch.rand(1, 1, 8, 8).expand(2, -1, -1, -1)
     class_ids = torch.tensor([0, 1])
-    assert torch.equal(*disc(x, class_ids))  # a class says nothing at first
+    assert torch.equal(*disc(x, class_ids))  # at first the class makes no difference
     with torch.no_grad():
         for table in (generator.norms[0].bias, disc.embedding):
             table.weight.normal_()

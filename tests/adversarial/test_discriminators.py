@@ -40,7 +40,7 @@ def test_spectral_norm_bounds_every_layer():
     with torch.no_grad():
         for parameter in disc.parameters():
             parameter.mul_(20)
-        for _ in range(30):  # each pass takes the estimate of the largest singular value further
+        for _ in range(30):  # each pass improves the estimate of the largest singular value
             disc(torch.randn(1, 3, 32, 32))
     weights = [layer.weight.flatten(1) for layer in disc.net if hasattr(layer, "weight")]
     assert len(weights) == 4

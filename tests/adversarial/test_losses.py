@@ -1,4 +1,4 @@
-"""What discriminators and their opponents minimise, against the definitions; and the balance between them."""
+"""The losses of discriminators and their opponents against the definitions; and the balance between the two."""
 
 import pytest
 import torch
@@ -64,8 +64,8 @@ def test_a_gradient_step_of_either_side_is_a_step_against_the_other(name):
     real, fake = torch.zeros(4, requires_grad=True), torch.zeros(4, requires_grad=True)
     to_real, to_fake = torch.autograd.grad(discriminator_loss(name, real, fake), (real, fake), allow_unused=True)
     (to_generator,) = torch.autograd.grad(generator_loss(name, fake), fake)
-    assert (to_real < 0).all()  # descending raises the logits of real images
-    assert (to_fake >= 0).all()  # and lowers those of generated ones (least squares is there already)
+    assert (to_real < 0).all()  # a gradient step raises the logits of real images
+    assert (to_fake >= 0).all()  # and lowers those of generated images (for least squares they are optimal already)
     assert (to_generator < 0).all()
 
 
@@ -144,13 +144,13 @@ def test_gradients_summed_at_the_image_are_those_of_the_summed_losses():
 
 
 def test_the_perceptual_loss_trains_decoder_and_encoder_and_not_itself():
-    model, _, x = vqgan()  # grey, and smaller than its network takes
+    model, _, x = vqgan()  # grey images, smaller than the network's minimum
     perceptual = PerceptualDistance("alex").train()
     with torch.autocast("cpu", torch.bfloat16):
         x_rec = model(x)[0]
         loss = perceptual(x_rec, x).mean()
         assert torch.equal(loss, perceptual(x_rec.float(), x).mean())
-    assert torch.equal(loss, perceptual(x_rec.float(), x).mean())  # autocast changes not a bit of it
+    assert torch.equal(loss, perceptual(x_rec.float(), x).mean())  # autocast changes no bit
     loss.backward()
     for layer in (model.encoder[0], model.to_code, model.decoder[-2]):
         assert layer.weight.grad.abs().max() > 0

@@ -1,9 +1,9 @@
-"""Does the codebook stay in use? Every quantizer, trained for a while on the digits and on emoji64.
+"""Trains every quantizer for a while on the digits and on emoji64, to see whether its codebook stays in use.
 
 python tests/benchmarks/collapse.py [seconds=60] [seed=0] [jobs=1] [runs=runs/collapse] [only=NAME]
 
-Prints a table from the held-out figures of each run; runs that are there already are not repeated. With jobs=2 and
-OMP_NUM_THREADS=1 two cores are put to their full use, one a run.
+Prints a table from the held-out figures of each run; existing runs are not repeated. With jobs=2 and OMP_NUM_THREADS=1
+two runs use one core each.
 """
 
 import json
@@ -33,7 +33,7 @@ def quantizers(size: int) -> dict[str, list[str]]:
 
 
 def train(data: str, size: int, name: str, options: dict[str, str]) -> dict[str, float]:
-    """The last held-out figures of a run, which is made first if it is not there."""
+    """The last held-out figures of a run; trains the run first if it does not exist."""
     label = "_".join([data, str(size), *name.replace(",", "").split(), f"seed{options['seed']}"])
     folder = Path(options["runs"]) / label
     command = [sys.executable, "stage1/train.py", *DATA[data], f"run_dir={folder}", f"seed={options['seed']}"]

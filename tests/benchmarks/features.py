@@ -1,4 +1,4 @@
-"""Speed of the feature networks: images a second, taking turns, medians.
+"""Speed of the feature networks in images per second: medians over rounds in which they take turns.
 
 python tests/benchmarks/features.py [images=256] [rounds=5]
 """
@@ -39,7 +39,7 @@ def main(images: int = 256, rounds: int = 5) -> None:
     }
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     with torch.inference_mode():
-        for _ in range(rounds + 1):  # the first warms up
+        for _ in range(rounds + 1):  # the first round warms up
             for name, (count, run) in ways.items():
                 start = time.perf_counter()
                 run()

@@ -2,8 +2,8 @@
 
 python tests/benchmarks/quantizers.py [ROUNDS]
 
-A row is a forward and a backward pass in training mode on the same maps, the competitors taking turns in one process;
-times are medians, of 9 rounds unless told otherwise. On a GPU, if there is one.
+Each row is a forward and a backward pass in training mode on the same maps; the competitors take turns in one process.
+Times are medians over ROUNDS rounds, 9 by default. It runs on a GPU if there is one.
 """
 
 import ctypes
@@ -31,13 +31,13 @@ THEIRS = {
 
 
 def maps(num_vectors: int, dim: int) -> Tensor:
-    """Random maps (B, D, 16, 16) of so many vectors."""
+    """Random maps (B, D, 16, 16) with this number of vectors."""
     torch.manual_seed(0)
     return torch.randn(num_vectors // 256, dim, 16, 16, device=DEVICE, requires_grad=True)
 
 
 def train_step(quantizer: torch.nn.Module, z: Tensor, gradient: Tensor) -> None:
-    """Forward and backward; ours and theirs both return the vectors first and the loss last."""
+    """A forward and a backward pass; our and their quantizers both return the vectors first and the loss last."""
     z.grad = None
     quantizer.zero_grad()
     z_q, _, loss = quantizer(z)
@@ -45,7 +45,7 @@ def train_step(quantizer: torch.nn.Module, z: Tensor, gradient: Tensor) -> None:
 
 
 def interleaved(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each function, the functions taking turns."""
+    """Median milliseconds of each function; the functions take turns."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(rounds + 1):
         for name, function in functions.items():
@@ -53,7 +53,7 @@ def interleaved(functions: dict[str, Callable[[], object]], rounds: int) -> dict
             function()
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
-            if i > 0:  # the first initialises
+            if i > 0:  # the first call initialises the codebook
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -91,7 +91,7 @@ def resident_set() -> dict[str, int]:
 
 
 def peak_memory(quantizer: Quantizer, z: Tensor) -> float:
-    """MB that a training step takes at its peak, beyond what is there before it and its outputs."""
+    """MB that a training step needs at its peak, beyond the memory before it and its outputs."""
     gradient = torch.randn_like(z)
     outputs = 2 * z.nbytes + 8 * len(z) * 256 + sum(p.nbytes for p in quantizer.parameters())  # z_q, codes, gradients
     if DEVICE.type == "cuda":
@@ -99,9 +99,9 @@ def peak_memory(quantizer: Quantizer, z: Tensor) -> float:
         before = torch.cuda.memory_allocated()
         train_step(quantizer, z, gradient)
         return (torch.cuda.max_memory_allocated() - before - outputs) / 2**20
-    ctypes.CDLL(None).malloc_trim(0)  # Linux: gives back what is free, so that taking it again shows
+    ctypes.CDLL(None).malloc_trim(0)  # Linux: returns free memory to the system, so that new use of it is counted
     before = resident_set()["VmRSS"]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     train_step(quantizer, z, gradient)
     return (resident_set()["VmHWM"] - before - outputs) / 2**20
 

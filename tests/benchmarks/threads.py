@@ -1,9 +1,9 @@
-"""How fast stage 1 trains beside other programs, by the number of threads and how they wait for each other.
+"""Speed of stage 1 beside other programs, by the number of threads and by how the threads wait for each other.
 
 python tests/benchmarks/threads.py [rounds=3] [seconds=8]
 
-Prints images per second on a quiet machine and beside one process that keeps a core busy, medians over the rounds, in
-which the variants take turns. Run it alone. The first row is torch's own choice, the last is what the programs choose.
+Prints images per second on a quiet machine and beside one process that keeps a core busy: medians over rounds in which
+the variants take turns. Run it alone. The first row is torch's own choice, the last row is the programs' choice.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""From the command line to a configuration; and what is said where that does not work."""
+"""The command line becomes a configuration, or an error message."""
 
 import inspect
 import json
@@ -43,7 +43,7 @@ def load2(*arguments: str) -> Stage2Config:
 
 
 def error_of(call, *arguments, **options) -> str:
-    """What the InputError says, which is one line."""
+    """The InputError's message, which must be one line."""
     with pytest.raises(InputError) as caught:
         call(*arguments, **options)
     message = str(caught.value)
@@ -54,7 +54,7 @@ def error_of(call, *arguments, **options) -> str:
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch):
-    """Writes a file to the current folder, which is a new one, and returns its name."""
+    """Writes a file to the current folder, which is new and empty, and returns its name."""
     monkeypatch.chdir(tmp_path)
 
     def write(content: str | bytes, name: str = "config.yaml") -> str:
@@ -64,7 +64,7 @@ def write(tmp_path: Path, monkeypatch):
     return write
 
 
-# What comes out
+# Valid command lines
 
 
 def test_no_argument_is_the_defaults():
@@ -149,7 +149,7 @@ def test_a_saved_configuration_is_a_config_file(tmp_path):
     assert load1(str(path)) == load1("seed=5", "model.patch_size=2")
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_value_of_another_type_in_a_file_is_refused_by_its_key(write):
         ("loss.rec", ["mse", "l1"]),
         ("data.resize", ["crop", "pad"]),
         ("data.on_error", ["skip", "raise"]),
-        ("train.mixed_precision", ["no", "bf16", "fp16"]),  # YAML 1.1 takes `no` for a boolean
+        ("train.mixed_precision", ["no", "bf16", "fp16"]),  # YAML 1.1 reads `no` as a boolean
         ("tracking.wandb", ["auto", "online", "offline", "disabled"]),
     ],
 )
@@ -354,7 +354,7 @@ def test_a_mutated_file_is_a_configuration_or_an_input_error(write):
 
 def test_check_options_fills_in_defaults_and_converts():
     defaults = {name: p.default for name, p in inspect.signature(Light).parameters.items()}
-    defaults["widths"] = list(defaults["widths"])  # a tuple, but config.json has lists
+    defaults["widths"] = list(defaults["widths"])  # the default is a tuple, but config.json has lists
     assert check_options(Light, {}, "model") == defaults
     assert check_options(Light, {"patch_size": "2", "widths": ["8", 16]}, "model") == {
         **defaults,
@@ -491,7 +491,7 @@ def test_settings_of_a_quantizer_within_a_quantizer():
     with pytest.raises(InputError, match=r"did you mean model\.quantizer\.(base\.)?levels"):
         load_config(Stage1Config, ["model.quantizer.base.level=[4,4]"], sections)
     text = usage("program", Stage1Config, sections)
-    assert text.count("lookup=euclidean") == 1  # within the other it takes the same
+    assert text.count("lookup=euclidean") == 1  # inside the other quantizer it has the same meaning
     assert "  model.name=light  (str)\n      The tokenizer's architecture: light\n" in text
     assert "model.quantizer.base.name=ema" in text
     for key, _, _, meaning in settings(Stage1Config, sections):

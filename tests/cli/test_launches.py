@@ -54,7 +54,7 @@ def test_a_backend_that_compiles_nothing_takes_every_loss(program, monkeypatch, 
 
 
 def read_one_line(command: list[str], errors: Path, **environment: str) -> tuple[int, str]:
-    """Runs a command whose output is read up to the first line; returns its exit code and that line."""
+    """Runs a command, and reads only the first line of its output; returns its exit code and that line."""
     with errors.open("w") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=file, text=True
@@ -68,13 +68,13 @@ def read_one_line(command: list[str], errors: Path, **environment: str) -> tuple
 def test_a_run_whose_output_no_one_reads_is_saved_and_ends_quietly(tmp_path, launched):
     run = tmp_path / "run"
     command = [sys.executable, *STAGE1, f"run_dir={run}", "train.max_steps=1000000", "train.checkpoint_every=1000000"]
-    # What a launcher does with the exit code is not needed here, only that the program sees one.
+    # The program only has to see a launcher; what the launcher does with the exit code is not tested.
     environment = {"ACCELERATE_USE_CPU": "True"} if launched else {}
     code, line = read_one_line(command, tmp_path / "errors", **environment)
     assert line.startswith(f"{run}: 20000 training")
     assert code == (0 if launched else 141)
     assert (tmp_path / "errors").read_text() == ""
-    assert newest_checkpoint(run) is not None  # at the step whose line could not be written
+    assert newest_checkpoint(run) is not None  # the step whose line could not be written
 
 
 def test_text_that_is_still_in_the_buffer_at_the_end_ends_quietly_too(tmp_path):

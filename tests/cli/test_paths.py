@@ -1,4 +1,4 @@
-"""Paths on the command line: those with `=` in them, and those with `~`."""
+"""Paths on the command line that contain `=` or `~`."""
 
 import os
 import pwd
@@ -18,7 +18,7 @@ from vqgen.yaml_file import read_yaml, save_config
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
-    """A home folder, which is not the current folder."""
+    """A home folder that is not the current folder."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     (tmp_path / "work").mkdir()

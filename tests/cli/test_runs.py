@@ -1,4 +1,4 @@
-"""What a run's config.yaml decides for the programs that go on from it, also after things have moved."""
+"""The settings that programs take from a run's config.yaml, also after folders have moved."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ from vqgen.errors import InputError
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Path:
-    """A run in old/runs/stage1, of images in old/photos; the current folder is old."""
+    """A run in old/runs/stage1, trained on images in old/photos; the current folder is old."""
     old = tmp_path / "old"
     for folder, count in (("photos", 4), ("other", 3), ("held_out", 2)):
         (old / folder).mkdir(parents=True)
@@ -70,7 +70,7 @@ def test_relative_paths_are_found_again_from_another_folder(run, tmp_path, monke
     assert (data.source, data.val_source, own) == (f"{tmp_path}/old/photos", f"{tmp_path}/old/held_out", True)
     assert len(run_images(absolute, {}, 1)[0]) == 4
     assert codes_folder(absolute) == tmp_path / "old/runs/stage1/codes"
-    Path("photos").mkdir()  # another one of this name is not the run's
+    Path("photos").mkdir()  # another folder with this name is not the run's
     assert run_data(absolute, {}, 1).config.source == f"{tmp_path}/old/photos"
     assert not run_data(absolute, {"source": "photos"}, 1).own
 
@@ -107,7 +107,7 @@ def test_patterns_are_found_again_too(run, tmp_path, monkeypatch):
 
 
 def test_both_stages_in_one_folder_and_the_evaluation_in_another(tmp_path, monkeypatch):
-    """Everything is named by relative paths, in a project that lies elsewhere than the programs."""
+    """All paths are relative, in a project outside the programs' folder."""
     project = tmp_path / "project"
     for i in range(40):
         (project / "photos" / f"{i % 2}").mkdir(parents=True, exist_ok=True)

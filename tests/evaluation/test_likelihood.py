@@ -79,12 +79,12 @@ def test_unigram_and_bigram_models_reach_the_entropies_of_a_markov_chain():
     stationary = torch.linalg.matrix_power(matrix, 200)[0]
     rate = -(stationary[:, None] * torch.xlogy(matrix, matrix)).sum().item()
     assert unigram == pytest.approx(unigram_entropy(other, layout), abs=0.01)
-    assert rate < bigram < rate + math.log(3) / 40 + 0.02  # the first of 40 codes has none before it
+    assert rate < bigram < rate + math.log(3) / 40 + 0.02  # the first of 40 codes has no code before it
     assert bigram < unigram
 
 
 def test_the_bigram_model_is_no_better_than_chance_where_there_is_nothing_to_know():
-    """The entropy of bigrams in a sample would be about half the truth here: 10,000 pairs for 65,536 cells."""
+    """The plain entropy of bigrams would be about half the truth, because 10,000 pairs fill few of 65,536 cells."""
     codes = [Codes(torch.randint(256, (100, 100), generator=torch.Generator().manual_seed(seed))) for seed in (0, 1)]
     unigram, bigram = CodeCounts(codes[0], CodeLayout(((1, 100),), (256,))).nll(codes[1], 100)
     assert unigram == pytest.approx(math.log(256), abs=0.02)

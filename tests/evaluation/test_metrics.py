@@ -1,4 +1,4 @@
-"""Figures of merit against their formulas, torchmetrics, and common sense."""
+"""Quality figures against their formulas, torchmetrics, and common sense."""
 
 import numpy as np
 import pytest
@@ -129,7 +129,7 @@ def test_code_usage_counts_every_code_map():
 
 
 def features_of(kept: Tensor, class_ids: Tensor | None = None, logits: Tensor | None = None) -> Features:
-    """Features as the collector would leave them."""
+    """Features in the form that `FeatureCollector` returns."""
     count, exact = len(kept), kept.double()
     return Features(
         total=exact.sum(dim=0),
@@ -180,7 +180,7 @@ def test_kernel_distance_of_whole_sets_is_torchmetrics_mmd():
     a, b = gaussian(200, mean=0.3), gaussian(200, seed=1)
     mean, deviation = kernel_distance(features_of(a), features_of(b), seed=0)
     assert mean == pytest.approx(poly_mmd(b, a).item(), rel=1e-3)
-    assert deviation is None  # there is but one subset
+    assert deviation is None  # there is only one subset
 
 
 def test_a_kernel_distance_does_not_disturb_the_random_state():
@@ -262,11 +262,11 @@ def test_the_class_probe_tells_classes_apart_and_leaves_out_images_without_one()
     assert probe.accuracy(features_of(x[300:], wrong)) < 0.05
 
 
-# What a figure is for: images that are worse have a worse one
+# The purpose of figures: worse images have worse figures
 
 
 class Given:
-    """Images that are there, as a set."""
+    """Images in memory, as a set."""
 
     def __init__(self, images: Tensor, class_ids: Tensor):
         self.images, self.class_ids = images, class_ids

@@ -1,4 +1,4 @@
-"""The perceptual distance against the values of the package whose weights it reads, and as a loss."""
+"""The perceptual distance against the values of its weights' package, and as a loss."""
 
 import shutil
 from pathlib import Path
@@ -96,7 +96,7 @@ def test_it_compiles_as_one_graph(alex):
 
 
 def test_the_original_lpips_from_torchvisions_file_and_its_heads(tmp_path):
-    """Against the network written out as torchvision and LPIPS have it, with torchvision's names and random weights."""
+    """Compares with the network as torchvision and LPIPS write it, with torchvision's names and random weights."""
     generator = torch.Generator().manual_seed(0)
     trunk, number, channels = {"classifier.0.weight": torch.zeros(1)}, 0, 3
     for width in (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"):

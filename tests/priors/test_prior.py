@@ -1,4 +1,4 @@
-"""The prior: what its logits may depend on, and that it is a plain transformers checkpoint."""
+"""The prior: the dependences of its logits, and its plain transformers checkpoint."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def random_tokens(layout: CodeLayout, batch: int = 3) -> torch.Tensor:
     return (ranges[:, 0] + share * (ranges[:, 1] - ranges[:, 0])).long()
 
 
-# What the logits are
+# The logits
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def test_logits_are_finite_exactly_where_a_token_is_legal(layout, model_type):
 
 
 def test_the_legality_mask_has_a_row_for_each_codebook_not_for_each_position():
-    side, levels, size = 8, 4, 512  # residual: four codebooks a position
+    side, levels, size = 8, 4, 512  # residual: four codebooks per position
     layout = CodeLayout(((levels, side, side),), (size,))
     prior = small(layout)
     buffers = dict(prior.named_buffers())
@@ -138,7 +138,7 @@ def test_width_and_depth_reach_every_model_type(model_type):
         ({"zzzz": 3}, "^zzzz"),
         ({"intermediate_size": "x"}, "intermediate_size"),
         ({"hidden_size": 33}, "^hidden_size=33 .* num_attention_heads=2"),
-        ({"hidden_size": 12, "num_attention_heads": 4}, "head"),  # rotary embeddings turn pairs, a head of 3 has none
+        ({"hidden_size": 12, "num_attention_heads": 4}, "head"),  # rotary embeddings need an even head
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"hidden_size": 0}, "hidden_size"),
@@ -174,7 +174,7 @@ def test_generate_of_transformers_draws_no_class_tokens(tmp_path, model_type, re
     inputs = torch.full((20, 1), PLAIN.vocab_size + 1)
     embeddings = prior.lm.get_output_embeddings().weight
     codes = PLAIN.vocab_size
-    # Aligned with the hidden state, class tokens have by far the highest logits.
+    # These weights are aligned with the hidden state, so class tokens have by far the highest logits.
     embeddings[codes:] = 50 * prior.lm(inputs, output_hidden_states=True).hidden_states[-1][0, -1]
     assert (prior.lm(inputs).logits[:, -1].argmax(dim=1) >= codes).all()
     prior.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Drawing tokens against brute force, and images that depend on nothing but seed, number and class."""
+"""Drawing tokens against brute force; and images that depend only on seed, number and class."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ MANY = CodeLayout(((2, 2), (1, 2, 2)), (5, 7))
 
 
 def small(layout: CodeLayout = PLAIN, model_type: str = "llama") -> Prior:
-    """An untrained prior whose tokens still depend a lot on its class and on each other."""
+    """An untrained prior whose tokens depend strongly on the class and on each other."""
     torch.manual_seed(0)
     names = ["a", "b", "c"]
     prior = Prior(layout, names, model_type, hidden_size=32, num_hidden_layers=2, num_attention_heads=2).eval()
@@ -44,7 +44,7 @@ def generators(count: int, seed: int = 0) -> list[np.random.Generator]:
 def sample_uncached(
     prior: Prior, class_ids: Tensor, cfg_scale: float, count: int | None = None, temperature: float = 0.0
 ) -> Tensor:
-    """sample_tokens in the plainest way: the whole sequence anew for each token."""
+    """A simple version of sample_tokens, which computes the whole sequence anew for each token."""
     noise = torch.from_numpy(np.stack([g.random(prior.layout.num_tokens) for g in generators(99)]))
     tokens = torch.zeros(len(class_ids), prior.layout.num_tokens, dtype=torch.int64)
     for t in range(prior.layout.num_tokens):
@@ -59,7 +59,7 @@ def sample_uncached(
 
 
 def drawn_shares(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """The share that each token has of 20,000 draws with evenly spread noise."""
+    """The share of each token in 20,000 draws with evenly spread noise."""
     count = 20000
     noise = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     return draw(logits.expand(count, -1), noise, temperature, top_k, top_p).bincount(minlength=len(logits)) / count
@@ -107,7 +107,7 @@ def test_top_p_draws_from_the_fewest_tokens_that_have_this_probability(top_p, te
 
 def test_top_p_is_of_what_top_k_leaves():
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
-    # Of the two likeliest alone, the first has 4/7 < 0.6; of all four, three were needed for 0.75.
+    # Among the two likeliest alone, the first has 4/7 < 0.6; among all four, 0.75 would need three.
     assert (drawn_shares(logits, top_k=2, top_p=0.55) > 0).tolist() == [True, False, False, False]
     assert (drawn_shares(logits, top_p=0.75) > 0).tolist() == [True, True, True, False]
 
@@ -116,7 +116,7 @@ def test_top_p_is_of_what_top_k_leaves():
 def test_what_has_no_probability_is_never_drawn(dtype):
     logits = torch.full((3, 9), -torch.inf, dtype=dtype)
     logits[:, [2, 3, 6]] = torch.tensor([0.1, -3.0, 0.2], dtype=dtype)
-    least, most = 0.0, 1 - 2.0**-53  # all that torch.rand can give in float64
+    least, most = 0.0, 1 - 2.0**-53  # the largest value of torch.rand in float64
     for noise, token in ((least, 2), (most, 6)):
         assert draw(logits, torch.full((3,), noise, dtype=torch.float64), 1.0, 0, 1.0).tolist() == [token] * 3
     assert (drawn_shares(logits[0]) > 0).nonzero().flatten().tolist() == [2, 3, 6]
@@ -154,7 +154,7 @@ def test_guidance_of_one_is_none_at_all():
     prior, class_ids = small(), torch.tensor([0, 1, 2])
     guided = sample_tokens(prior, class_ids, cfg_scale=1.0, generator=generators(3))
     assert torch.equal(guided, sample_uncached(prior, class_ids, 1.0, temperature=1.0))
-    almost = sample_tokens(prior, class_ids, cfg_scale=1.0 + 1e-12, generator=generators(3))  # by the guided way
+    almost = sample_tokens(prior, class_ids, cfg_scale=1.0 + 1e-12, generator=generators(3))  # through the guided code
     assert torch.equal(guided, almost)
 
 
@@ -223,7 +223,7 @@ def test_images_whose_32_bit_seeds_are_equal_differ():
 
 
 def test_every_image_has_noise_of_its_own():
-    """Of images and seeds that are next to each other, and far apart."""
+    """Compares images and seeds that are next to each other, and far apart."""
     places = [(0, 0, 4000), (1, 0, 4000), (0, 1 << 31, 4000), (2**32 - 1, 0, 2000), (2**63, 0, 2000)]
     drawn = [g.random() for place in places for g in image_generators(*place)]
     assert len(set(drawn)) == len(drawn) == 16000
@@ -241,10 +241,10 @@ def tokenizer() -> VQModel:
 
 
 def in_batches(tokenizer: VQModel, class_ids: Tensor, batch_size: int, seed: int = 0, cfg_scale: float = 2.0) -> Tensor:
-    """Images in batches as stage2/sample.py draws them, from a prior that rounding matters to."""
+    """Draws images in batches as stage2/sample.py does, from a prior that is sensitive to rounding."""
     starts, prior = range(0, len(class_ids), batch_size), small()
     with torch.no_grad():
-        prior.lm.lm_head.weight += 1e5  # the same to each logit, so that their differences are in the last digits
+        prior.lm.lm_head.weight += 1e5  # adds the same to each logit, so that their differences are in the last digits
     parts = [class_ids[i : i + batch_size] for i in starts]
     images = [
         sample_images(prior, tokenizer, part, seed=seed, first=i, cfg_scale=cfg_scale, top_p=0.9)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vqgen.quantizers import Quantizer, build_quantizer
 
-# Each quantizer, and each option that changes the path through one; all with 64 codes, or 64 a level.
+# Each quantizer, and each option that changes its path through the code; all have 64 codes, or 64 per level.
 VARIANTS = {
     "ema": {"name": "ema", "codebook_size": 64, "code_dim": 4},
     "ema, cosine": {"name": "ema", "codebook_size": 64, "code_dim": 4, "lookup": "cosine"},
@@ -51,7 +51,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def built(variant: str, **options) -> Quantizer:
-    """The variant, built from the same random state each time."""
+    """Builds the variant from the same random state each time."""
     torch.manual_seed(0)
     return build_quantizer(**{**VARIANTS[variant], **options})
 

@@ -1,4 +1,4 @@
-"""From options to quantizers, and what is refused, why."""
+"""Options become quantizers, or errors with the reason."""
 
 import inspect
 import re
@@ -108,7 +108,7 @@ def test_combinations_that_mean_nothing_are_refused_with_the_reason(options, mes
     with pytest.raises(InputError) as caught:
         build_quantizer(**options)
     said = str(caught.value)
-    assert re.match(r"(base\.)?\w+[=:]", said)  # the option, by the name that its constructor has for it
+    assert re.match(r"(base\.)?\w+[=:]", said)  # the option's name in its constructor
     assert message in said
     assert "\n" not in said
 

@@ -1,4 +1,4 @@
-"""The quantizers with a codebook that moves, `ema` and `vq`: what both do, then how each learns."""
+"""The quantizers `ema` and `vq`, whose codebook moves: first their common part, then how each learns."""
 
 import copy
 
@@ -17,7 +17,7 @@ both = pytest.mark.parametrize("name", ["ema", "vq"])
 
 
 def ready(name: str, codebook_size: int = 64, code_dim: int = 4, **options) -> CodebookQuantizer:
-    """A quantizer in the midst of training: a random codebook, all codes in use."""
+    """A quantizer in the middle of training, with a random codebook and all codes in use."""
     quantizer = build_quantizer(name=name, codebook_size=codebook_size, code_dim=code_dim, **options)
     state = {name: value.clone() for name, value in quantizer.state_dict().items()}
     state["codebook"] = random(codebook_size, code_dim, seed=1)
@@ -30,7 +30,7 @@ def ready(name: str, codebook_size: int = 64, code_dim: int = 4, **options) -> C
 
 
 def kill(quantizer: CodebookQuantizer, codes: list[int]) -> None:
-    """Puts codes so far off that no vector is assigned to them, and lets their counts run out."""
+    """Moves codes so far away that no vector is assigned to them, and lets their counts run out."""
     with torch.no_grad():
         quantizer.codebook[codes] = 1000.0
         quantizer.counts[codes] = 1e-3
@@ -39,12 +39,12 @@ def kill(quantizer: CodebookQuantizer, codes: list[int]) -> None:
 
 
 def mixture(num_clusters: int, code_dim: int, num_vectors: int, seed: int, spread: float = 0.05) -> Tensor:
-    """Vectors (N, D) around so many centres, which are the same for every seed; vector i is of cluster i mod K."""
+    """Vectors (N, D) around K centres, which are the same for every seed; vector i belongs to cluster i mod K."""
     centres = 3 * random(num_clusters, code_dim, seed=100)
     return centres.repeat(num_vectors // num_clusters, 1) + spread * random(num_vectors, code_dim, seed=seed)
 
 
-# What both do
+# The common part
 
 
 @both
@@ -96,7 +96,7 @@ def test_rotation_gradient_differs_in_nothing_but_the_gradient(name):
     assert torch.equal(straight.loss, rotated.loss)
     (rotated.z_q * w).sum().backward()
     scale = rotated.z_q.detach().norm(dim=1) / z.detach().norm(dim=1)
-    torch.testing.assert_close(z.grad.norm(dim=1), scale * w.norm(dim=1))  # turned and scaled
+    torch.testing.assert_close(z.grad.norm(dim=1), scale * w.norm(dim=1))  # rotated and scaled
     assert (z.grad - w).abs().max() > 0.1
 
 
@@ -173,7 +173,7 @@ def test_a_dead_code_comes_back_on_a_vector_of_the_batch_and_works_in_the_same_s
     assert torch.cdist(quantizer.codebook[dead], z).amin(dim=1).max() < 0.01
     assert {3, 11} <= set(q.codes.flatten().tolist())
     assert not torch.equal(quantizer.codebook[3], quantizer.codebook[11])
-    # Its statistics are new too, so neither this step's update nor the next moves it far, or revives it again.
+    # Its statistics are new too, so neither this update nor the next moves the code far or revives it again.
     assert (quantizer.counts[dead] > 0.5 * quantizer.counts.mean()).all()
     if name == "ema":
         torch.testing.assert_close(quantizer.sums[dead], quantizer.codebook[dead] * quantizer.counts[dead, None])
@@ -197,7 +197,7 @@ def test_a_code_that_dies_again_is_put_elsewhere(name):
 def test_more_dead_codes_than_a_step_takes_come_back_in_the_next_steps(name):
     quantizer = ready(name).train()
     kill(quantizer, list(range(32)))
-    for step in range(8):  # 64 / 16 = 4 a step
+    for step in range(8):  # 64 / 16 = 4 per step
         quantizer(as_map(random(512, 4, seed=step), 4))
     assert quantizer.codebook.abs().max() < 10
 
@@ -320,7 +320,7 @@ def test_every_cluster_gets_an_ema_code_within_some_steps():
         quantizer(as_map(mixture(8, 8, 256, seed=step), 4))
     centres = mixture(8, 8, 8, seed=0, spread=0.0)
     assert torch.cdist(centres, quantizer.codebook).amin(dim=1).max() < 0.3
-    assert torch.cdist(centres, quantizer.codebook).amin(dim=0).max() < 0.3  # and no code is left between them
+    assert torch.cdist(centres, quantizer.codebook).amin(dim=0).max() < 0.3  # and no code stays between them
 
 
 def test_ema_codes_of_a_cosine_lookup_stay_on_the_sphere():

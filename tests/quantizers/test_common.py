@@ -24,7 +24,7 @@ def test_nearest_code_against_brute_force(shape):
     found = nearest_code(z, codebook)
     assert found.dtype == torch.int64
     distance = torch.cdist(z.double(), codebook.double()).square()  # (N, K)
-    # Of codes whose squared distances differ by less, fp32 may find either: theirs are off by some 1e-6.
+    # If two codes' squared distances differ by less, fp32 may find either, because its error is about 1e-6.
     assert (distance.gather(1, found[:, None])[:, 0] - distance.amin(dim=1) < 1e-5).all()
 
 
@@ -73,7 +73,7 @@ def test_straight_through_is_z_q_with_the_gradient_of_the_identity():
 
 
 def rotation(z: torch.Tensor, z_q: torch.Tensor) -> torch.Tensor:
-    """The matrix of the rotation in the plane of two vectors (D,) that takes one's direction to the other's."""
+    """The matrix of the rotation in the plane of two vectors (D,) that turns the first's direction to the second's."""
     u = z / z.norm()
     v = z_q - (z_q @ u) * u
     v = v / v.norm()

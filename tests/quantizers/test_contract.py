@@ -1,4 +1,4 @@
-"""What every quantizer promises, whichever it is."""
+"""The contract of every quantizer."""
 
 import copy
 
@@ -112,7 +112,7 @@ def test_indices_beyond_what_bf16_can_count(options):
     quantizer = QUANTIZERS[options.pop("name")](**options).train()
     with torch.autocast("cpu", torch.bfloat16):
         codes = quantizer(random(50, quantizer.code_dim, 100)).codes
-    assert len(codes.unique()) > 2000  # bf16 has but 256 distinct values from 2048 to 4096
+    assert len(codes.unique()) > 2000  # bf16 has few distinct values from 2048 to 4096
 
 
 @every_variant
@@ -120,7 +120,7 @@ def test_what_is_not_finite_has_codes_too_and_does_no_lasting_harm(variant):
     quantizer = trained(variant)
     z = random(4, quantizer.code_dim, 30)
     z[0, :, 3], z[1, 0, 5], z[2, :, 7] = torch.nan, torch.inf, -torch.inf
-    for broken in (quantizer(z), trained(variant, steps=0)(z)):  # in the midst of training, and in its first batch
+    for broken in (quantizer(z), trained(variant, steps=0)(z)):  # in the middle of training, and in the first batch
         assert broken.codes.min() >= 0
         assert broken.codes.max() < quantizer.codebook_size
     q = quantizer(random(4, quantizer.code_dim, 30))
@@ -176,7 +176,7 @@ def autoencode(variant: str, steps: int) -> tuple[nn.Module, float]:
 @every_variant
 def test_an_autoencoder_learns_through_it(variant):
     _, error = autoencode(variant, 150)
-    # 0.99 is the variance of the data, 0.6 what four linear dimensions leave of it unquantized
+    # 0.99 is the data's variance; 0.6 is the error of four linear dimensions without quantization
     assert error < 0.8
 
 
@@ -190,7 +190,7 @@ def test_training_repeats_bit_for_bit(variant):
 @every_variant
 def test_training_compiles_without_a_graph_break_and_gives_the_same(variant):
     torch._dynamo.reset()
-    eager = built(variant).train()  # from the start: initialisation and revival compile too
+    eager = built(variant).train()  # from the first batch on, so initialisation and revival compile too
     compiled = copy.deepcopy(eager)
     step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     for i in range(3):

@@ -1,4 +1,4 @@
-"""Two processes learn the codebook of one, and both have it bit for bit."""
+"""Two processes learn the same codebook as one process, and both have it bit for bit."""
 
 import subprocess
 import sys
@@ -28,14 +28,14 @@ class Autoencoder(nn.Module):
 
 
 def evaluate(variant: str, rank: int) -> None:
-    """Evaluates more batches on rank 1 than on rank 0, which hangs if evaluation waits for other processes."""
+    """Evaluates more batches on rank 1 than on rank 0; it would hang if an evaluation waited for other processes."""
     quantizer = built(variant).eval()
     for _ in range(1 + rank):
         quantizer(random(2, quantizer.code_dim, 8))
 
 
 def train(variant: str, rank: int, world_size: int, steps: int = STEPS) -> dict[str, Tensor]:
-    """The state after some steps; each process takes its part of the same global batches."""
+    """The state after some steps, in which each process takes its part of the same global batches."""
     torch.manual_seed(0)
     model = Autoencoder(variant)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

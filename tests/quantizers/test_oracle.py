@@ -16,7 +16,7 @@ def maps(seed: int = 0, dim: int = D) -> Tensor:
 
 
 def assert_same(ours, theirs, z: Tensor, w: Tensor, loss: bool = True) -> None:
-    """Same codes, outputs and losses, and the same gradient in z of both."""
+    """Checks that both give the same codes, outputs, losses and gradients in z."""
     z_a, z_b = z.clone().requires_grad_(), z.clone().requires_grad_()
     q, (z_q, codes, *their_loss) = ours(z_a), theirs(z_b)
     assert torch.equal(q.codes.squeeze(1), codes)
@@ -64,10 +64,10 @@ def test_ema(lookup, gradient):
             "codebook": codebook.embed[0],
             "sums": codebook.embed_avg[0],
             "counts": codebook.cluster_size[0],
-            "num_updates": torch.tensor(1000),  # past the young average, which they have not
+            "num_updates": torch.tensor(1000),  # past our faster average of early steps, which theirs lacks
         }
     )
-    for step in range(5):  # the averages move, and so does what is compared
+    for step in range(5):  # the averages move, so later steps compare other codebooks
         assert_same(ours, theirs, maps(step), maps(100 + step))
         torch.testing.assert_close(ours.counts, codebook.cluster_size[0])
         torch.testing.assert_close(ours.codebook, codebook.embed[0], atol=1e-5, rtol=1e-4)
@@ -104,7 +104,7 @@ def test_vq(gradient):
         q, (z_q, codes, loss) = ours(z_a), theirs(z_b)
         assert torch.equal(q.codes.squeeze(1), codes)
         torch.testing.assert_close(q.z_q, z_q, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(q.loss, 2 * loss.squeeze())  # both terms have its value
+        torch.testing.assert_close(q.loss, 2 * loss.squeeze())  # both terms have the same value
         ((q.z_q * maps(9)).sum() + q.loss).backward()
         ((z_q * maps(9)).sum() + loss.squeeze()).backward()
         torch.testing.assert_close(z_a.grad, z_b.grad, atol=1e-5, rtol=1e-4)
@@ -135,7 +135,7 @@ def test_fsq(levels):
 
 @pytest.mark.parametrize("spherical", [False, True])
 def test_lfq(spherical):
-    # Their distances leave out a factor that ours has, and their codes on the sphere have unit length, as ours.
+    # Their distances lack a factor of ours. Both projects' codes on the sphere have unit length.
     settings = {"entropy_loss_weight": 0.1, "diversity_gamma": 0.7, "commitment_loss_weight": 0.25}
     theirs = oracle.LFQ(codebook_size=K, spherical=spherical, **settings).train()
     ours = LFQ(K, spherical, commitment_weight=0.25, entropy_weight=0.1, diversity=0.7, entropy_temperature=0.5).train()
@@ -181,5 +181,5 @@ def test_residual(base):
         torch.testing.assert_close(q.loss, losses.sum() * (1 + learned), atol=1e-5, rtol=1e-5)
         ((q.z_q * maps(9)).sum() + q.loss).backward()
         ((z_q * maps(9)).sum() + losses.sum()).backward()
-        # Each of their three levels passes on the decoder's gradient; ours do so once. Commitment gradients agree.
+        # Each of their three levels passes on the decoder's gradient; ours pass it once. Commitment gradients agree.
         torch.testing.assert_close(z_a.grad + 2 * maps(9), z_b.grad, atol=1e-5, rtol=1e-4)

@@ -11,7 +11,7 @@ def residual(base: str = "ema", levels: int = 3, beta: float = 0.25, **options) 
     """A residual quantizer of K = 16, D = 4, initialised."""
     torch.manual_seed(0)
     base_options = {"name": base, "codebook_size": 16, "commitment_weight": beta}
-    if base != "lfq":  # whose dimension is log2 of its size
+    if base != "lfq":  # its dimension is log2 of its size
         base_options["code_dim"] = 4
     quantizer = build_quantizer(name="residual", num_quantizers=levels, base=base_options, **options).train()
     quantizer(random(16, 4, 32, seed=50))
@@ -47,7 +47,7 @@ def test_each_fsq_level_divides_the_error_by_its_number_of_steps(levels):
     codes, bounded = quantizer(z).codes, quantizer.bound(z.mT).mT
     for i in range(4):
         error = (quantizer.decode_codes(codes[:, : i + 1]) - bounded).abs().amax(dim=(0, 2))
-        # half a step of the first grid, 1 / (L // 2), which each further level's grid has been shrunk into
+        # half a step of the first grid, 1 / (L // 2); each further grid shrinks to half a step of the one before
         half_steps = [0.5 / (n // 2) / (n - 1 + n % 2) ** i for n in levels]
         assert (error <= 1.01 * torch.tensor(half_steps) + 1e-6).all()
     assert all(len(codes[:, i].unique()) > 0.6 * quantizer.codebook_size for i in range(4))
@@ -89,7 +89,7 @@ def test_each_level_keeps_its_commitment_gradient(base):
     q.loss.backward()
     expected = torch.zeros_like(z)
     for n in (1, 2, 3):
-        left = (z - quantizer.decode_codes(q.codes[:, :n])).detach()  # z less the sum so far
+        left = (z - quantizer.decode_codes(q.codes[:, :n])).detach()  # z minus the sum so far
         step = 2 * 0.25 * left / z.numel()
         assert step.abs().max() > 1e-4
         expected += step

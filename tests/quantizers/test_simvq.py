@@ -1,4 +1,4 @@
-"""SimVQ: what is frozen, and what is trained."""
+"""SimVQ: its frozen and its trained part."""
 
 import pytest
 import torch
@@ -24,6 +24,6 @@ def test_simvq_beta_scales_the_encoders_term_and_not_the_codebooks(beta):
     q.loss.backward()
     difference = (z - q.z_q).detach()
     torch.testing.assert_close(z.grad, 2 * beta * difference / z.numel())
-    rows = quantizer.frozen_codebook[q.codes.flatten()]  # C W^T is nearest to z: the gradient of W has no beta
+    rows = quantizer.frozen_codebook[q.codes.flatten()]  # C W^T moves towards z; beta does not scale W's gradient
     expected = -2 * difference.movedim(1, -1).reshape(-1, 4).T @ rows / z.numel()
     torch.testing.assert_close(quantizer.projection.weight.grad, expected)

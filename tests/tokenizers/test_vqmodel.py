@@ -70,7 +70,7 @@ def test_decode_of_encode_is_the_reconstruction_bit_for_bit():
     model, x = small(), images()
     codes = model.encode(x)
     x_rec, q = model(x)
-    assert len(codes[0].unique()) > 3  # else equality says little
+    assert len(codes[0].unique()) > 3  # otherwise equality would prove little
     assert torch.equal(codes[0], q[0].codes)
     assert torch.equal(model.decode(codes), x_rec)
 

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, and that no moment at which a process may end leaves it without a whole checkpoint."""
+"""A run's folder: its owner, and that it keeps a complete checkpoint whenever a process is killed."""
 
 import os
 import shutil
@@ -90,13 +90,13 @@ def test_a_run_goes_on_with_data_that_were_moved_but_not_with_others(tmp_path):
     with pytest.raises(InputError, match="was trained with other held-out images than now"):
         check_made_from(moved, state, {"data": "1", "held_out": None})
     with pytest.raises(InputError, match=r"data.val_source=there, but data.val_source=also is asked for"):
-        check_made_from(moved, {"data": "1"}, {"data": "1", "held_out": "2"})  # of a version that did not note it
+        check_made_from(moved, {"data": "1"}, {"data": "1", "held_out": "2"})  # from an older version
     update_config(moved)
     assert read_yaml(tmp_path / "run/config.yaml")["data"]["source"] == "elsewhere"
 
 
 def test_a_run_that_an_older_version_left_goes_on(tmp_path):
-    """Its config.yaml has neither the architecture's name nor the precision that null stood for."""
+    """The old config.yaml has no architecture's name, and null for the precision."""
     opened(run_config(tmp_path, model={"patch_size": 2}))
     save_checkpoint(tmp_path / "run", 1, {}, keep=1)
     opened(run_config(tmp_path, model={"name": "light", "patch_size": 2}, train=TrainConfig(mixed_precision="bf16")))
@@ -114,7 +114,7 @@ def test_open_run_takes_a_run_that_was_moved(tmp_path):
 
 
 def test_a_second_process_is_kept_out_of_a_run_and_told_who_has_it(tmp_path):
-    """The first is killed with SIGKILL in the end, and its lock then is no obstacle."""
+    """At the end SIGKILL ends the first run, and its lock is then no obstacle."""
     ready, parent = os.pipe()
     child = os.fork()
     if child == 0:
@@ -158,7 +158,7 @@ def test_written_whole_leaves_the_old_folder_where_the_writing_fails(tmp_path):
 
     with pytest.raises(OSError, match="full"):
         fail_half_way()
-    assert names(tmp_path) == ["model"]  # no half that would keep a disk full
+    assert names(tmp_path) == ["model"]  # no partial folder stays on a full disk
     assert (tmp_path / "model" / "a").read_text() == "old"
     with written_whole(tmp_path / "model") as folder:
         (folder / "b").write_text("new")
@@ -259,7 +259,7 @@ def test_a_disk_that_does_not_answer_is_no_damage(tmp_path):
     save_checkpoint(tmp_path, 1, {"step": 1}, keep=1)
     sums = tmp_path / "checkpoints/step_00000001/SHA256SUMS"
     sums.unlink()
-    sums.symlink_to(sums)  # reading it is an OSError, and not that it is missing
+    sums.symlink_to(sums)  # reading it raises an OSError, but not FileNotFoundError
     with pytest.raises(OSError, match="symbolic links"):
         load_checkpoint(tmp_path)
 
@@ -299,7 +299,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 
 
 def test_a_process_killed_at_any_call_that_changes_the_disk_leaves_a_whole_checkpoint_and_model(tmp_path):
-    """A child kills itself at the n-th such call of a save, for every n."""
+    """For every n, a child process kills itself at the n-th such call during a save."""
     run = tmp_path / "run"
     config = Stage1Config(run_dir=str(run))
 

@@ -1,4 +1,4 @@
-"""What a run tells, and that no tracker can stop it."""
+"""The log of a run, and that no tracker can stop the run."""
 
 import json
 import logging
@@ -16,10 +16,10 @@ from vqgen.training.tracking import Tracker, image_grid
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Starts a tracker in a new run folder, without wandb unless told otherwise, and ends it after the test."""
+    """Starts a tracker in a new run folder, by default without wandb, and ends it after the test."""
     for name in ("API_KEY", "MODE", "DIR", "DISABLED", "PROJECT", "NAME", "ENTITY"):
         monkeypatch.delenv(f"WANDB_{name}", raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no netrc"))  # no key of whoever runs the tests
+    monkeypatch.setenv("NETRC", str(tmp_path / "no netrc"))  # hides the key of the person who runs the tests
     trackers = []
 
     def start(mode: str = "disabled", logged: int = 0, is_main: bool = True) -> Tracker:
@@ -39,7 +39,7 @@ def lines(tracker: Tracker) -> list[dict]:
 
 
 def warnings(caplog) -> list[str]:
-    """What was said at the level of a warning, by whomever: wandb itself talks below it."""
+    """All warnings, from any logger; wandb's own messages are below that level."""
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -62,10 +62,10 @@ def test_a_resumed_run_drops_the_lines_beyond_its_checkpoint(run):
     for step in (10, 20):
         first.log(step, {"loss": step})
     logged = first.flush()
-    first.log(20, {"val/loss": 20})  # an evaluation that a stop put off: it comes again
+    first.log(20, {"val/loss": 20})  # an evaluation that a stop has put off is logged later
     first.log(30, {"loss": 30})
     with open(first.path, "a") as file:
-        file.write('{"step": 40, "lo')  # killed while it wrote
+        file.write('{"step": 40, "lo')  # killed while writing
     resumed = run(logged=logged)
     assert lines(resumed) == [{"step": 10, "loss": 10}, {"step": 20, "loss": 20}]
     resumed.log(30, {"loss": 31})
@@ -127,7 +127,7 @@ def test_offline_makes_a_real_run_in_the_run_folder_and_goes_on_with_it(run, cap
     assert resumed.wandb.run.id == run_id
     resumed.close()
     wandb.teardown()
-    # The file of the same run that is synced last has all of it.
+    # The last synced file of a run holds the whole run.
     (again,) = (path for path in first.run_dir.glob("wandb/offline-run-*") if path != folder)
     assert b"val/psnr" in (again / f"run-{run_id}.wandb").read_bytes()
     assert warnings(caplog) == []
@@ -145,7 +145,7 @@ def test_auto_follows_the_environment(run, monkeypatch, caplog, name, value):
     tracker = run("auto")
     tracker.log(1, {"loss": 0.5})
     assert tracker.wandb.run is None
-    assert run("offline").wandb.run is not None  # what the configuration says goes before
+    assert run("offline").wandb.run is not None  # the configuration takes precedence
     assert warnings(caplog) == []
 
 
@@ -161,7 +161,7 @@ def test_wandb_has_the_project_the_name_and_the_entity_of_the_environment(run, m
 
 def test_a_key_without_a_network_becomes_an_offline_run(run, monkeypatch, caplog, capsys):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9")  # where nothing answers
+    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9")  # nothing answers at this address
     wandb.teardown()
     tracker = run("auto")
     tracker.log(1, {"loss": 0.5})
@@ -199,7 +199,7 @@ def test_training_goes_on_where_wandb_fails_on_the_way(run, monkeypatch, caplog)
     tracker.close()
     assert [line["step"] for line in lines(tracker)] == [1, 2]
     assert len(warnings(caplog)) == 1
-    wandb_run.finish()  # else it is still open in the tests to come
+    wandb_run.finish()  # otherwise it stays open in later tests
 
 
 def test_disabled_does_not_import_wandb(run, monkeypatch, caplog):

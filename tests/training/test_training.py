@@ -1,4 +1,4 @@
-"""Schedules, data order, weight average and steps gone wrong: what makes a run repeatable."""
+"""The parts that make a run repeatable: schedules, data order, weight average, steps that are not finite."""
 
 import contextlib
 import itertools
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def as_rank(monkeypatch):
-    """Makes this process believe that it is one of several."""
+    """Makes this process take itself for one of several."""
 
     def become(rank: int, world_size: int) -> None:
         for module in (order, schedule):
@@ -250,7 +250,7 @@ def test_batch_size_that_does_not_divide_is_refused_with_one_that_does(as_rank, 
 
 
 def averaging_profile(width: float, num_steps: int) -> np.ndarray:
-    """The weight that each of the steps has in the average: what becomes of one-hot weights."""
+    """The weight of each step in the average, found by averaging one-hot weights."""
     model = nn.ParameterList([torch.zeros(num_steps, dtype=torch.float64)])
     ema = WeightEMA(model, width)
     for step in range(1, num_steps + 1):
@@ -266,7 +266,7 @@ def test_average_is_a_power_profile_of_the_width_asked_for(width):
     assert profile.sum() == pytest.approx(1)
     mean = (profile * times).sum()
     assert np.sqrt((profile * (times - mean) ** 2).sum()) == pytest.approx(width, rel=0.03)
-    # The density t^gamma with this standard deviation (EDM2, eq. 123): a step has its mass since the step before.
+    # The density t^gamma with this standard deviation (EDM2, eq. 123); a step gets the mass since the step before.
     low, high = 0.0, 1e3
     for _ in range(100):
         gamma = (low + high) / 2
@@ -314,7 +314,7 @@ def test_average_is_a_frozen_copy_in_eval_mode():
 def test_shards_are_put_back_after_an_error():
     model = nn.Linear(3, 2)
     ema = WeightEMA(model, 0.1)
-    ema.shards = [p.detach().clone() for p in model.parameters()]  # as if FSDP had cut them, into one part
+    ema.shards = [p.detach().clone() for p in model.parameters()]  # as if FSDP had sharded them, into one part
     ema._put_back()
     with contextlib.suppress(ZeroDivisionError), ema.whole() as whole:
         assert torch.equal(whole.weight, model.weight)
@@ -414,7 +414,7 @@ def test_what_is_read_late_is_named_at_the_end():
 
 
 def started(run: Run) -> Run:
-    """A run that is as far as its first step, without anything to train."""
+    """A run at its first step, without anything to train."""
     run.open()
     run.resume(TrainState(), "")
     run.start("nothing", 0)
@@ -434,7 +434,7 @@ def test_a_run_that_diverges_is_tried_again_with_all_halved_until_it_helps(tmp_p
             if len(tried) < 3:
                 raise Diverged("step 25: adv_loss not finite")
             run.accelerator.end_training()
-    assert tried == [1 / 4, 1 / 8, 1 / 16]  # the checkpoint was of a run that had gone back twice
+    assert tried == [1 / 4, 1 / 8, 1 / 16]  # the checkpoint comes from a run that had gone back twice
     assert "step 25: adv_loss not finite: going back to" in (said := capsys.readouterr().out)
     assert "step_00000020 with the learning rate at 1/8 of the setting" in said
 
@@ -477,7 +477,7 @@ def test_each_update_of_a_run_has_random_numbers_of_its_own(tmp_path):
             for now in started(run).steps():
                 if now.ends:
                     break
-                torch.manual_seed(123)  # an evaluation may draw, and change nothing
+                torch.manual_seed(123)  # an evaluation that draws numbers must change nothing
                 drawn += [torch.rand(()).item() for _ in run.passes(iter("ab"))]
             run.accelerator.end_training()
     assert len(set(drawn)) == 6
@@ -496,6 +496,6 @@ def test_what_is_not_a_divergence_is_not_kept_and_signals_are_given_back(tmp_pat
 
 
 def saved_state(**more) -> dict:
-    """A checkpoint's state of a run without anything to train."""
+    """The checkpoint state of a run without anything to train."""
     numbers = {"step": 20, "evaluated": 0, "seconds": 1.0, "rollbacks": 0, "processes": 1, "accumulation": 1}
     return {**numbers, "means": Means(CPU).state_dict(), "scaler": {}, "logged": 0, **more}
