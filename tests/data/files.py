@@ -16,7 +16,7 @@ RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
 def save(path: Path, image: Image.Image | tuple | int = 0, **options) -> Path:
-    """Saves an image, or an 8 x 8 one of one colour."""
+    """Saves an image, or 8 x 8 pixels of a colour."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not isinstance(image, Image.Image):
         image = Image.new("L" if isinstance(image, int) else "RGB", (8, 8), image)

@@ -1,4 +1,4 @@
-"""The token store: what is in it, and when it is made anew."""
+"""The token store: its content, and when it is made anew."""
 
 import errno
 import json
@@ -29,12 +29,12 @@ from vqgen.tokenizers.vqmodel import VQModel, from_uint8
 @pytest.fixture(scope="module", autouse=True)
 def accelerator():
     yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)  # other tests may want other settings
+    AcceleratorState._reset_state(reset_partial_state=True)  # other tests may change the settings
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Ten images in each of two classes, no two alike, and no mirror images of themselves."""
+    """Ten images in each of two classes, all different, and none equal to its mirror image."""
     random = np.random.default_rng(0)
     for class_name in ("cat", "dog"):
         (tmp_path / "pets" / class_name).mkdir(parents=True)
@@ -57,7 +57,7 @@ def settings(folder: Path, **changes) -> DataConfig:
 
 @pytest.fixture
 def encode(tmp_path, accelerator):
-    """Encodes the training images that some settings describe into a store below tmp_path / codes."""
+    """Encodes the training images of these data settings into a store below tmp_path / codes."""
 
     def encode(
         data: DataConfig, model: VQModel | None = None, tokenizer_hash: str = "w", mirror: bool = False, skipped=None
@@ -91,7 +91,7 @@ def stores(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "codes").iterdir())
 
 
-# What is in it
+# Its content
 
 
 @pytest.mark.parametrize("cache_gb", [1.0, 0.0], ids=["images in memory", "images from disk"])
@@ -102,7 +102,7 @@ def test_tokens_are_the_tokenizer_s_codes_of_each_image(encode, folder, monkeypa
     tokens, class_ids = everything(store)
     assert len(store) == len(images) == len(tokens)
     assert torch.equal(tokens, expected_tokens(images))
-    assert len(tokens.unique()) > 10  # else equality says little
+    assert len(tokens.unique()) > 10  # otherwise equality would prove little
     assert class_ids.tolist() == images.class_ids.tolist()
     assert (tokens.dtype, class_ids.dtype) == (torch.int64, torch.int64)
 
@@ -119,7 +119,7 @@ def test_tokens_take_no_more_bytes_than_the_vocabulary_asks_for(encode, folder, 
     store, images = encode(settings(folder), tokenizer(codebook_size=codebook_size))
     assert store.tokens.dtype == dtype
     assert (stores(tmp_path)[0] / "tokens.npy").stat().st_size < len(images) * 16 * np.dtype(dtype).itemsize + 200
-    assert everything(store)[0].max() > 1 << 15  # and the largest ids are there unharmed
+    assert everything(store)[0].max() > 1 << 15  # and the largest ids are stored correctly
 
 
 def test_images_without_a_class_have_none(encode, tmp_path):
@@ -175,7 +175,7 @@ def test_a_data_loader_gives_batches_in_the_order_of_its_sampler(encode, folder)
 def test_the_same_images_are_not_encoded_again(encode, folder, tmp_path):
     first = everything(encode(settings(folder))[0])
     written = (stores(tmp_path)[0] / "tokens.npy").stat().st_mtime_ns
-    # Other weights under the same hash: what they would give shows whether they were used.
+    # These are other weights under the same hash; they would give other codes if they were used.
     again = everything(encode(settings(folder), tokenizer(seed=1))[0])
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
@@ -266,7 +266,7 @@ def test_nothing_is_left_of_an_encoding_that_failed(encode, folder, tmp_path, mo
 
 def test_a_store_for_which_there_is_no_room_is_refused_at_once(encode, folder, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))  # holds for root, too
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))  # works for root, too
     try:
         with pytest.raises(InputError, match=rf"codes cannot be written \({os.strerror(errno.EFBIG)}\); name another"):
             encode(settings(folder))

@@ -1,4 +1,4 @@
-"""Folders of images: classes, a given split, names of any kind, and how the files are listed."""
+"""Folders of images: classes, a given split, names of any kind, and the listing of files."""
 
 import hashlib
 import json
@@ -75,7 +75,7 @@ def test_given_split_prefers_val_to_test_and_may_have_neither(tmp_path):
         save(tmp_path / "only" / "train" / "a" / f"{k}.png")
     train, val = load(tmp_path / "only")
     assert (len(train) + len(val), train.class_names) == (5, ["a"])
-    save(tmp_path / "only" / "other" / "x.png")  # then train is a class as any other
+    save(tmp_path / "only" / "other" / "x.png")  # then train is a class like any other
     assert load(tmp_path / "only")[0].class_names == ["other", "train"]
 
 
@@ -169,7 +169,7 @@ def test_links_to_folders_are_followed_but_no_folder_is_entered_below_itself(tmp
 
 
 def test_links_that_lead_to_a_folder_in_ever_more_ways_come_to_an_end(tmp_path, caplog):
-    for level in range(40):  # 2 to the power of 40 paths to the last
+    for level in range(40):  # 2 to the power of 40 paths lead to the last folder
         save(tmp_path / f"{level}" / "x.png")
         for name in "ab" if level < 39 else "":
             (tmp_path / f"{level}" / name).symlink_to(f"../{level + 1}")
@@ -196,7 +196,7 @@ def test_a_folder_that_cannot_be_listed_is_named_and_left_out(tmp_path, caplog):
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch) -> Path:
-    """A folder of images in two folders, nothing in it new, so large that its listing is kept."""
+    """Two folders of images, so large that their listing is kept, and without recent changes."""
     monkeypatch.setattr(listing_module, "KEPT_FROM", 4)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("a/0", "a/1", "b/2", "3"):
@@ -206,7 +206,7 @@ def kept(tmp_path, monkeypatch) -> Path:
 
 
 def settle(root: Path) -> None:
-    """Makes as if nothing had changed for ten seconds."""
+    """Sets all times back, as if nothing had changed for ten seconds."""
     for path in (root, *(path for path in root.rglob("*") if path.is_dir())):
         os.utime(path, ns=(0, time.time_ns() - 10**10))
 
@@ -222,7 +222,7 @@ def test_the_listing_of_a_large_folder_is_kept(kept):
     content = path.read_bytes().partition(b"\n")[2].replace(b"b/2.png", b"b/9.png")
     path.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
     kept.parent.joinpath("link").symlink_to(kept)
-    assert list_images(kept.parent / "link") == [*names[:3], "b/9.png"]  # so this is where it comes from
+    assert list_images(kept.parent / "link") == [*names[:3], "b/9.png"]  # so the listing comes from there
 
     for damage in (content, content[:-9], b"", b"\xff\n\xff", path.read_bytes().replace(b"9", b"8")):
         path.write_bytes(damage)

@@ -1,4 +1,4 @@
-"""The fingerprint: what changes it, and what does not."""
+"""The fingerprint, and the changes that change it."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from vqgen.data import identity as identity_module
 
 
 def rewrite(path: Path, at: int) -> None:
-    """Changes one byte, and neither the size nor the time of modification."""
+    """Changes one byte, but not the size or the time of modification."""
     stat = path.stat()
     content = bytearray(path.read_bytes())
     content[at] ^= 1

@@ -1,4 +1,4 @@
-"""Sets of images: channels, what is held out, in memory or not, broken images, and settings that are refused."""
+"""Sets of images: channels, held-out images, caching, broken images, and settings that are refused."""
 
 import logging
 import pickle
@@ -194,7 +194,7 @@ def test_no_image_loads(tmp_path, settings):
 def test_each_hostile_file_is_counted_and_named_and_each_odd_one_loads(tmp_path, cache_gb):
     root, report = tmp_path / "strangers", tmp_path / "skipped.txt"
     valid, hostile = make_valid(root, 80, seed=0), make_hostile(root, 120, seed=0)
-    for _ in range(2):  # the second time as a run that goes on does it
+    for _ in range(2):  # the second time as in a resumed run
         train, val = load(root, cache_gb=cache_gb, image_size=16, channels=3)
         assert int(train.fingerprint, 16) != int(val.fingerprint, 16)
         for part in (train, val):

@@ -1,4 +1,4 @@
-"""Any image file becomes the pixels that are known to be in it: kinds of image, sizes, damage, large images."""
+"""Any image file becomes its known pixels: kinds of image, sizes, damage, large images."""
 
 import contextlib
 import logging
@@ -103,7 +103,7 @@ def test_exif_orientation_is_applied(tmp_path, extension):
     image = Image.new("RGB", (8, 8), "blue")
     image.paste("red", (0, 0, 8, 4))  # red above
     exif = Image.Exif()
-    exif[0x0112] = 6  # show turned a quarter clockwise: red on the right
+    exif[0x0112] = 6  # this orientation means a quarter turn clockwise: red on the right
     read = read_one(save(tmp_path / "a" / f"turned.{extension}", image, exif=exif, quality=100))
     assert (read[0, :, 7] > 200).all()
     assert (read[2, :, 0] > 200).all()
@@ -195,7 +195,7 @@ def test_large_images_are_in_memory_one_at_a_time(folder, monkeypatch):
     train, _ = load(folder, channels=1, cache_gb=0, val_fraction=0)
     large, small = train.names.index("cat/large.png"), train.names.index("cat/0.png")
     with ThreadPoolExecutor(2) as pool:
-        with pixels_module._one_large:  # as by the thread that has another one
+        with pixels_module._one_large:  # as by a thread with another image
             assert pool.submit(train.read, small).result(60) is not None
             waiting = pool.submit(train.read, large)
             with pytest.raises(StillWaiting):
@@ -240,7 +240,7 @@ def test_a_very_wide_image_takes_no_minutes(tmp_path):
 
 
 def odd_image(path: Path) -> Path:
-    """An image of which Pillow warns that its EXIF data are damaged, and which loads."""
+    """An image that loads, but whose damaged EXIF data make Pillow warn."""
     return save(path, exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\xff\0\0\0\xff\0\0\0")
 
 
@@ -262,7 +262,7 @@ def test_pillow_is_quiet_only_while_an_image_is_decoded(tmp_path, cache_gb, capl
         assert shown == []
         with Image.open(path) as image:
             image.getexif()
-        assert shown  # else the image is not odd
+        assert shown  # otherwise the image is not odd
     caplog.clear()
     logging.getLogger("PIL.TiffImagePlugin").error("as Pillow says it")
     assert caplog.messages == ["as Pillow says it"]

@@ -1,4 +1,4 @@
-"""Several processes: the main one lists and hashes for all, and what it finds wrong, all say."""
+"""Several processes: the main one lists and hashes for all, and all raise its errors."""
 
 import json
 import multiprocessing
@@ -19,7 +19,7 @@ from vqgen.errors import InputError
 
 
 def in_two(tmp_path: Path, work: Callable[[int], object]) -> list:
-    """What work(rank) returns on each of two processes, as JSON has it; the name and message of what it raises."""
+    """The result of work(rank) on each of two processes, through JSON; or the name and message of its exception."""
 
     def process(rank: int) -> None:
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=rank, world_size=2)
@@ -36,7 +36,7 @@ def in_two(tmp_path: Path, work: Callable[[int], object]) -> list:
         one.start()
     for one in running:
         one.join(30)
-        one.kill()  # where one waits for the other in vain
+        one.kill()  # one waits for the other in vain
     assert [one.exitcode for one in running] == [0, 0]
     (tmp_path / "group").unlink(missing_ok=True)
     return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
@@ -47,7 +47,7 @@ def forbidden(*args: object) -> None:
 
 
 def facts(source: Path, **settings) -> list:
-    """All that makes two sets the same, of a source's two parts."""
+    """Everything that must be equal in two equal sets, for both parts of a source."""
     return [[part.names, part.class_ids.tolist(), part.class_names, part.channels, part.fingerprint,
              part.__getitems__(range(len(part)))[0].tolist()] for part in load(source, **settings)]  # fmt: skip
 

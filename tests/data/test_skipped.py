@@ -1,4 +1,4 @@
-"""The list of images that do not load, which processes and threads share."""
+"""The list of images that do not load, which processes and threads write together."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What is said of a source that cannot be used."""
+"""The messages for sources that cannot be used."""
 
 import gzip
 import tarfile
@@ -12,7 +12,7 @@ from vqgen.errors import InputError
 
 
 def wrong_sources(root: Path) -> dict[str, str]:
-    """Sources that cannot be used, and a pattern in what is said of each."""
+    """Sources that cannot be used, each with a pattern that its message must match."""
     (root / "empty").mkdir()
     (root / "empty" / "notes.txt").touch()
     (root / "shards").mkdir()

@@ -1,9 +1,9 @@
-"""What can befall a run, done to real ones: prints the table that the README shows, a row a fault.
+"""Inflicts faults on real runs, and prints the table of docs/faults.md, a row for each fault.
 
 python tests/soak/faults.py [PART ...] [kills=20] [mutations=200] [hours=1] [seed=0] [folder=FOLDER]
 
-Without parts all are done, which takes some two hours, one of them the last part's. Faults that need a disk of their
-own (full, read-only) mount one in a namespace of this process's children: Linux, as root or where users may.
+Without PART it does all parts in about two hours; the last part takes one of them. Faults that need their own disk
+(full, read-only) mount one in a namespace of child processes, which needs Linux, and root or user namespaces.
 """
 
 import json
@@ -30,7 +30,7 @@ from programs import ENVIRONMENT, ROOT, launch_two
 from vqgen.training.stop import SIGNALS
 
 QUIET = ["tracking.wandb=disabled"]
-# Workers, accumulation, mirror images, drawn codes, and every loss there is, with a line of metrics every 3 steps.
+# Uses workers, accumulation, mirror images, drawn codes and every loss, with a line of metrics every 3 steps.
 PROGRAMS = {
     "stage1": [
         "stage1/train.py",
@@ -68,11 +68,11 @@ PROGRAMS = {
 OFTEN = ["train.max_steps=60", "train.log_every=3", "train.eval_every=7", "train.checkpoint_every=2"]
 OFTEN += ["train.eval_images=32", "train.batch_size=16"]
 
-Row = tuple[str, str, str]  # what was done, what was expected, what came
+Row = tuple[str, str, str]  # the fault, the expected outcome, the outcome
 
 
 def start(arguments: list[str], log: Path, launcher: str = "python", limits: str = "") -> subprocess.Popen[bytes]:
-    """Starts a program in a process group of its own, which prints to a file."""
+    """Starts a program in its own process group, with its output in a file."""
     command = f"{limits} exec {launcher} {' '.join(arguments)}"
     with log.open("wb") as file:
         return subprocess.Popen(
@@ -81,13 +81,13 @@ def start(arguments: list[str], log: Path, launcher: str = "python", limits: str
 
 
 def run(arguments: list[str], log: Path, launcher: str = "python", limits: str = "") -> tuple[int, str]:
-    """Runs a program to its end; returns its exit code and what it printed."""
+    """Runs a program to its end; returns its exit code and its output."""
     code = start(arguments, log, launcher, limits).wait()
     return code, log.read_text()
 
 
 def wait_for(happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> bool:
-    """Waits until something has happened; False if the process ended before."""
+    """Waits until something has happened; returns False if the process ended before."""
     while not happened():
         if process.poll() is not None:
             return happened()
@@ -113,7 +113,7 @@ def state(run_dir: Path) -> dict:
 
 
 def equal(a: object, b: object) -> bool:
-    """Whether two states are the same to the bit, but for what a clock says."""
+    """Whether two states are the same to the bit, except for figures that depend on time."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b) or (a.shape == b.shape and bool((a.isnan() & b.isnan() | (a == b)).all()))
     if isinstance(a, dict):
@@ -142,7 +142,7 @@ def last_line(printed: str) -> str:
 
 
 def children_left(run_dir: Path) -> int:
-    """How many processes still work on a run, some seconds after its end."""
+    """The number of processes that still work on a run some seconds after its end."""
     time.sleep(6)  # a data worker looks for its parent every 5 s
     return len(working_on(run_dir))
 
@@ -183,10 +183,10 @@ def kill(folder: Path, rng: random.Random, kills: int) -> Iterator[Row]:
 
 
 def end_at_once(process: subprocess.Popen[bytes], run_dir: Path) -> None:
-    """SIGKILL for all processes of a run."""
+    """Sends SIGKILL to all processes of a run."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-    for other in working_on(run_dir):  # torchrun's have groups of their own
+    for other in working_on(run_dir):  # torchrun's processes have their own groups
         other.kill()
 
 
@@ -197,7 +197,7 @@ def working_on(run_dir: Path) -> list[psutil.Process]:
 
 
 def damage(folder: Path, rng: random.Random) -> Iterator[Row]:
-    """A byte flipped or the file cut short in the newest checkpoint."""
+    """Flips a byte in the newest checkpoint, or cuts its file short."""
     from vqgen.training.checkpoints import load_checkpoint
 
     source = made(folder, "damage", "stage1", "train.keep_checkpoints=2")
@@ -347,7 +347,7 @@ def disk(folder: Path, rng: random.Random) -> Iterator[Row]:
 
 
 def machine(folder: Path, rng: random.Random) -> Iterator[Row]:
-    """A data worker or a process killed, and memory that is full."""
+    """Kills a data worker or a process, and fills the memory."""
     log = folder / "log"
     run_dir = folder / "worker"
     process = start(given("stage1", folder, run_dir, "train.max_steps=100000"), log)
@@ -474,7 +474,7 @@ def configs(folder: Path, rng: random.Random, mutations: int) -> Iterator[Row]:
     from mutations import run_mutations
 
     counts = run_mutations(mutations, seed=rng.randrange(1000), folder=folder / "mutations")
-    del counts["failures"]  # which are printed already
+    del counts["failures"]  # the output has printed these already
     found = ", ".join(f"{count} {name}" for name, count in counts.items())
     yield f"{mutations} mutated configuration files", "each a clear error or a valid run", found
 
@@ -491,9 +491,9 @@ def hour(folder: Path, rng: random.Random, hours: float) -> Iterator[Row]:
             step = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
             if watched.status() != psutil.STATUS_ZOMBIE:
                 seen.append((step, watched.memory_info().rss / 2**20, watched.num_fds()))
-        except (OSError, LookupError, ValueError, psutil.Error):  # not there yet, being written, or ended meanwhile
+        except (OSError, LookupError, ValueError, psutil.Error):  # not there yet, incomplete, or ended in the meantime
             pass
-    steps, memory, handles = np.array(seen[len(seen) // 10 :]).T  # the first tenth is for caches to fill
+    steps, memory, handles = np.array(seen[len(seen) // 10 :]).T  # caches fill in the first tenth
     slope = np.polyfit(steps, memory, 1)[0] * 1000
     what = f"{int(steps[-1]):,} steps of stage 1 in {hours:g} h, two workers, evaluations and checkpoints every 500"
     found = f"{slope:+.3f} MB per 1,000 steps, {memory[0]:.0f} MB to {memory[-1]:.0f} MB"
@@ -525,7 +525,7 @@ def main() -> None:
 
 
 def prepare(folder: Path) -> None:
-    """300 of the built-in digits as files, with classes, and a tokenizer of them."""
+    """300 of the built-in digits as files, with classes, and a tokenizer trained on them."""
     from vqgen.data.images import load_images
     from vqgen.settings import DataConfig
 

@@ -1,9 +1,9 @@
 """Digests of short runs of the training programs, to show that a refactoring changes no bit.
 
 python tests/soak/golden.py DIGESTS.json                       # before: makes the runs and writes their digests
-python tests/soak/golden.py AFTER.json --against DIGESTS.json  # after: the same, then a table of what is equal
+python tests/soak/golden.py AFTER.json --against DIGESTS.json  # after: the same, then a table of equal digests
 
-The digests depend on the processor and on torch, so both halves belong on one machine. It takes about three minutes.
+The digests depend on the processor and on torch, so run both commands on one machine. It takes about three minutes.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ALL_LOSSES = (
     "loss.adversarial.start=0.4 loss.adversarial.lead=0.2 loss.adversarial.lecam=0.01 loss.adversarial.r1=0.1 "
     "discriminator.width=8 discriminator.layers=2 train.accumulation=2 data.flip=true"
 )
-RUNS = {  # name: program and settings; the priors are on the tokenizer of the first run
+RUNS = {  # name: program and settings; the priors use the tokenizer of the first run
     "vqvae": "stage1/train.py configs/debug/stage1.yaml",
     "vqgan": f"stage1/train.py configs/debug/stage1.yaml {ALL_LOSSES}",
     "drawn codes": (
@@ -64,7 +64,7 @@ def made(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def digest(run: Path) -> dict[str, str]:
-    """SHA-256 by what it is of: the metrics, each file of the model, each part of the last checkpoint."""
+    """SHA-256 digests by name: the metrics, each file of the model, each part of the last checkpoint."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kept = [sorted((k, v) for k, v in line.items() if k not in TIMED) for line in lines]
     found = {"metrics": hashlib.sha256(json.dumps(kept).encode()).hexdigest()}

@@ -1,4 +1,4 @@
-"""A seeded fuzzer: folders of images as strangers send them, broken ones that must be skipped and odd ones that load.
+"""A seeded fuzzer that makes folders of images: broken images, which must be skipped, and odd ones, which must load.
 
 python tests/soak/hostile.py FOLDER NUM_VALID NUM_HOSTILE [SEED]
 """
@@ -29,15 +29,15 @@ TEXTS = [
 
 
 def make_valid(folder: Path, count: int, seed: int) -> list[str]:
-    """Writes so many odd images that load, and returns their names."""
+    """Writes this number of odd images that load, and returns their names."""
     rng = random.Random(f"valid {seed}")
     return [_write(folder, f"valid{i}", rng, *rng.choice(VALID)(rng)) for i in range(count)]
 
 
 def make_hostile(folder: Path, count: int, seed: int) -> list[str]:
-    """Writes so many files that have an image's extension and must be skipped, and returns their names.
+    """Writes this number of files that have an image's extension but must be skipped, and returns their names.
 
-    What is made from a valid image is kept only if Pillow, without this project's loader, does not load it either.
+    A file made from a valid image is kept only if Pillow alone, without this project's loader, does not load it either.
     """
     rng = random.Random(f"hostile {seed}")
     kinds, weights = zip(*HOSTILE.items(), strict=True)
@@ -55,11 +55,11 @@ def make_hostile(folder: Path, count: int, seed: int) -> list[str]:
 
 
 def loads(content: bytes) -> bool:
-    """Whether Pillow reads the image, or may do so; what it takes for a decompression bomb it does not read."""
+    """Whether Pillow reads the image, or might; it does not read what it takes for a decompression bomb."""
     try:
         with warnings.catch_warnings(action="ignore") if sys.version_info >= (3, 11) else warnings.catch_warnings():
             image = Image.open(io.BytesIO(content), formats=list(EXTENSIONS))
-            if image.width < 100_000:  # a very wide one takes Pillow minutes, so it is left undecided
+            if image.width < 100_000:  # a very wide image takes Pillow minutes, so this is not tried
                 image.load()
     except Exception:
         return False
@@ -150,7 +150,7 @@ VALID: list[Maker] = [
 ]  # fmt: skip
 
 
-# Broken images, some of which may load all the same
+# Broken images, of which some may still load
 
 
 def _cut(rng: random.Random) -> tuple[bytes, str]:
@@ -159,7 +159,7 @@ def _cut(rng: random.Random) -> tuple[bytes, str]:
 
 
 def _flipped(rng: random.Random) -> tuple[bytes, str]:
-    """A few bytes changed in the header, or anywhere."""
+    """An image with a few bytes changed in the header, or anywhere."""
     content, extension = rng.choice(VALID)(rng)
     changed = bytearray(content)
     for _ in range(rng.choice([1, 4, 16])):
@@ -195,7 +195,7 @@ def _png_of_size(width: int, height: int, rng: random.Random) -> bytes:
 
 
 def _bomb(rng: random.Random) -> tuple[bytes, str]:
-    """A header of 30,000 x 30,000 pixels and more, and next to nothing behind it."""
+    """A header for 30,000 x 30,000 pixels or more, and almost no data after it."""
     side = rng.choice([30_000, 65_535])
     form = rng.choice(["PNG", "GIF", "BMP", "PPM", "JPEG", "TIFF", "WEBP"])
     small = Image.fromarray(_noise(rng, (16, 16, 3)))
@@ -211,16 +211,16 @@ def _bomb(rng: random.Random) -> tuple[bytes, str]:
     elif form == "JPEG":
         struct.pack_into(">HH", content, content.index(b"\xff\xc0") + 5, side, side)
     elif form == "TIFF":
-        at = max(content.find(struct.pack("<HHI", 256, kind, 1)) for kind in (3, 4)) + 8  # ImageWidth, ImageLength next
+        at = max(content.find(struct.pack("<HHI", 256, kind, 1)) for kind in (3, 4)) + 8  # ImageWidth, then ImageLength
         struct.pack_into("<I", content, at, side)
         struct.pack_into("<I", content, at + 12, side)
     else:
-        struct.pack_into("<I", content, 21, 0x3FFF | 0x3FFF << 14)  # 16,384 x 16,384, the most it can be
+        struct.pack_into("<I", content, 21, 0x3FFF | 0x3FFF << 14)  # 16,384 x 16,384, the largest possible
     return bytes(content), EXTENSIONS[form]
 
 
 def _hollow(rng: random.Random) -> tuple[bytes, str]:
-    """A header within Pillow's limit, and next to nothing behind it."""
+    """A header within Pillow's limit, and almost no data after it."""
     return _png_of_size(rng.choice([4000, 12_000]), 12_000, rng), "png"
 
 
@@ -247,7 +247,7 @@ def _socket(path: Path) -> None:
 def _vast(path: Path) -> None:
     with path.open("wb") as file:
         file.write(b"\x89PNG\r\n\x1a\n")
-        file.truncate(1 << 41)  # sparse: it takes no room on the disk
+        file.truncate(1 << 41)  # a sparse file, which takes no room on the disk
 
 
 SPECIAL = [_dead_link, _looping_link, _device_link, _pipe, _socket, _vast]

@@ -1,9 +1,9 @@
 """Plants one bug at a time in a copy of the project, runs the tests that should notice, and prints a table.
 
-python tests/soak/mutants.py [WORDS ...]    # those whose description holds all the words; without words all of them
+python tests/soak/mutants.py [WORDS ...]    # mutants whose description has all these words; without words, all mutants
 
-A mutant whose tests fail is killed. One that survives shows something that the tests do not see. All of them take about
-twenty minutes on two cores.
+A mutant whose tests fail is killed. A mutant that survives shows a fault that the tests do not see. All mutants take
+about twenty minutes on two cores.
 """
 
 import os
@@ -23,7 +23,7 @@ TRAINING, CODEBOOK = "tests/training/test_training.py", "tests/quantizers/test_c
 
 
 class Mutant(NamedTuple):
-    """A bug in words, its file, the text it replaces and its own, and the tests that should notice (pytest's -k)."""
+    """A bug in words, its file, the old and the new text, and the tests that should notice it (pytest's -k)."""
 
     bug: str
     file: str
@@ -34,7 +34,7 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
-    # The average and what is evaluated and saved
+    # The average, which is evaluated and saved
     Mutant(
         "the average is updated with the wrong step number",
         "stage1/train.py",
@@ -238,7 +238,7 @@ MUTANTS = [
         LOOPS,
         "vqgan",
     ),
-    # What all loops share
+    # The common part of all loops
     Mutant(
         "gradients are not clipped",
         "vqgen/training/run.py",
@@ -435,7 +435,7 @@ MUTANTS = [
 
 
 def outcome(mutant: Mutant, runs: Path) -> str:
-    """Plants one mutant in a copy, and says `killed`, `SURVIVED` or why neither can be said."""
+    """Plants one mutant in a copy, and returns `killed`, `SURVIVED` or the reason why it could not tell."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".*_cache", "__pycache__"))
@@ -454,7 +454,7 @@ def main(words: list[str]) -> int:
     chosen = [mutant for mutant in MUTANTS if all(word in mutant.bug for word in words)]
     print("| bug | file | tests | outcome |\n|---|---|---|---|", flush=True)
     with ThreadPoolExecutor(JOBS) as pool, tempfile.TemporaryDirectory() as folder:
-        runs = Path(folder) / "runs"  # of the project without a bug, made by the first tests that want them
+        runs = Path(folder) / "runs"  # runs of the project without a bug, made by the first tests that need them
         outcomes = [outcome(Mutant("none", "README.md", "# vqgen\n", "# vqgen\n", LOOPS, "prior"), runs)]
         assert outcomes.pop() == "SURVIVED", "the tests fail without any bug"
         for mutant, found in zip(chosen, pool.map(partial(outcome, runs=runs), chosen), strict=True):

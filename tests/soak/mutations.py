@@ -1,9 +1,9 @@
-"""Configuration files with something wrong, and whether the training programs say so in one line.
+"""Makes faulty configuration files, and checks that the training programs report each fault in one line.
 
 python tests/soak/mutations.py FOLDER [COUNT [SEED]]
 
-A mutated file either runs, or gets one line `error: ...` and exit code 2 and leaves nothing behind. Where memory does
-not suffice, which a run finds when it has begun, that is clear enough, whatever it leaves behind.
+A mutated file either runs, or gets one line `error: ...` and exit code 2 and leaves nothing behind. A run that finds
+too little memory after its start may leave files behind.
 """
 
 import os
@@ -54,7 +54,7 @@ TINY = {
     "data.source": "digits",
     "data.image_size": 32,
     "train.max_steps": 2,
-    "train.max_seconds": 2.0,  # for where a mutation makes the steps many
+    "train.max_seconds": 2.0,  # a mutation may set many steps
     "train.batch_size": 8,
     "train.log_every": 1,
     "train.eval_images": 16,
@@ -66,7 +66,7 @@ SMALL = {
     "stage2/train.py": {"stage1": "../stage1", "model.hidden_size": 16, "model.num_hidden_layers": 1},
 }
 MEMORY = 6 << 30
-NO_MEMORY = "error: memory is full: "  # of what is no impossible size, and too large here
+NO_MEMORY = "error: memory is full: "  # allowed for sizes that are valid, but too large here
 SECONDS = 60
 
 HUGE = 10**9
@@ -167,14 +167,14 @@ RAW += [
 
 
 class _Raw(str):
-    """Written to the file as it is."""
+    """Text that goes to the file unchanged."""
 
 
 yaml.SafeDumper.add_representer(_Raw, lambda dumper, raw: dumper.represent_str(f"RAW{raw.encode().hex()}RAW"))
 
 
 def mutated_configs(seed: int, count: int) -> Iterator[tuple[str, str]]:
-    """Yields (program, YAML text); what is no UTF-8 in the text is escaped as by `surrogateescape`."""
+    """Yields (program, YAML text); bytes that are not UTF-8 are escaped in the text as by `surrogateescape`."""
     draw = random.Random(seed)
     for i in range(count):
         program = [*PROGRAMS][i % len(PROGRAMS)]
@@ -189,7 +189,7 @@ def mutated_configs(seed: int, count: int) -> Iterator[tuple[str, str]]:
 
 
 def _starting_point(program: str, draw: random.Random) -> dict[str, Any]:
-    """A shipped file, or a file with every setting; and tiny in any case."""
+    """A shipped file, or a file with every setting; both with tiny settings."""
     cls, sections, patterns = PROGRAMS[program]
     files = [path for pattern in patterns.split() for path in sorted(ROOT.glob(pattern))]
     path = draw.choice([*files, None, None])
@@ -212,7 +212,7 @@ def _starting_point(program: str, draw: random.Random) -> dict[str, Any]:
 
 
 def _value(config: dict[str, Any], draw: random.Random) -> None:
-    """Another value; of another type, or one that means nothing."""
+    """Another value, a value of another type, or a value without meaning."""
     key = draw.choice(_paths(config))
     alike = [number for number in NUMBERS if type(number) is type(_get(config, key))]
     values = draw.choices([alike or NUMBERS, NUMBERS, TEXTS, OTHERS, RAW], [6, 3, 3, 3, 2])[0]
@@ -221,7 +221,7 @@ def _value(config: dict[str, Any], draw: random.Random) -> None:
 
 
 def _key(config: dict[str, Any], draw: random.Random) -> None:
-    """A key that is missing, mistyped, doubled in another section, or there for no reason."""
+    """A key that is missing, mistyped, repeated in another section, or unknown."""
     *parents, last = draw.choice(_paths(config))
     section = _get(config, parents)
     kind = draw.choice(["missing", "mistyped", "elsewhere", "extra", "extra"])
@@ -303,7 +303,7 @@ def _text(text: str, draw: random.Random) -> str:
 
 
 def _paths(config: dict[Any, Any], sections: bool = False) -> list[tuple[Any, ...]]:
-    """The key of every value, as a tuple of its parts; and of every section, if asked for."""
+    """The key of every value, as a tuple of its parts; on request, of every section too."""
     found: list[tuple[Any, ...]] = []
     for key, value in config.items():
         if isinstance(value, dict) and value:
@@ -332,13 +332,13 @@ def _put(config: dict[Any, Any], path: Any, value: Any) -> None:
 
 
 def run_mutations(count: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Runs so many mutations, prints those that fail, and returns how many of each outcome there were."""
+    """Runs this number of mutations, prints those that fail, and returns the number of each outcome."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ |= {"NETRC": os.devnull, "PYTHONFAULTHANDLER": "1"}  # wandb is to find no key
+    os.environ |= {"NETRC": os.devnull, "PYTHONFAULTHANDLER": "1"}  # hides wandb's key
     os.environ.pop("WANDB_API_KEY", None)
     for program in PROGRAMS:
-        runpy.run_path(str(ROOT / program))  # all imports are done once, here
+        runpy.run_path(str(ROOT / program))  # does all imports once
     if not (folder / "stage1").exists():
         debug = [str(ROOT / "configs/debug/stage1.yaml"), f"run_dir={folder}/stage1", "tracking.wandb=disabled"]
         code, output, errors = _run("stage1/train.py", debug, folder)
@@ -366,10 +366,10 @@ def run_mutations(count: int, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def _overrides(program: str, text: str) -> list[str]:
-    """Settings that keep the run tiny, of those that the file does not have: a mutation may be about the others."""
+    """Settings that keep the run tiny, without those that the file has, because they may be mutated."""
     try:
         config = yaml.safe_load(text)
-    except Exception:  # whatever YAML finds, the program is to name
+    except Exception:  # the program must report any YAML error itself
         return []
     given = []
     for key, value in {**TINY, **SMALL[program]}.items():
@@ -381,9 +381,9 @@ def _overrides(program: str, text: str) -> list[str]:
 
 
 def _run(program: str, arguments: list[str], cwd: Path) -> tuple[int, str, str]:
-    """Runs a program in a copy of this process, which has imported all it needs; returns exit code, output, errors.
+    """Runs a program in a copy of this process, which has all imports; returns exit code, output, errors.
 
-    The copy may then crash, hang or ask for all the memory there is.
+    The copy may crash, hang or ask for all memory without harm.
     """
     out, err = cwd.parent / "out", cwd.parent / "err"
     sys.stdout.flush()
@@ -393,7 +393,7 @@ def _run(program: str, arguments: list[str], cwd: Path) -> tuple[int, str, str]:
             for number, path in ((1, out), (2, err)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-            signal.alarm(SECONDS)  # which ends the copy, whatever it is at
+            signal.alarm(SECONDS)  # ends the copy at any point
             os.chdir(cwd)
             sys.argv = [program, *arguments]
             runpy.run_path(str(ROOT / program), run_name="__main__")
