@@ -85,7 +85,7 @@ def train(config: GANConfig, run: Run) -> None:
         disc_optimizer=nets.disc_optimizer,
     )
     then = f"python stage2/sample.py {quote(config.run_dir)}"
-    if run.resume(state, then, data=train_set.fingerprint):
+    if run.resume(state, then, data=train_set.fingerprint, held_out=None):
         return
     classes = range(len(train_set.class_names))
     size = num_parameters(nets.bare_generator)

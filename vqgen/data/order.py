@@ -70,7 +70,10 @@ class Place(NamedTuple):
 def endless_batches(
     dataset: ImageSet | TokenStore, place: Place, *, workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's micro-batches from a place on, in `BatchOrder`, on the CPU."""
+    """This process's micro-batches from a place on, in `BatchOrder`, on the CPU.
+
+    Call it before the loop: a `DataLoader` that starts draws a number from torch's random generator.
+    """
     loader: DataLoader[Any] = DataLoader(
         dataset,  # type: ignore[arg-type]  # it has what DataLoader uses, and is no subclass
         batch_sampler=BatchOrder(len(dataset), place.micro_batch, place.first, place.seed),
@@ -96,12 +99,14 @@ def image_batches(
     """
     batches = endless_batches(images, place, workers=0 if images.in_memory else workers, device=device)
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    flips = place.flips(0.5)
-    for pixels, class_ids in batches:
-        x = from_uint8(pixels.to(device, non_blocking=True, memory_format=memory_format))  # (B, C, H, W)
-        if flip:
-            x = torch.where(next(flips).to(device, non_blocking=True)[:, None, None, None], x.flip(-1), x)
-        yield x, class_ids.to(device, non_blocking=True)
+
+    def as_input(batch: tuple[Tensor, Tensor], mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = from_uint8(batch[0].to(device, non_blocking=True, memory_format=memory_format))  # (B, C, H, W)
+        if mirrored is not None:
+            x = torch.where(mirrored.to(device, non_blocking=True)[:, None, None, None], x.flip(-1), x)
+        return x, batch[1].to(device, non_blocking=True)
+
+    return map(as_input, batches, place.flips(0.5)) if flip else map(as_input, batches)
 
 
 def token_batches(
@@ -116,10 +121,12 @@ def token_batches(
         device: of the prior.
     """
     batches = endless_batches(codes, place, workers=0, device=device)
-    for (tokens, class_ids), hidden in zip(batches, place.flips(class_dropout), strict=False):
-        class_ids = class_ids.to(device, non_blocking=True)
-        class_ids = class_ids.masked_fill(hidden.to(device, non_blocking=True), -1)
-        yield tokens.to(device, non_blocking=True), class_ids
+
+    def as_input(batch: tuple[Tensor, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, class_ids = (part.to(device, non_blocking=True) for part in batch)
+        return tokens, class_ids.masked_fill(hidden.to(device, non_blocking=True), -1)
+
+    return map(as_input, batches, place.flips(class_dropout))
 
 
 def _as_is(batch: Any) -> Any:
