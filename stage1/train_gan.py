@@ -144,7 +144,8 @@ def train(config: GANConfig, run: Run) -> None:
 
 def load_data(config: GANConfig) -> ImageSet:
     """The training images; completes the configuration with settings that follow from them."""
-    train_set, _ = load_images(config.data)
+    with section("data"):
+        train_set, _ = load_images(config.data)
     config.data.channels = train_set.channels
     config.generator = check_options(DCGANGenerator, config.generator, "generator")
     config.discriminator = check_options(DCGANDiscriminator, config.discriminator, "discriminator")

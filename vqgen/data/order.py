@@ -1,6 +1,7 @@
 """In which order a run sees its data, and what is drawn at random on the way: from the seed and the step alone."""
 
 import itertools
+import signal
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +14,9 @@ from vqgen.data.codes import TokenStore
 from vqgen.data.images import ImageSet
 from vqgen.distributed import rank, world_size
 from vqgen.tokenizers.vqmodel import from_uint8
-from vqgen.training.stop import ignore_signals
+
+# The programs take these as the wish to stop and save; a process that loads data must not end by them.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 class BatchOrder:
@@ -79,7 +82,7 @@ def endless_batches(
         batch_sampler=BatchOrder(len(dataset), place.micro_batch, place.first, place.seed),
         collate_fn=_as_is,
         num_workers=workers,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=_ignore_signals,
         pin_memory=device.type == "cuda",
     )
     return iter(loader)
@@ -127,6 +130,12 @@ def token_batches(
         return tokens, class_ids.masked_fill(hidden.to(device, non_blocking=True), -1)
 
     return map(as_input, batches, place.flips(class_dropout))
+
+
+def _ignore_signals(worker: int) -> None:
+    """Lets a process that loads data ignore signals: its training process still needs it to finish the step."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(batch: Any) -> Any:
