@@ -235,7 +235,8 @@ def train(config: Stage1Config, run: Run) -> None:
 def load_data(config: Stage1Config) -> tuple[ImageSet, ImageSet]:
     """The training and the held-out images; completes the configuration with settings that follow from the images."""
     config.data.channels = config.data.channels or config.model.get("channels")
-    train_set, val_set = load_images(config.data)
+    with section("data"):
+        train_set, val_set = load_images(config.data)
     config.data.channels = train_set.channels
     same = config.model.setdefault("channels", train_set.channels) == train_set.channels
     require(same, f"model.channels={config.model['channels']} and data.channels={train_set.channels} must be the same")

@@ -85,7 +85,7 @@ def train(config: GANConfig, run: Run) -> None:
         disc_optimizer=nets.disc_optimizer,
     )
     then = f"python stage2/sample.py {quote(config.run_dir)}"
-    if run.resume(state, then, data=train_set.fingerprint):
+    if run.resume(state, then, data=train_set.fingerprint, held_out=None):
         return
     classes = range(len(train_set.class_names))
     size = num_parameters(nets.bare_generator)
@@ -144,7 +144,8 @@ def train(config: GANConfig, run: Run) -> None:
 
 def load_data(config: GANConfig) -> ImageSet:
     """The training images; completes the configuration with settings that follow from them."""
-    train_set, _ = load_images(config.data)
+    with section("data"):
+        train_set, _ = load_images(config.data)
     config.data.channels = train_set.channels
     config.generator = check_options(DCGANGenerator, config.generator, "generator")
     config.discriminator = check_options(DCGANDiscriminator, config.discriminator, "discriminator")

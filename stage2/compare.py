@@ -67,7 +67,8 @@ def main(config: CompareConfig) -> None:
     cache = cache_folder(config)
     data = DataConfig(**check_options(DataConfig, config.data, "data"))
     # Loads the images and both networks and checks all settings first, so that errors appear before the long training.
-    train_set, held_out = load_images(data)
+    with section("data"):
+        train_set, held_out = load_images(data)
     accelerator = evaluation_device()
     network = load_feature_network(
         config.features, None, train_set, seed=config.seed, cache=cache, accelerator=accelerator

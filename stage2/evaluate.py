@@ -204,8 +204,9 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
     size = config.data.get("image_size")
     options = check_options(DataConfig, config.data, "data")
     data, reference_data = (DataConfig(**{**options, "source": source}) for source in (config.images, config.reference))
-    images, _ = load_set("images", data, size)
-    reference, held_out = load_set("reference", reference_data, size)
+    with section("data", images="images", reference="reference"):
+        images, _ = load_set("images", data, size)
+        reference, held_out = load_set("reference", reference_data, size)
     for what in ("image_size", "channels"):
         a, b = getattr(images, what), getattr(reference, what)
         remedy = f"give data.{what}= to bring both to the same"

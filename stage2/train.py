@@ -127,7 +127,8 @@ def load_data(config: Stage2Config, run: Run, tokenizer: VQModel) -> tuple[Image
     if taken:
         run.accelerator.print(taken)
     config.data = asdict(data)
-    return load_images(data)
+    with section("data"):
+        return load_images(data)
 
 
 def build(config: Stage2Config, run: Run, tokenizer: VQModel, class_names: list[str]) -> Nets:

@@ -152,7 +152,7 @@ def test_several_codes_a_position_from_images_to_images(program, tmp_path):
     code, _, errors = program("stage1/train.py", DEBUG["stage1"], *quantizer, *FEW_STEPS, f"run_dir={tmp_path}/1")
     assert code == 2
     assert "model.quantizer.codebook_size=64: residual has no such option" in errors  # debug/stage1.yaml sets it
-    assert "set base.codebook_size" in errors
+    assert "set model.quantizer.base.codebook_size" in errors
     code, _, errors = program("stage1/train.py", "model.widths=[8,16]", *quantizer, *FEW_STEPS, f"run_dir={tmp_path}/1")
     assert code == 0, errors
     arguments = [DEBUG["stage2"], f"stage1={tmp_path}/1", *FEW_STEPS]

@@ -33,9 +33,10 @@ class InputError(ValueError):
 
 @contextmanager
 def section(name: str, /, **elsewhere: str) -> Iterator[None]:
-    """Adds `name.` in front of the option at the beginning of an InputError that is raised inside.
+    """Adds `name.` in front of the options that an InputError raised inside names.
 
-    A line that does not begin with an option (`key=`, `key:` or `key.`) stays the same.
+    They are the option at its beginning (`key=`, `key:` or `key.`) and one in a remedy: `set key`, `give key` or
+    `raise key`, followed by `=`, `;`, `,` or the end.
 
     Args:
         name: the options' section, as in `model.quantizer`.
@@ -49,6 +50,8 @@ def section(name: str, /, **elsewhere: str) -> Iterator[None]:
         yield
     except InputError as error:
         message = re.sub(r"\A\w+(?=[=:.])", lambda option: full(option[0]), error.message)
+        remedy = r"\b(set|give|raise) (?!that\b|others\b)([a-z]\w*)((?:\.\w+)*)(?=[=;,]|$)"
+        message = re.sub(remedy, lambda part: f"{part[1]} {full(part[2])}{part[3]}", message)
         raise InputError(message, error.near and full(error.near)) from error.__cause__
 
 

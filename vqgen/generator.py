@@ -10,7 +10,6 @@ from typing import TypeAlias, cast
 
 import numpy as np
 import torch
-import yaml
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
@@ -22,6 +21,7 @@ from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import classes_in_turn, generate_images, sample_images
 from vqgen.settings import DataConfig, SampleConfig
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
+from vqgen.yaml_file import read_yaml
 
 logger = logging.getLogger("vqgen")
 
@@ -229,6 +229,7 @@ class Generator:
         if class_ids is None:
             return range(len(self.class_names))
         asked = [class_ids] if isinstance(class_ids, int | str | np.integer) else class_ids
+        require(len(asked) > 0, "class_ids: names no class; give one or more, or leave it out for all classes")
         return [self._id_of(name) if isinstance(name, str) else self._checked_id(name) for name in asked]
 
     def _id_of(self, name: str) -> int:
@@ -254,9 +255,9 @@ class Generator:
 def _training_data(path: Path) -> DataConfig | None:
     """The settings by which images become squares, from a run's config.yaml; None if the file has none."""
     try:
-        section = yaml.safe_load(path.read_text())["data"]
+        section = read_yaml(path)["data"]
         return DataConfig(resize=section["resize"], background=section["background"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (InputError, KeyError, TypeError):
         return None
 
 

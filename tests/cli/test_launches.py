@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from programs import ENVIRONMENT, ROOT
 
+from vqgen.cli import launch
 from vqgen.training.checkpoints import newest_checkpoint
 
 STAGE1 = ["stage1/train.py", "configs/debug/stage1.yaml", "tracking.wandb=disabled"]
@@ -44,6 +46,27 @@ def test_launches_that_would_end_in_a_traceback_are_refused(
     assert errors.count("\n") == 1
     assert said in errors
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("load", "processes", "threads"),
+    [([1, 2, 0, 3], 1, 4), ([97, 2, 0, 3], 1, 3), ([99, 50, 60, 3], 1, 2), ([100] * 4, 1, 1), ([99, 0, 0, 0], 2, 1)],
+)
+def test_threads_leave_the_cores_of_other_programs_alone(monkeypatch, capsys, load, processes, threads):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(launch, "available_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(launch.psutil, "cpu_percent", lambda interval, percpu: load)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv(launch.CHOSEN, "")
+    try:
+        launch._use_free_cores(processes)
+        assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"]) == threads
+        assert os.environ[launch.CHOSEN] == "1"
+        busy = sum(part > 50 for part in load)
+        assert ("keep" in (said := capsys.readouterr().out)) == (busy > 0)
+        assert "OMP_NUM_THREADS= sets another number" in said or not busy
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_backend_that_compiles_nothing_takes_every_loss(program, monkeypatch, tmp_path):

@@ -256,13 +256,13 @@ def test_a_hostile_file_raises_one_line_if_asked_to(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"resize": "stretch"}, "data.resize=stretch is not known; use crop or pad"),
-        ({"on_error": "ignore"}, "data.on_error=ignore is not known; use skip or raise"),
-        ({"channels": 4}, "data.channels=4 is not known; use 1 or 3 or null"),
-        ({"background": "blu"}, "data.background=blu is not a colour; use a name or #rrggbb"),
-        ({"image_size": 0}, "data.image_size=0 is no number of pixels; use 32, for example"),
-        ({"image_size": 10**6}, "data.image_size=1000000: must be at most 32768"),
-        ({"val_fraction": 1.0}, "data.val_fraction=1.0 is not from 0 to below 1; use 0.05, for example"),
+        ({"resize": "stretch"}, "resize=stretch is not known; use crop or pad"),
+        ({"on_error": "ignore"}, "on_error=ignore is not known; use skip or raise"),
+        ({"channels": 4}, "channels=4 is not known; use 1 or 3 or null"),
+        ({"background": "blu"}, "background=blu is not a colour; use a name or #rrggbb"),
+        ({"image_size": 0}, "image_size=0 is no number of pixels; use 32, for example"),
+        ({"image_size": 10**6}, "image_size=1000000: must be at most 32768"),
+        ({"val_fraction": 1.0}, "val_fraction=1.0 is not from 0 to below 1; use 0.05, for example"),
     ],
 )
 def test_settings_that_are_refused(settings, message):
@@ -316,5 +316,5 @@ def test_load_images_changes_settings_by_name_in_a_copy(folder):
     assert data == DataConfig(source=str(folder))
     with pytest.raises(TypeError, match="imagesize"):
         load_images(folder, imagesize=8)
-    with pytest.raises(InputError, match=r"^data\.source=nowhere: no such file or folder"):
+    with pytest.raises(InputError, match=r"^source=nowhere: no such file or folder"):
         load_images("nowhere")

@@ -56,7 +56,7 @@ def wrong_sources(root: Path) -> dict[str, str]:
         "photos": "no such file or folder; give a folder of images, an .npz, a .tar pattern, or digits",
         "empty": r"no image in this folder \(looked for \.png \.jpg .*\); give a folder",
         "shards": r"no image in this folder .*; give .*shards/\*\.tar for its shards",
-        "single": "is one image.*; give data.val_source",
+        "single": "is one image.*; give val_source=",
         "film.mp4": "a file of an unknown type; give a folder",
         "zipped.tar.gz": "a file of an unknown type; give a folder",
         "text.npz": r"text\.npz cannot be read \(.*\); repair it",
@@ -96,7 +96,7 @@ def test_sources_that_are_refused(tmp_path):
     for name, pattern in wrong_sources(tmp_path).items():
         with pytest.raises(InputError, match=pattern) as error:
             load(tmp_path / name)
-        assert str(error.value).startswith(f"data.source={tmp_path / name}"), error.value
+        assert str(error.value).startswith(f"source={tmp_path / name}"), error.value
         assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=r"^data\.val_source=nowhere: no such file or folder; "):
         load("digits", val_source="nowhere")

@@ -1,5 +1,6 @@
 """A run's folder: its owner, and that it keeps a complete checkpoint whenever a process is killed."""
 
+import errno
 import os
 import shutil
 import signal
@@ -127,6 +128,21 @@ def test_a_second_process_is_kept_out_of_a_run_and_told_who_has_it(tmp_path):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     opened(run_config(tmp_path))
+
+
+def test_a_run_on_a_read_only_disk_can_be_asked_for(tmp_path, monkeypatch):
+    config = run_config(tmp_path)
+    opened(config)
+    save_checkpoint(tmp_path / "run", 1, {}, keep=1)
+
+    def refuse(path, *arguments, **options):
+        if path.name == ".lock":
+            raise OSError(errno.EROFS, "Read-only file system")
+        return plain_open(path, *arguments, **options)
+
+    plain_open = Path.open
+    monkeypatch.setattr(Path, "open", refuse)
+    opened(config)
 
 
 def test_open_run_says_where_it_cannot_write(tmp_path):

@@ -10,7 +10,9 @@ import torch
 import wandb
 from PIL import Image
 
+from vqgen.errors import InputError
 from vqgen.settings import Stage1Config, TrackingConfig
+from vqgen.training import tracking
 from vqgen.training.tracking import Tracker, image_grid
 
 
@@ -212,10 +214,14 @@ def test_disabled_does_not_import_wandb(run, monkeypatch, caplog):
     assert not (tracker.run_dir / "wandb").exists()
 
 
-def test_wandb_that_cannot_be_imported_is_one_warning(run, monkeypatch, caplog):
+def test_wandb_that_is_not_installed_is_one_line_or_an_error_if_it_is_asked_for(run, monkeypatch, caplog, capsys):
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "wandb", None)
     run("auto").log(1, {"loss": 0.5})
-    assert len(warnings(caplog)) == 1
+    assert capsys.readouterr().out.count("pip install 'vqgen[tracking]'") == 1
+    assert warnings(caplog) == []
+    with pytest.raises(InputError, match=r"tracking.wandb=offline needs wandb, .* pip install 'vqgen\[tracking\]'"):
+        run("offline")
 
 
 # image_grid

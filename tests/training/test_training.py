@@ -15,6 +15,7 @@ from vqgen.data import order
 from vqgen.data.order import BatchOrder, coin_flips, mixed_seed, seed_step
 from vqgen.errors import InputError
 from vqgen.settings import OptimConfig, Stage1Config, TrackingConfig, TrainConfig
+from vqgen.tokenizers.light import Light
 from vqgen.training import schedule
 from vqgen.training.average import WeightEMA
 from vqgen.training.checkpoints import save_checkpoint
@@ -24,6 +25,7 @@ from vqgen.training.run import Run, attempts
 from vqgen.training.schedule import Budget, lr_at, micro_batch_size, parameter_groups, ramp_at
 from vqgen.training.state import TrainState
 from vqgen.training.stop import Stop
+from vqgen.training.threads import CHOSEN, keep_threads
 from vqgen.yaml_file import save_config
 
 CPU = torch.device("cpu")
@@ -483,6 +485,35 @@ def test_each_update_of_a_run_has_random_numbers_of_its_own(tmp_path):
     assert len(set(drawn)) == 6
     seed_step(0, 1)
     assert drawn[2:4] == [torch.rand(()).item() for _ in "ab"]
+
+
+def test_a_checkpoint_takes_no_training_time(tmp_path, clock, monkeypatch):
+    config = Stage1Config(run_dir=str(tmp_path), tracking=TrackingConfig(wandb="disabled"))
+    model = WeightEMA(Light(channels=1, widths=[8]), 0.1)
+    monkeypatch.setattr(model.model, "save_pretrained", lambda folder: clock.__setitem__(0, clock[0] + 1000))
+    for run in attempts(config, lowered="", to_lower=""):
+        with run:
+            now = next(started(run).steps())
+            clock[0] += 1
+            run.save(now, TrainState(), {"": model})
+            clock[0] += 1
+            assert run.budget.seconds == 2
+            run.accelerator.end_training()
+
+
+def test_a_checkpoint_made_with_other_threads_is_gone_on_with_by_as_many(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert keep_threads(None) == keep_threads(2) == ""  # older versions did not note it
+        monkeypatch.delenv(CHOSEN, raising=False)
+        assert keep_threads(3) == " with 2 thread(s) after 3: the same numbers except for rounding"  # the user's choice
+        assert torch.get_num_threads() == 2
+        monkeypatch.setenv(CHOSEN, "1")
+        assert keep_threads(1) == " with 1 thread(s), as before"
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_is_not_a_divergence_is_not_kept_and_signals_are_given_back(tmp_path):

@@ -46,7 +46,7 @@ def _use_free_cores(processes: int) -> None:
     all of them wait, and training is then slower than with fewer threads (tests/benchmarks/threads.py).
     """
     cores, load = available_cores(), psutil.cpu_percent(LOOK, percpu=True)
-    busy = round(sum(load[core] for core in cores) / 100)
+    busy = round(sum(load[core] for core in cores if core < len(load)) / 100)
     threads = max(1, (len(cores) - busy) // processes)
     if busy:
         print(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from vqgen.cli.reflect import check_options
 from vqgen.data.images import ImageSet, load_images
-from vqgen.errors import InputError, require
+from vqgen.errors import InputError, require, section
 from vqgen.settings import DataConfig, TrackingConfig
 from vqgen.training.checkpoints import load_checkpoint
 from vqgen.yaml_file import WORKING_DIR, read_yaml
@@ -69,7 +69,8 @@ def run_images(run: Path, given: Mapping[str, Any], channels: int) -> tuple[Imag
         InputError: as in `run_data`; or no image loads.
     """
     config, same, _ = run_data(run, given, channels)
-    train, held_out = load_images(config)
+    with section("data"):
+        train, held_out = load_images(config)
     if not same:
         checkpoint = load_checkpoint(run)
         same = checkpoint is not None and checkpoint["data"] == train.fingerprint

@@ -61,11 +61,11 @@ def load_images(data: DataConfig | str | Path, **options: Any) -> tuple[ImageSet
         data = DataConfig(source=str(data))
     data = dataclasses.replace(data, **options)
     _check_settings(data)
-    train, held_out = open_source("data.source", data.source)
+    train, held_out = open_source("source", data.source)
     prefix = ""
     if data.val_source is not None:
         prefix = f"{data.val_source}/"
-        part, test_part = open_source("data.val_source", data.val_source)
+        part, test_part = open_source("val_source", data.val_source)
         held_out = test_part or part
     if held_out is not None:
         _match_classes(train, held_out)
@@ -74,7 +74,7 @@ def load_images(data: DataConfig | str | Path, **options: Any) -> tuple[ImageSet
         held_out = train
         train_rows, held_out_rows = _split(train.names, data.val_fraction)
     else:
-        raise InputError(f"data.source={data.source} is one image, with none left to hold out; give data.val_source")
+        raise InputError(f"source={data.source} is one image, with none left to hold out; give val_source=")
     channels = data.channels or _probe_channels(train, train_rows, data.background)
     return ImageSet(train, train_rows, data, channels), ImageSet(held_out, held_out_rows, data, channels, prefix)
 
@@ -99,9 +99,7 @@ def load_set(key: str, data: DataConfig, image_size: int | None = None) -> tuple
         sizes = computed_by_main(lambda: _sizes(source, rows))
         if len(sizes) != 1 or len(set(*sizes)) != 1:
             found = " and ".join(f"{width}x{height}" for width, height in sorted(sizes)[:2]) or "broken"
-            raise InputError(
-                f"{key}={data.source}: holds {found} images, not squares of one size; give data.image_size="
-            )
+            raise InputError(f"{key}={data.source}: holds {found} images, not squares of one size; set image_size=")
         image_size = sizes.pop()[0]
     data = dataclasses.replace(data, image_size=image_size)
     channels = data.channels or _probe_channels(source, rows, data.background)
@@ -240,7 +238,7 @@ class ImageSet:
             found_before = i in self._broken
             self._broken[i] = reason(error)
             if self._data.on_error == "raise":
-                remedy = "repair or remove it, or set data.on_error=skip"
+                remedy = "repair or remove it, or skip such images with data.on_error=skip"
                 raise InputError(f"an image does not load: {self._describe(i)}; {remedy}") from error
             if self._skipped is not None and not found_before:
                 with contextlib.suppress(OSError):  # a full disk must not end the run for the sake of this list
@@ -294,16 +292,16 @@ def _check_settings(data: DataConfig) -> None:
     for key, choices in {"resize": ("crop", "pad"), "on_error": ("skip", "raise"), "channels": (1, 3, None)}.items():
         if getattr(data, key) not in choices:
             known = " or ".join("null" if choice is None else str(choice) for choice in choices)
-            raise InputError(f"data.{key}={getattr(data, key)} is not known; use {known}")
+            raise InputError(f"{key}={getattr(data, key)} is not known; use {known}")
     if data.image_size < 1:
-        raise InputError(f"data.image_size={data.image_size} is no number of pixels; use 32, for example")
-    require_size("data.image_size", data.image_size, MAX_SIDE)
+        raise InputError(f"image_size={data.image_size} is no number of pixels; use 32, for example")
+    require_size("image_size", data.image_size, MAX_SIDE)
     if not 0 <= data.val_fraction < 1:
-        raise InputError(f"data.val_fraction={data.val_fraction} is not from 0 to below 1; use 0.05, for example")
+        raise InputError(f"val_fraction={data.val_fraction} is not from 0 to below 1; use 0.05, for example")
     try:
         ImageColor.getrgb(data.background)
     except ValueError as error:
-        raise InputError(f"data.background={data.background} is not a colour; use a name or #rrggbb") from error
+        raise InputError(f"background={data.background} is not a colour; use a name or #rrggbb") from error
 
 
 def _match_classes(train: Source, held_out: Source) -> None:

@@ -1,6 +1,7 @@
 """In which order a run sees its data, and what is drawn at random on the way: from the seed and the step alone."""
 
 import itertools
+import signal
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +14,9 @@ from vqgen.data.codes import TokenStore
 from vqgen.data.images import ImageSet
 from vqgen.distributed import rank, world_size
 from vqgen.tokenizers.vqmodel import from_uint8
-from vqgen.training.stop import ignore_signals
+
+# The programs take these as the wish to stop and save; a process that loads data must not end by them.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 class BatchOrder:
@@ -70,13 +73,16 @@ class Place(NamedTuple):
 def endless_batches(
     dataset: ImageSet | TokenStore, place: Place, *, workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's micro-batches from a place on, in `BatchOrder`, on the CPU."""
+    """This process's micro-batches from a place on, in `BatchOrder`, on the CPU.
+
+    Call it before the loop: a `DataLoader` that starts draws a number from torch's random generator.
+    """
     loader: DataLoader[Any] = DataLoader(
         dataset,  # type: ignore[arg-type]  # it has what DataLoader uses, and is no subclass
         batch_sampler=BatchOrder(len(dataset), place.micro_batch, place.first, place.seed),
         collate_fn=_as_is,
         num_workers=workers,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=_ignore_signals,
         pin_memory=device.type == "cuda",
     )
     return iter(loader)
@@ -96,12 +102,14 @@ def image_batches(
     """
     batches = endless_batches(images, place, workers=0 if images.in_memory else workers, device=device)
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    flips = place.flips(0.5)
-    for pixels, class_ids in batches:
-        x = from_uint8(pixels.to(device, non_blocking=True, memory_format=memory_format))  # (B, C, H, W)
-        if flip:
-            x = torch.where(next(flips).to(device, non_blocking=True)[:, None, None, None], x.flip(-1), x)
-        yield x, class_ids.to(device, non_blocking=True)
+
+    def as_input(batch: tuple[Tensor, Tensor], mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = from_uint8(batch[0].to(device, non_blocking=True, memory_format=memory_format))  # (B, C, H, W)
+        if mirrored is not None:
+            x = torch.where(mirrored.to(device, non_blocking=True)[:, None, None, None], x.flip(-1), x)
+        return x, batch[1].to(device, non_blocking=True)
+
+    return map(as_input, batches, place.flips(0.5)) if flip else map(as_input, batches)
 
 
 def token_batches(
@@ -116,10 +124,18 @@ def token_batches(
         device: of the prior.
     """
     batches = endless_batches(codes, place, workers=0, device=device)
-    for (tokens, class_ids), hidden in zip(batches, place.flips(class_dropout), strict=False):
-        class_ids = class_ids.to(device, non_blocking=True)
-        class_ids = class_ids.masked_fill(hidden.to(device, non_blocking=True), -1)
-        yield tokens.to(device, non_blocking=True), class_ids
+
+    def as_input(batch: tuple[Tensor, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, class_ids = (part.to(device, non_blocking=True) for part in batch)
+        return tokens, class_ids.masked_fill(hidden.to(device, non_blocking=True), -1)
+
+    return map(as_input, batches, place.flips(class_dropout))
+
+
+def _ignore_signals(worker: int) -> None:
+    """Lets a process that loads data ignore signals: its training process still needs it to finish the step."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(batch: Any) -> Any:

@@ -80,7 +80,7 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         side = size // self.stride
         return CodeLayout(((self.quantizer.num_codebooks, side, side),), (self.quantizer.codebook_size,))
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Writes model.safetensors, and config.json with the architecture's name and all options, to a folder."""
         from vqgen.tokenizers import ARCHITECTURES  # imported here, because vqgen.tokenizers imports this module
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vqgen.distributed import rank
 from vqgen.training.fsdp import gathered, shard_like
 
 
@@ -59,12 +60,12 @@ class WeightEMA:
         finally:
             self._put_back()
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor | None]:
         """The averaged model's own state. All processes must call it."""
         with self.whole() as model:
             state = model.state_dict()
         # Complete weights may not fit on one GPU beside its shards, so they go to the CPU.
-        return {key: x.cpu() for key, x in state.items()} if self.shards else state
+        return {key: x.cpu() if rank() == 0 else None for key, x in state.items()} if self.shards else state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Loads a state from `state_dict`, also into sharded averages."""

@@ -95,7 +95,14 @@ def _lock(run_dir: Path) -> Iterator[Callable[[], None]]:
         InputError: another process holds the lock.
         OSError: the folder cannot be written.
     """
-    with (run_dir / ".lock").open("a+") as file:
+    try:
+        file = (run_dir / ".lock").open("a+")
+    except OSError:
+        if not (run_dir / "config.yaml").exists():
+            raise
+        yield lambda: None  # on a read-only disk, where a finished run may be asked for, no process changes a run
+        return
+    with file:
         try:
             if fcntl is not None:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import vqgen
-from vqgen.data.order import Place, endless_batches, seed_step
+from vqgen.data.order import Place, seed_step
 from vqgen.data.skipped import count_skipped
 from vqgen.distributed import rank, world_size
 from vqgen.errors import InputError
@@ -38,7 +38,7 @@ from vqgen.training.launchers import refuse_other_engines
 from vqgen.training.means import Means, accumulate
 from vqgen.training.schedule import Budget, micro_batch_size
 from vqgen.training.state import TrainState
-from vqgen.training.stop import Stop
+from vqgen.training.stop import Stop, explained
 from vqgen.training.threads import keep_threads
 from vqgen.training.tracking import Tracker
 
@@ -83,7 +83,8 @@ def attempts(config: Any, *, lowered: str, to_lower: str, fsdp: bool = False) ->
     """
     stop, rollbacks = Stop(config.train.max_hours), 0
     while True:
-        run = Run(config, rollbacks, stop, fsdp)
+        with stop.listening():  # `with run` listens from then on
+            run = Run(config, rollbacks, stop, fsdp)
         yield run
         if run.diverged is None:
             break
@@ -165,8 +166,8 @@ class Run:
     ) -> bool:
         if isinstance(error, Diverged):
             self.diverged = error.with_traceback(None)  # a traceback would keep this attempt's models in memory
-            self.tracker.close()  # the next attempt opens it again
-            self.accelerator.free_memory()
+            self._open.callback(self.accelerator.free_memory)
+            self._open.callback(self.tracker.close)  # the next attempt opens it again
         self._open.close()
         return isinstance(error, Diverged)
 
@@ -230,16 +231,16 @@ class Run:
                 self.means.load_state_dict(saved["means"])
                 if self.accelerator.scaler:
                     self.accelerator.scaler.load_state_dict(saved["scaler"])
-            except torch.OutOfMemoryError:
-                raise
             except (KeyError, RuntimeError, ValueError) as error:
+                if explained(error, self.config):  # the machine's fault, and not the version's
+                    raise
                 by = f"vqgen {saved.get('vqgen', 'before 0.2')}"
                 raise InputError(
                     f"{self.dir}: its checkpoint was written by {by} and does not fit {vqgen.__version__} "
                     f"({' '.join(str(error).split())[:150]}); go on with that version, or name another run_dir="
                 ) from error
             self.saved = self.step
-            self._threads = keep_threads(saved.get("threads"))
+            self._threads = keep_threads(saved.get("threads")) if self.device.type == "cpu" else ""
         if saved is not None and self.budget.share(self.step, self.device) >= 1:
             done = f"{self.dir} is finished, at step {self.step}; name another run_dir= for another run"
             self.accelerator.print(f"{done}; next: {then}")
@@ -268,10 +269,6 @@ class Run:
         )
         resumed = how_resumed(saved, self.accumulation, by_pass=by_pass, by_process=by_process)
         self.say(f"{self.dir}: {what}, {world_size()} x {self.device.type}{resumed}{self._threads}")
-
-    def batches(self, dataset: Any, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields this process's batches of a data set without end, from the run's current step on."""
-        return endless_batches(dataset, self.place, workers=workers, device=self.device)
 
     # The loop
 
@@ -389,6 +386,11 @@ class Run:
             state: the program's part of the checkpoint; the run adds its own numbers.
             model: models with `save_pretrained`, or their averages, by their folder inside model/.
         """
+        with self.paused():
+            self._save(now, state, model)
+        self.saved = now.step
+
+    def _save(self, now: Now, state: TrainState, model: Mapping[str, Any]) -> None:
         train = self.config.train
         saved = {
             "vqgen": vqgen.__version__,
@@ -415,7 +417,6 @@ class Run:
                         part.save_pretrained(folder / name)
                 saved["logged"] = self.tracker.flush()
                 save_checkpoint(self.dir, now.step, saved, train.keep_checkpoints, train.milestone_every)
-        self.saved = now.step
 
     def say(self, text: str) -> None:
         """Prints a line, on the main process."""

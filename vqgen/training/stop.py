@@ -14,10 +14,9 @@ from typing import Any, TextIO
 
 import torch
 
+from vqgen.data.order import SIGNALS
 from vqgen.data.skipped import PASSING
 from vqgen.distributed import rank, world_size
-
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -129,12 +128,6 @@ def dropping_unread_output() -> Iterator[None]:
 def output_is_unread() -> bool:
     """Whether the reader of this process's output has ended."""
     return any(isinstance(stream, _Output) and stream.unread for stream in (sys.stdout, sys.stderr))
-
-
-def ignore_signals(worker: int) -> None:
-    """Lets a process that loads data ignore signals: its training process still needs it to finish the step."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers() -> None:

@@ -8,6 +8,7 @@ import secrets
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from vqgen.errors import need
 from vqgen.settings import TrackingConfig
 
 logger = logging.getLogger("vqgen")
@@ -109,12 +111,17 @@ class _Wandb:
 
     def __init__(self, run_dir: Path, tracking: TrackingConfig, config: dict[str, Any]):
         self.run: Any = None
+        if tracking.wandb in ("online", "offline"):
+            need("wandb", "tracking", f"tracking.wandb={tracking.wandb}")
         if tracking.wandb != "disabled":
             self._attempt(lambda: self._start(run_dir, tracking, config))
 
     def _start(self, run_dir: Path, tracking: TrackingConfig, config: dict[str, Any]) -> None:
         mode: Any = tracking.wandb if tracking.wandb != "auto" else _mode_of_environment()
         if mode == "disabled":
+            return
+        if find_spec("wandb") is None:
+            print("wandb is not installed, so metrics.jsonl alone has the figures; pip install 'vqgen[tracking]'")
             return
         import wandb  # imported here, so that a run without wandb does not wait for it
 
