@@ -1,1 +1,1 @@
-"""What goes into training: images for the tokenizer, and the tokens of images for the prior."""
+"""The data of training: images for the tokenizer, and the tokens of images for the prior."""

@@ -68,25 +68,25 @@ def encode_images(
     skipped: Path | None = None,
     order: str = "raster",
 ) -> TokenStore:
-    """The images as tokens: from the store on disk if it has them, else encoded now and stored.
+    """The images as tokens: from the store on disk if it has them; otherwise encoded now, and stored.
 
-    All processes call it at the same point, and share the work.
+    All processes must call it at the same point; they share the work.
 
     Args:
-        images: what to encode.
+        images: the images to encode.
         model: the tokenizer, on its device, in eval mode.
         cache: the folder of all stores.
         tokenizer_hash: identifies the tokenizer.
-        mirror: store each image and its mirror image.
-        accelerator: of the processes that share the work.
+        mirror: whether to store each image and its mirror image.
+        accelerator: Accelerate's handle on the processes that share the work.
         skipped: the file that lists the images that do not load, now or when the store was made; see `SkippedFile`.
-        order: in which the codes are written; see `CodeLayout`.
+        order: name of the order of the codes in a sequence; see `CodeLayout`.
 
     Raises:
         InputError: the store or that file cannot be written, or no image loads.
     """
     made_from = {"tokenizer": tokenizer_hash, "data": images.fingerprint, "mirror": mirror, **images.crop}
-    made_from |= {"order": order} if order != "raster" else {}  # older versions knew no other
+    made_from |= {"order": order} if order != "raster" else {}  # older versions had no other order
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     folder, beside = cache / key, cache / f"{key}.{from_main(os.getpid(), accelerator.device):.0f}.tmp"
     layout = dataclasses.replace(model.code_layout(images.image_size), order=order)
@@ -97,7 +97,7 @@ def encode_images(
                 count = len(images) * (2 if mirror else 1)
                 dtype = np.uint16 if layout.vocab_size <= 1 << 16 else np.uint32
                 try:
-                    if folder.exists():  # a damaged store
+                    if folder.exists():  # removes a damaged store
                         shutil.rmtree(folder)
                     shutil.rmtree(beside, ignore_errors=True)
                     beside.mkdir(parents=True)
@@ -121,7 +121,7 @@ def encode_images(
                 except OSError:
                     if not folder.exists():
                         raise
-                    shutil.rmtree(beside)  # meanwhile another run has made the same store
+                    shutil.rmtree(beside)  # another run has made the same store in the meantime
         except BaseException:
             if accelerator.is_main_process:
                 shutil.rmtree(beside, ignore_errors=True)
@@ -139,7 +139,7 @@ def encode_images(
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a store is there and loads."""
+    """Whether a store exists and loads."""
     try:
         TokenStore(folder)
     except (OSError, EOFError, ValueError) as error:
@@ -150,7 +150,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _reserve(path: Path, dtype: type, shape: tuple[int, ...]) -> None:
-    """Makes an array's file, and reserves its space: a disk that fills up would kill a process that writes to the map.
+    """Makes an array's file and reserves its space, because writing to a map on a full disk would kill the process.
 
     Raises:
         OSError: the disk has too little space.

@@ -1,4 +1,4 @@
-"""What tells one set of images from another: a fingerprint of their names, their classes and their content."""
+"""The fingerprint of a set of images, which depends on their names, their classes and their content."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-HASHED_BYTES = 2 << 30  # reading more than this would hold up the start of a run
+HASHED_BYTES = 2 << 30  # reading more would delay the start of a run
 
 
 def fingerprint_of(names: list[str], class_names: list[str], class_ids: np.ndarray, files: Sequence[str | Path]) -> str:
     """Hex digest of a set's names, classes and content.
 
-    The content is all the bytes of the files or, if those are more than 2 GiB, the size and the time of modification of
-    each. Files that cannot be read are left out.
+    The content is all bytes of the files or, if these are more than 2 GiB, each file's size and time of modification.
+    Files that cannot be read are left out.
     """
     digest = hashlib.sha256(json.dumps([names, class_names, class_ids.tolist()]).encode())
     found = []

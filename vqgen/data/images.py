@@ -38,20 +38,20 @@ logger = logging.getLogger("vqgen")
 
 PROBED_IMAGES = 64
 MAX_SIDE = 1 << 15
-MAX_THREADS = 8  # that decode
+MAX_THREADS = 8  # threads that decode
 
 
 def load_images(data: DataConfig | str | Path, **options: Any) -> tuple[ImageSet, ImageSet]:
-    """The images to train on, and those held out: `train, held_out = load_images("photos", image_size=64)`.
+    """The training and the held-out images: `train, held_out = load_images("photos", image_size=64)`.
 
-    Held out are the images of `val_source` if given, else the source's own test part if it has one. Otherwise an image
-    is held out if its name has a low hash, so that adding or removing other images does not change its side.
+    The held-out images are those of `val_source` if it is given, or the source's own test part if it has one. Otherwise
+    an image is held out if its name has a low hash, so other images can come and go without moving it to the other set.
 
-    Where there are several processes, all of them call it at the same point: the main process lists the files for all.
+    All processes must call it at the same point, because the main process lists the files for all.
 
     Args:
-        data: the settings, or just the source, such as a folder.
-        options: fields of `DataConfig` that differ from those settings, or from the defaults.
+        data: the settings, or only the source, such as a folder.
+        options: fields of `DataConfig` that replace those of `data`, or the defaults.
 
     Raises:
         InputError: a source or a setting cannot be used, or no image loads.
@@ -80,13 +80,13 @@ def load_images(data: DataConfig | str | Path, **options: Any) -> tuple[ImageSet
 
 
 def load_set(key: str, data: DataConfig, image_size: int | None = None) -> tuple[ImageSet, ImageSet | None]:
-    """All images of `data.source`. If it has parts of its own: those to train on, and those held out.
+    """All images of `data.source` and None; or its training and its held-out part if it has both.
 
-    All processes call it at the same point, as `load_images`.
+    All processes must call it at the same point, like `load_images`.
 
     Args:
-        key: what the messages call the source.
-        data: its settings.
+        key: the source's name in messages.
+        data: the source's settings.
         image_size: the side of the squares; None takes the images' own size, if they are squares of one size.
 
     Raises:
@@ -111,9 +111,9 @@ def load_set(key: str, data: DataConfig, image_size: int | None = None) -> tuple
 
 
 def some_rows(available: int, wanted: int | None) -> np.ndarray:
-    """All rows of a set, or as many as wanted: drawn at random, always the same ones, in order.
+    """All rows of a set, or `wanted` random ones, which are always the same; sorted.
 
-    Evenly spaced rows could all be of one class where the classes come in turn.
+    Evenly spaced rows could all belong to one class if the classes come in turn.
     """
     if wanted is None or wanted >= available:
         return np.arange(available)
@@ -121,16 +121,16 @@ def some_rows(available: int, wanted: int | None) -> np.ndarray:
 
 
 class ImageSet:
-    """Square uint8 images of one size with their class ids, from memory or decoded when they are asked for.
+    """Square uint8 images of one size with their class ids, from memory or decoded on request.
 
-    It serves as the dataset of a `DataLoader` whose `collate_fn` returns its argument, as batches are stacked already.
+    It can be the dataset of a `DataLoader` whose `collate_fn` returns its argument, because it returns whole batches.
 
     Args:
-        source: where the images are.
-        rows: which of them are in the set.
+        source: the source of the images.
+        rows: indices of the source's images that are in this set.
         data: the settings.
         channels: C, 1 or 3.
-        prefix: goes before the names in the list of skipped images, where another set has the same names.
+        prefix: prefix of the names in the list of skipped images, if another set has the same names.
 
     Attributes:
         names: stable names: a path relative to the folder, the row of an array, or `shard.tar/key`.
@@ -166,7 +166,7 @@ class ImageSet:
 
     @property
     def in_memory(self) -> bool:
-        """Whether the images are decoded already, so that a `DataLoader` needs no worker processes."""
+        """Whether all images are decoded in memory, so that a `DataLoader` needs no worker processes."""
         return self._pixels is not None
 
     @property
@@ -176,10 +176,10 @@ class ImageSet:
         return {"image_size": size, "channels": self.channels, "resize": data.resize, "background": data.background}
 
     def report_skipped(self, path: Path) -> None:
-        """Lists the images that do not load in a file, with the reason: now those found so far, later each when found.
+        """Writes the images that do not load to a file, with the reason; images found broken later are added.
 
-        All processes call it, before a `DataLoader` starts its workers. Each image is listed once, by the process that
-        finds it first.
+        All processes must call it, before a `DataLoader` starts its workers. Each image is listed once, by the process
+        that finds it first.
 
         Raises:
             InputError: the main process cannot write the file now. If writing fails later, the run goes on.
@@ -222,8 +222,8 @@ class ImageSet:
     def fingerprint(self) -> str:
         """Hex digest that changes with the names, the classes or the content, and with no setting in `data`.
 
-        The content is that of all the source's files, also where this set is a part of them. The main process reads
-        them for all: all processes use the fingerprint for the first time at the same point.
+        The content is that of all the source's files, even if this set is only a part of them. The main process reads
+        them for all, so all processes must ask for the fingerprint for the first time at the same point.
         """
         return computed_by_main(lambda: fingerprint_of(*self._identity, self._source.files))
 
@@ -241,7 +241,7 @@ class ImageSet:
                 remedy = "repair or remove it, or skip such images with data.on_error=skip"
                 raise InputError(f"an image does not load: {self._describe(i)}; {remedy}") from error
             if self._skipped is not None and not found_before:
-                with contextlib.suppress(OSError):  # a full disk must not end the run for the sake of this list
+                with contextlib.suppress(OSError):  # a full disk must not end the run because of this list
                     self._skipped.add({self._listed_name(i): self._broken[i]})
             return None
 
@@ -280,7 +280,7 @@ class ImageSet:
         self._pixels = pixels[: len(kept)]
 
     def _read_at_or_after(self, i: int) -> tuple[np.ndarray, int]:
-        """The first image from i on that loads, and its index; after the last image comes the first."""
+        """The first image from i on that loads, and its index; the search goes round once."""
         for j in ((i + step) % len(self) for step in range(len(self))):
             pixels = None if j in self._broken else self.read(j)  # some images take long to fail: once is enough
             if pixels is not None:
@@ -331,7 +331,7 @@ def _probed(rows: np.ndarray) -> np.ndarray:
 
 
 def _sizes(source: Source, rows: np.ndarray) -> set[tuple[int, int]]:
-    """Width and height of a sample of the images, where they open."""
+    """Width and height of those images in a sample that open."""
     sizes = set()
     for row in _probed(rows):
         with contextlib.suppress(DECODE_ERRORS), opened(source, row) as image:
@@ -340,7 +340,7 @@ def _sizes(source: Source, rows: np.ndarray) -> set[tuple[int, int]]:
 
 
 def _probe_channels(source: Source, rows: np.ndarray, background: str) -> int:
-    """1 if a sample of the images is grey, also where grey is stored as RGB; else 3.
+    """1 if a sample of the images is grey, even if it is stored as RGB; otherwise 3.
 
     The main process decides for all.
 
@@ -352,7 +352,7 @@ def _probe_channels(source: Source, rows: np.ndarray, background: str) -> int:
         probed = _probed(rows)
         num_loaded, first = 0, ""
         for number, row in enumerate(chain(probed, rows)):
-            if number >= len(probed) and num_loaded:  # if none of the sample loads, the first other that does decides
+            if number >= len(probed) and num_loaded:  # if the sample is broken, the next image decides
                 break
             try:
                 with opened(source, row) as image:

@@ -1,4 +1,4 @@
-"""In which order a run sees its data, and what is drawn at random on the way: from the seed and the step alone."""
+"""The order of a run's data and its random draws, which depend only on the seed and the step."""
 
 import itertools
 import signal
@@ -15,21 +15,21 @@ from vqgen.data.images import ImageSet
 from vqgen.distributed import rank, world_size
 from vqgen.tokenizers.vqmodel import from_uint8
 
-# The programs take these as the wish to stop and save; a process that loads data must not end by them.
+# These signals ask a program to save and stop; they must not end a process that loads data.
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 class BatchOrder:
-    """Which examples this process sees, forever: a batch sampler for `torch.utils.data.DataLoader`.
+    """An endless batch sampler for `torch.utils.data.DataLoader`: the indices of this process's examples.
 
-    All processes walk one endless stream of shuffled epochs side by side, each taking its own stretch of every global
-    batch. The stream depends on the seed alone, so a run can start anywhere in it, with any number of processes.
+    All processes walk through one endless stream of shuffled epochs, and each takes its own part of every global batch.
+    The stream depends only on the seed, so a run can start anywhere in it, with any number of processes.
 
     Args:
         num_examples: size of the data set.
         micro_batch: examples per forward pass of one process.
         first: number of global micro-batches that were taken before.
-        seed: of the shuffling.
+        seed: seed of the shuffling.
     """
 
     def __init__(self, num_examples: int, micro_batch: int, first: int, seed: int):
@@ -49,10 +49,10 @@ class BatchOrder:
 
 
 class Place(NamedTuple):
-    """Where a run is in the endless stream of batches, and in what portions it takes them.
+    """The place of a run in the endless stream of batches, and the sizes in which it takes them.
 
     Attributes:
-        seed: of the run.
+        seed: the run's seed.
         micro_batch: examples per forward pass of one process.
         accumulation: passes per update.
         first: number of global micro-batches that were taken before.
@@ -94,11 +94,11 @@ def image_batches(
     """Images (B, C, H, W) in [-1, 1] and class ids (B,) on the device, from a place on, without end.
 
     Args:
-        images: to draw from.
-        place: in the stream of batches.
-        flip: mirror half of the images left to right.
-        workers: processes that decode images, where they are not in memory.
-        device: of the models.
+        images: the images.
+        place: the place in the stream of batches.
+        flip: whether to mirror half of the images left to right.
+        workers: number of processes that decode images, if these are not in memory.
+        device: the models' device.
     """
     batches = endless_batches(images, place, workers=0 if images.in_memory else workers, device=device)
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
@@ -118,10 +118,10 @@ def token_batches(
     """Tokens (B, N) and class ids (B,) on the device, from a place on, without end.
 
     Args:
-        codes: to draw from.
-        place: in the stream of batches.
+        codes: the tokens.
+        place: the place in the stream of batches.
         class_dropout: share of the examples whose class id becomes -1, no class.
-        device: of the prior.
+        device: the prior's device.
     """
     batches = endless_batches(codes, place, workers=0, device=device)
 
@@ -150,8 +150,8 @@ def mixed_seed(*numbers: int) -> int:
 def coin_flips(probability: float, micro_batch: int, seed: int, step: int, i: int = 0, accumulation: int = 1) -> Tensor:
     """(micro_batch,) bool: this process's part of a step's flips, for pass i.
 
-    Drawn for the whole step, on the CPU, from the seed and the step alone: the same for any number of processes and
-    passes, and no random state to save.
+    The flips are drawn for the whole step on the CPU, from the seed and the step alone. So they do not depend on the
+    number of processes and passes, and no random state needs to be saved.
     """
     generator = torch.Generator().manual_seed(mixed_seed(seed, step))
     flips = torch.rand(accumulation * world_size() * micro_batch, generator=generator) < probability
@@ -166,5 +166,5 @@ def own_part(x: Tensor, micro_batch: int, i: int) -> Tensor:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Reseeds torch for a step, so that dropout and the like need no random state in the checkpoint (EDM2's way)."""
+    """Reseeds torch for a step, so that a checkpoint needs no random state for dropout and other draws (as in EDM2)."""
     torch.manual_seed(mixed_seed(seed, step, rank()))

@@ -1,4 +1,4 @@
-"""From any image file to a square of uint8 pixels: opening, decoding, flattening to 8 bits, resizing."""
+"""Turns any image file into a square of uint8 pixels: opens, decodes, flattens to 8 bits, resizes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 MAX_FILE_BYTES = 1 << 30
-LARGE_BYTES, LARGE_PIXELS = 1 << 26, 1 << 24  # images above either are in memory one at a time
+LARGE_BYTES, LARGE_PIXELS = 1 << 26, 1 << 24  # only one image above either limit is in memory at a time
 STRIP_PIXELS = 1 << 20
 DECODE_ERRORS = Exception  # damaged images can make Pillow raise any exception
 
@@ -32,7 +32,7 @@ _one_large = threading.RLock()  # held while a large image is in memory
 
 @contextlib.contextmanager
 def opened(source: Source, row: int) -> Iterator[Image.Image]:
-    """An image of a source, not decoded yet, to be decoded inside. Only one large image is open at a time.
+    """Opens an image of a source; decode it inside the context. Only one large image is open at a time.
 
     Raises:
         Exception: the image does not open; see `DECODE_ERRORS`.
@@ -49,10 +49,10 @@ def opened(source: Source, row: int) -> Iterator[Image.Image]:
 
 def open_image(content: bytes) -> Image.Image:
     """The image in a file's bytes, not decoded yet."""
-    # Without `formats`, Pillow tries all that it knows: that takes 1.5 times as long, and one of them runs Ghostscript.
+    # Without `formats`, Pillow tries all its formats, which takes 1.5 times as long; one of them runs Ghostscript.
     image = Image.open(io.BytesIO(content), formats=FORMATS)
-    # Some decoders take whole rows only, and Pillow copies all that it has of a row whenever it adds a block to it. A
-    # row of 10 million pixels would take minutes.
+    # Some decoders need whole rows, and Pillow copies a row's earlier blocks whenever it adds a block. A row of 10
+    # million pixels would take minutes.
     image.decodermaxblock = max(image.decodermaxblock, 8 * image.width)
     return image
 
@@ -70,7 +70,7 @@ def checked_size(num_bytes: int) -> int:
 
 def reason(error: BaseException) -> str:
     """Why a file does not load, in a few words on one line."""
-    if isinstance(error, UnidentifiedImageError):  # its own message is the address of a buffer
+    if isinstance(error, UnidentifiedImageError):  # the error's own message is only the address of a buffer
         return "empty, or no image"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -85,14 +85,14 @@ def to_square(image: Image.Image, channels: int, data: DataConfig) -> np.ndarray
 
 
 def is_coloured(image: Image.Image, background: str) -> bool:
-    """Whether an opened image has a pixel that is not grey."""
+    """Whether an opened image has any pixel that is not grey."""
     image = _flatten(image, background)
     pixels = (np.asarray(strip) for _, strip in _strips(image))
     return image.mode != "L" and any((part[..., :1] != part).any() for part in pixels)
 
 
 def _flatten(image: Image.Image, background: str) -> Image.Image:
-    """Any image as it is meant to look: upright, opaque, 8 bits; of mode L or RGB."""
+    """Converts any image to its intended look: upright, opaque, 8 bits; mode L or RGB."""
     image.load()
     with contextlib.suppress(DECODE_ERRORS):  # damaged EXIF data do not spoil the pixels
         ImageOps.exif_transpose(image, in_place=True)
@@ -108,7 +108,7 @@ def _as(mode: str, image: Image.Image) -> Image.Image:
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """Cuts an image into strips, each with the height of its top, so that computing on one takes little memory."""
+    """Yields an image in strips, each with the y of its top, so that computing on a strip takes little memory."""
     height = max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, height):
         yield top, image.crop((0, top, image.width, min(top + height, image.height)))
@@ -124,10 +124,10 @@ def _opaque(image: Image.Image, background: str) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey values of 16 bits, 32 bits or floats as an image of mode L.
+    """Converts grey values of 16 bits, 32 bits or floats to an image of mode L.
 
-    No file says which float or which 32-bit integer is white. White is the smallest of the usual values that no pixel
-    exceeds, so that the images of a set are scaled alike. Beyond the usual values it is the brightest pixel.
+    No file says which float or which 32-bit integer is white. White is the smallest usual value that no pixel exceeds,
+    so that all images of a set have the same scale. If a pixel exceeds all usual values, the brightest pixel is white.
     """
     brightest = max(_finite(strip).max() for _, strip in _strips(image))
     whites = (1, 255, 65535) if image.mode[0] == "F" else (65535,)
@@ -144,22 +144,21 @@ def _finite(image: Image.Image) -> np.ndarray:
 
 
 def _resize(image: Image.Image, data: DataConfig) -> Image.Image:
-    """An L or RGB image as a square of `data.image_size` pixels."""
+    """Resizes an L or RGB image to a square of `data.image_size` pixels."""
     size = (data.image_size, data.image_size)
     if data.resize == "crop":
         return ImageOps.fit(image, size, Image.Resampling.BICUBIC)
-    image.thumbnail(size, Image.Resampling.BICUBIC, reducing_gap=None)  # leaves a smaller image as it is
+    image.thumbnail(size, Image.Resampling.BICUBIC, reducing_gap=None)  # does not enlarge a smaller image
     canvas = Image.new(image.mode, size, ImageColor.getcolor(data.background, image.mode))
     canvas.paste(image, ((data.image_size - image.width) // 2, (data.image_size - image.height) // 2))
     return canvas
 
 
 class _QuietPillow(contextlib.AbstractContextManager[None]):
-    """Drops Pillow's warnings and log lines while any thread is inside. What Pillow cannot read, it raises.
+    """Drops Pillow's warnings and log lines while any thread is inside; files that Pillow cannot read raise an error.
 
-    The host program's own filters and loggers stay as they are. warnings.catch_warnings() would not do: it restores
-    all filters at its end, while other threads may still be decoding, and makes Python forget which warnings it has
-    shown already.
+    The host program's own filters and loggers do not change. warnings.catch_warnings() is no alternative: it restores
+    all filters at its end, while other threads may still be decoding, and makes Python show old warnings again.
     """
 
     def __init__(self) -> None:
@@ -180,7 +179,7 @@ class _QuietPillow(contextlib.AbstractContextManager[None]):
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                with contextlib.suppress(ValueError):  # the host has replaced all filters meanwhile
+                with contextlib.suppress(ValueError):  # the host has replaced all filters in the meantime
                     warnings.filters.remove(self._filter)  # type: ignore[attr-defined]
                 self._logger.removeHandler(self._handler)
                 self._logger.propagate = self._propagate

@@ -1,4 +1,4 @@
-"""The list of images that do not load and were skipped, which the processes of a run share."""
+"""The list of skipped images, those that do not load; all processes of a run share it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ try:
 except ImportError:  # Windows: two processes that skip an image at the same time may both list it
     fcntl = None  # type: ignore[assignment]
 
-# Errors of the machine at this moment: they do not mean that the file is broken.
+# These are errors of the machine at the moment; they do not mean that the file is broken.
 PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
 
 
 def one_line(text: str) -> str:
-    """A file's name as one line that can be written to any file and terminal.
+    """Turns a file's name into one line that can be written to any file and terminal.
 
     Line breaks, control characters, undecodable bytes and backslashes become Python's escapes, from which the name can
     be restored.
@@ -28,7 +28,7 @@ def one_line(text: str) -> str:
 
 
 def count_skipped(path: Path) -> int:
-    """How many images a `skipped.txt` lists; 0 if there is no such file."""
+    """The number of images in a `skipped.txt`; 0 if there is no such file."""
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
@@ -39,9 +39,9 @@ def read_skipped(path: Path) -> dict[str, str]:
 
 
 class SkippedFile:
-    """A file with a line `name<TAB>reason` for each image that was skipped.
+    """A file with a line `name<TAB>reason` for each skipped image.
 
-    Any number of processes and threads may add to it; each name is in it once. Without a line there is no file.
+    Any number of processes and threads may add to it; each name occurs once. The file exists only if it has a line.
 
     Args:
         path: the file.

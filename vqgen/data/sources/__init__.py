@@ -1,4 +1,4 @@
-"""Where images come from: one file for each kind of source.
+"""Sources of images; each kind has its own file.
 
 A new kind of source is its file, an entry in `SOURCES` and a test.
 """
@@ -15,8 +15,8 @@ from vqgen.errors import InputError
 
 __all__ = ["SOURCES", "Parts", "Source", "open_source"]
 
-# Each takes the source as the user wrote it, and as a path with ~ expanded. It returns None for a source of another
-# kind. The first that returns images wins: `digits` may also be a folder, and IDX files lie in a folder.
+# Each function takes the source as the user wrote it, and as a path with ~ expanded; it returns None for a source of
+# another kind. The first function that returns images wins: `digits` may also be a folder, and IDX files lie in one.
 SOURCES: dict[str, Callable[[str, Path], Parts | None]] = {
     "digits": open_digits,
     "idx": open_idx,
@@ -30,10 +30,10 @@ REMEDY = "give a folder of images, an .npz, a .tar pattern, or digits"
 def open_source(key: str, source: str | Path) -> Parts:
     """Opens images of any kind.
 
-    All processes call it at the same point: some sources are listed on the main process, for all.
+    All processes must call it at the same point, because the main process lists some sources for all.
 
     Args:
-        key: what the messages call the setting.
+        key: the setting's name in messages.
         source: the setting's value, such as a path.
 
     Raises:

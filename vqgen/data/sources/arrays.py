@@ -1,4 +1,4 @@
-"""Images that are arrays already: an .npz, a folder of IDX files as MNIST has them, or the built-in digits."""
+"""Images in arrays: an .npz, a folder of IDX files like MNIST's, or the built-in digits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def open_npz(source: str, path: Path) -> Parts | None:
 
 
 def open_idx(source: str, path: Path) -> Parts | None:
-    """The images of a folder with files that are named as MNIST's, compressed or not.
+    """The images of a folder whose files have the names of MNIST's, compressed or not.
 
     Raises:
         InputError: a file is damaged.
@@ -59,7 +59,7 @@ class ArraySource:
     Args:
         images: uint8 (N, H, W) or (N, H, W, C), C from 1 to 4.
         labels: (N,) class ids from 0, -1 for an image without a class; None if no image has one.
-        files: the files they are from.
+        files: the files that the arrays come from.
 
     Raises:
         InputError: an array has another shape or type.

@@ -1,4 +1,4 @@
-"""What a source of images is, and what several kinds of source use."""
+"""The interface of a source of images, and functions for several kinds of source."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Source(Protocol):
     def files(self) -> Sequence[str | Path]: ...
 
     def num_bytes(self, row: int) -> int:
-        """Size of an image as it is stored.
+        """Size of a stored image.
 
         Raises:
             OSError: the image is not there, or is too large.
@@ -60,7 +60,7 @@ Parts: TypeAlias = tuple[Source, Source | None]
 
 
 class NoImages(InputError):
-    """There are no images where the user said; `open_source` adds to the message which sources there are."""
+    """The source has no images; `open_source` adds the kinds of source to the message."""
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
 
 
 def open_folder(source: str, path: Path) -> Parts | None:
-    """The images of a folder, split as its subfolders `train` and `val` (or `test`) say if it has those.
+    """The images of a folder, split by its subfolders `train` and `val` (or `test`) if it has them.
 
     Raises:
         InputError: the folder has no images, or cannot be listed.

@@ -1,4 +1,4 @@
-"""Which image files a folder holds. The list of a large folder is kept: on a slow disk, making it takes minutes."""
+"""Lists the image files in a folder; keeps the list of a large folder, because a slow disk takes minutes to list it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vqgen.data.sources.base import EXTENSIONS
 
 logger = logging.getLogger("vqgen")
 
-MAX_VISITS = 16  # of one folder: links can lead to it along more paths than could ever be listed
+MAX_VISITS = 16  # listings of one folder; links can lead to it along more paths than anyone could list
 KEPT_FROM = 10_000  # images; a shorter list is not worth keeping
 SETTLED_NS = 2 * 10**9  # two changes within this time may leave the same time of modification
 
@@ -44,7 +44,7 @@ def list_images(root: Path) -> list[str]:
         return kept
     started = time.time_ns()
     names: list[str] = []
-    signatures: dict[str, list[int]] = {}  # of each folder, from just before it was listed
+    signatures: dict[str, list[int]] = {}  # each folder's signature from just before it was listed
     lasting = True  # whether any change would show in the signatures
     visits: Counter[tuple[int, ...]] = Counter()
     to_list: list[tuple[str, frozenset[tuple[int, ...]]]] = [("", frozenset())]  # a folder, and the folders above it
@@ -80,7 +80,7 @@ def list_images(root: Path) -> list[str]:
                 folders.append(f"{parent}{entry.name}/")
             elif entry.name.lower().endswith(EXTENSIONS):
                 names.append(parent + entry.name)
-            lasting = lasting and not dead  # a folder may yet appear where the link leads
+            lasting = lasting and not dead  # a folder may appear later at the link's target
         to_list += [(folder, above | {identity}) for folder in sorted(folders, reverse=True)]
     names.sort()
     newest = max(mtime for *_, mtime in signatures.values())
@@ -90,7 +90,7 @@ def list_images(root: Path) -> list[str]:
 
 
 def _signature(path: str) -> list[int]:
-    """Which folder it is, and when a name was last added to it or removed."""
+    """A folder's identity, and the time when a name in it was last added or removed."""
     stat = os.stat(path)
     return [stat.st_dev, stat.st_ino, stat.st_mtime_ns]
 

@@ -1,4 +1,4 @@
-"""Uncompressed tar shards, as WebDataset has them: `KEY.jpg` with its class id in `KEY.cls`."""
+"""Uncompressed tar shards in WebDataset's layout: `KEY.jpg` with its class id in `KEY.cls`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class TarSource:
 
     def open(self, row: int) -> Image.Image:
         number, offset, size = self.places[row]
-        with self.files[number].open("rb") as file:  # one file object for all threads would have one position
+        with self.files[number].open("rb") as file:  # one file object for all threads would have only one position
             file.seek(offset)
             return open_image(file.read(size))
 
