@@ -316,8 +316,8 @@ MUTANTS = [
         "vqgen/training/run.py",
         "optimizer.optimizer.found_inf = bad",
         "pass",
-        GAN,
-        "overflows",
+        TRAINING,
+        "not_finite",
     ),
     Mutant(
         "each step repeats the same random numbers",
@@ -455,9 +455,15 @@ def main(words: list[str]) -> int:
     print("| bug | file | tests | outcome |\n|---|---|---|---|", flush=True)
     with ThreadPoolExecutor(JOBS) as pool, tempfile.TemporaryDirectory() as folder:
         runs = Path(folder) / "runs"  # runs of the project without a bug, made by the first tests that need them
-        outcomes = [outcome(Mutant("none", "README.md", "# vqgen\n", "# vqgen\n", LOOPS, "prior"), runs)]
-        assert outcomes.pop() == "SURVIVED", "the tests fail without any bug"
+        used = dict.fromkeys((mutant.tests, mutant.chosen) for mutant in chosen)
+        without = [Mutant("none", "README.md", "# vqgen\n", "# vqgen\n", tests, k) for tests, k in used]
+        # A failure means something only if the same tests pass without any bug.
+        sound = dict(
+            zip(used, (found == "SURVIVED" for found in pool.map(partial(outcome, runs=runs), without)), strict=True)
+        )
+        outcomes = []
         for mutant, found in zip(chosen, pool.map(partial(outcome, runs=runs), chosen), strict=True):
+            found = found if sound[mutant.tests, mutant.chosen] else "NO VERDICT: the tests fail without it"
             tests = mutant.tests + (f" -k '{mutant.chosen}'" if mutant.chosen else "")
             print(f"| {mutant.bug} | {mutant.file} | {tests} | {found} |", flush=True)
             outcomes.append(found)

@@ -516,6 +516,30 @@ def test_a_checkpoint_made_with_other_threads_is_gone_on_with_by_as_many(monkeyp
         torch.set_num_threads(before)
 
 
+def test_an_update_that_is_not_finite_changes_nothing(tmp_path, capsys):
+    train = TrainConfig(max_steps=4, checkpoint_every=100)
+    config = Stage1Config(run_dir=str(tmp_path), train=train, tracking=TrackingConfig(wandb="disabled"))
+    unchanged = []
+    for run in attempts(config, lowered="", to_lower=""):
+        with run:
+            bare = nn.Linear(2, 1)
+            model, optimizer = run.prepare(bare, torch.optim.AdamW(bare.parameters(), fused=True))
+            for now in started(run).steps():
+                if now.ends:
+                    break
+                before = bare.weight.detach().clone()
+                for factor in run.passes(iter([torch.nan if now.step == 2 else 1.0])):
+                    loss = factor * model(torch.ones(1, 2)).sum()
+                    run.accelerator.backward(loss)
+                    run.add({"loss": loss})
+                run.update(grad_norm=(model, optimizer))
+                unchanged.append(torch.equal(bare.weight, before))
+            assert all(state["step"] == 3 for state in optimizer.state.values())
+            run.accelerator.end_training()
+    assert unchanged == [False, False, True, False]
+    assert "step 2: loss and grad_norm not finite; the update is skipped" in capsys.readouterr().out
+
+
 def test_what_is_not_a_divergence_is_not_kept_and_signals_are_given_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     for run in attempts(Stage1Config(run_dir=str(tmp_path)), lowered="", to_lower=""):
