@@ -98,5 +98,5 @@ def test_sources_that_are_refused(tmp_path):
             load(tmp_path / name)
         assert str(error.value).startswith(f"source={tmp_path / name}"), error.value
         assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match=r"^data\.val_source=nowhere: no such file or folder; "):
+    with pytest.raises(InputError, match=r"^val_source=nowhere: no such file or folder; "):
         load("digits", val_source="nowhere")
