@@ -33,10 +33,10 @@ class InputError(ValueError):
 
 @contextmanager
 def section(name: str, /, **elsewhere: str) -> Iterator[None]:
-    """Adds `name.` in front of the options that an InputError raised inside names.
+    """Adds `name.` in front of each option in the message of an InputError that is raised inside.
 
-    They are the option at its beginning (`key=`, `key:` or `key.`) and one in a remedy: `set key`, `give key` or
-    `raise key`, followed by `=`, `;`, `,` or the end.
+    An option is the word at the message's beginning (`key=`, `key:` or `key.`), or a word in a remedy: `set key`, `give
+    key` or `raise key`, followed by `=`, `;`, `,` or the end.
 
     Args:
         name: the options' section, as in `model.quantizer`.

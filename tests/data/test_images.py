@@ -260,9 +260,9 @@ def test_a_hostile_file_raises_one_line_if_asked_to(tmp_path):
         ({"on_error": "ignore"}, "on_error=ignore is not known; use skip or raise"),
         ({"channels": 4}, "channels=4 is not known; use 1 or 3 or null"),
         ({"background": "blu"}, "background=blu is not a colour; use a name or #rrggbb"),
-        ({"image_size": 0}, "image_size=0 is no number of pixels; use 32, for example"),
+        ({"image_size": 0}, "image_size=0 is not a number of pixels; use 32, for example"),
         ({"image_size": 10**6}, "image_size=1000000: must be at most 32768"),
-        ({"val_fraction": 1.0}, "val_fraction=1.0 is not from 0 to below 1; use 0.05, for example"),
+        ({"val_fraction": 1.0}, "val_fraction=1.0 must be at least 0 and below 1; use 0.05, for example"),
     ],
 )
 def test_settings_that_are_refused(settings, message):

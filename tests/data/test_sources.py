@@ -56,7 +56,7 @@ def wrong_sources(root: Path) -> dict[str, str]:
         "photos": "no such file or folder; give a folder of images, an .npz, a .tar pattern, or digits",
         "empty": r"no image in this folder \(looked for \.png \.jpg .*\); give a folder",
         "shards": r"no image in this folder .*; give .*shards/\*\.tar for its shards",
-        "single": "is one image.*; give val_source=",
+        "single": "is only one image.*; give val_source=",
         "film.mp4": "a file of an unknown type; give a folder",
         "zipped.tar.gz": "a file of an unknown type; give a folder",
         "text.npz": r"text\.npz cannot be read \(.*\); repair it",

@@ -74,7 +74,7 @@ def load_images(data: DataConfig | str | Path, **options: Any) -> tuple[ImageSet
         held_out = train
         train_rows, held_out_rows = _split(train.names, data.val_fraction)
     else:
-        raise InputError(f"source={data.source} is one image, with none left to hold out; give val_source=")
+        raise InputError(f"source={data.source} is only one image, so none can be held out; give val_source=")
     channels = data.channels or _probe_channels(train, train_rows, data.background)
     return ImageSet(train, train_rows, data, channels), ImageSet(held_out, held_out_rows, data, channels, prefix)
 
@@ -294,10 +294,10 @@ def _check_settings(data: DataConfig) -> None:
             known = " or ".join("null" if choice is None else str(choice) for choice in choices)
             raise InputError(f"{key}={getattr(data, key)} is not known; use {known}")
     if data.image_size < 1:
-        raise InputError(f"image_size={data.image_size} is no number of pixels; use 32, for example")
+        raise InputError(f"image_size={data.image_size} is not a number of pixels; use 32, for example")
     require_size("image_size", data.image_size, MAX_SIDE)
     if not 0 <= data.val_fraction < 1:
-        raise InputError(f"val_fraction={data.val_fraction} is not from 0 to below 1; use 0.05, for example")
+        raise InputError(f"val_fraction={data.val_fraction} must be at least 0 and below 1; use 0.05, for example")
     try:
         ImageColor.getrgb(data.background)
     except ValueError as error:

@@ -64,7 +64,7 @@ def checked_size(num_bytes: int) -> int:
         OSError: the file is too large for an image.
     """
     if num_bytes > MAX_FILE_BYTES:
-        raise OSError(f"{num_bytes / 2**30:,.1f} GiB, which is too large for an image")
+        raise OSError(f"{num_bytes / 2**30:,.1f} GiB, too large for an image")
     return num_bytes
 
 

@@ -1,1 +1,1 @@
-"""How good images, reconstructions and priors are, with how each figure was made."""
+"""Measures images, reconstructions and priors, and records how each figure was made."""

@@ -1,4 +1,4 @@
-"""The frame that all training loops share: processes, folder, resume, clock, stop, finite steps, checkpoints, log.
+"""The common frame of all training loops: processes, folder, resume, clock, stop, finite steps, checkpoints, log.
 
 A loop calls its `Run`; a `Run` never calls a loop's code, and knows no model and no loss.
 """
