@@ -1,1 +1,1 @@
-"""What the training loops share; it knows no model and no loss."""
+"""The common part of the training loops, which knows no model and no loss."""
