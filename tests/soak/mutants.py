@@ -148,7 +148,14 @@ MUTANTS = [
         "all_code_maps",
     ),
     # The step of stage 1
-    Mutant("data.flip is ignored", "vqgen/data/order.py", "        if flip:\n", "        if False:\n", LOOPS, "vqgan"),
+    Mutant(
+        "data.flip is ignored",
+        "vqgen/data/order.py",
+        "if flip else map(as_input, batches)",
+        "if False else map(as_input, batches)",
+        LOOPS,
+        "vqgan",
+    ),
     Mutant(
         "flips turn images upside down",
         "vqgen/data/order.py",
@@ -371,8 +378,8 @@ MUTANTS = [
     Mutant(
         "class dropout is never applied",
         "vqgen/data/order.py",
-        "class_ids = class_ids.masked_fill(hidden.to(device, non_blocking=True), -1)",
-        "pass",
+        "return tokens, class_ids.masked_fill(hidden.to(device, non_blocking=True), -1)",
+        "return tokens, class_ids",
         LOOPS,
         "prior",
     ),
