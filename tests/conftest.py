@@ -1,9 +1,11 @@
 """Fixtures of the tests of programs: running a program in this process, and one tiny run of each stage."""
 
+import logging
 import os
 import runpy
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def program(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+def program(monkeypatch, capsys) -> Iterator[Callable[..., tuple[int, str, str]]]:
     """Runs a program's file in this process with these arguments; returns exit code, output and errors."""
 
     def run(script: str, *arguments: object) -> tuple[int, str, str]:
@@ -33,12 +35,16 @@ def program(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
         AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
         code = 0
         try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            with warnings.catch_warnings():  # a program sets filters for its process
+                runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
 
-    return run
+    pillow = logging.getLogger("PIL")
+    level = pillow.level
+    yield run
+    pillow.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,16 @@ def test_each_tokenizer_has_its_prior():
 @needs_shared
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_runs_from_images_to_samples(name, tmp_path):
+    """Stage 2 takes few of the images where they are many, since it encodes all of them."""
+    with np.load(ROOT / "vqgen/data/embedded/digits.npz") as digits:
+        np.savez(tmp_path / "few.npz", images=digits["train_images"][:500], labels=digits["train_labels"][:500])
+    few = {
+        "cifar10": "data.source=../shared/data/cifar10/train-00000.tar",
+        "fashion_mnist": f"data.source={tmp_path}/few.npz",
+    }
     shell(f"python stage1/train.py configs/stage1/{name}.yaml run_dir={tmp_path}/1 {TINY}")
-    shell(f"python stage2/train.py configs/stage2/{name}.yaml run_dir={tmp_path}/2 stage1={tmp_path}/1 {TINY}")
+    settings = f"run_dir={tmp_path}/2 stage1={tmp_path}/1 {TINY} {few.get(name, '')}"
+    shell(f"python stage2/train.py configs/stage2/{name}.yaml {settings}")
     shell(f"python stage2/sample.py {tmp_path}/2 num_images=4")
     images = np.load(tmp_path / "2/samples/samples.npz")["images"]
     assert images.shape == {"emoji64": (4, 64, 64, 3), "cifar10": (4, 32, 32, 3), "fashion_mnist": (4, 32, 32, 1)}[name]
