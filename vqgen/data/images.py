@@ -26,8 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqgen.data.identity import fingerprint_of
-from vqgen.data.pixels import DECODE_ERRORS, is_coloured, opened, reason, to_square
-from vqgen.data.skipped import PASSING, SkippedFile, one_line
+from vqgen.data.pixels import DECODE_ERRORS, is_coloured, opened, to_square
+from vqgen.data.skipped import PASSING, SkippedFile, one_line, reason
 from vqgen.data.sources import Source, open_source
 from vqgen.data.sources.arrays import ArraySource
 from vqgen.distributed import computed_by_main, cores_per_process, rank

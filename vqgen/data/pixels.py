@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from einops import rearrange
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
-
-from vqgen.data.skipped import one_line
+from PIL import Image, ImageColor, ImageOps
 
 if TYPE_CHECKING:
     from vqgen.data.sources.base import Source
@@ -66,15 +64,6 @@ def checked_size(num_bytes: int) -> int:
     if num_bytes > MAX_FILE_BYTES:
         raise OSError(f"{num_bytes / 2**30:,.1f} GiB, too large for an image")
     return num_bytes
-
-
-def reason(error: BaseException) -> str:
-    """Why a file does not load, in a few words on one line."""
-    if isinstance(error, UnidentifiedImageError):  # the error's own message is only the address of a buffer
-        return "empty, or no image"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return one_line((str(error).strip() or type(error).__name__).splitlines()[0][:200])
 
 
 def to_square(image: Image.Image, channels: int, data: DataConfig) -> np.ndarray:

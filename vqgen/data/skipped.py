@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from PIL import UnidentifiedImageError
+
 try:
     import fcntl
 except ImportError:  # Windows: two processes that skip an image at the same time may both list it
@@ -25,6 +27,15 @@ def one_line(text: str) -> str:
     """
     unsafe = r"[\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
     return re.sub(unsafe, lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def reason(error: BaseException) -> str:
+    """Why a file does not load, in a few words on one line."""
+    if isinstance(error, UnidentifiedImageError):  # the error's own message is only the address of a buffer
+        return "empty, or no image"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return one_line((str(error).strip() or type(error).__name__).splitlines()[0][:200])
 
 
 def count_skipped(path: Path) -> int:

@@ -6,7 +6,7 @@ A new kind of source is its file, an entry in `SOURCES` and a test.
 from collections.abc import Callable
 from pathlib import Path
 
-from vqgen.data.pixels import reason
+from vqgen.data.skipped import reason
 from vqgen.data.sources.arrays import open_digits, open_idx, open_npz
 from vqgen.data.sources.base import NoImages, Parts, Source
 from vqgen.data.sources.folder import open_folder

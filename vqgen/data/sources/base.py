@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from PIL import Image
 
-from vqgen.data.pixels import reason
+from vqgen.data.skipped import reason
 from vqgen.errors import InputError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
@@ -51,7 +51,7 @@ class Source(Protocol):
         """An image, not decoded yet.
 
         Raises:
-            Exception: the image does not load; see `pixels.DECODE_ERRORS`.
+            Exception: the image does not load; Pillow may raise any kind.
         """
 
 
