@@ -1,18 +1,16 @@
 """Fixtures of the tests of programs: running a program in this process, and one tiny run of each stage."""
 
-import logging
 import os
 import runpy
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from filelock import FileLock
-from programs import ROOT, THREADS, shell
+from programs import ROOT, THREADS, own_messages, shell
 
 # Use as many threads here as in the programs that tests start, because another number of threads changes the bits.
 torch.set_num_threads(THREADS)
@@ -26,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def program(monkeypatch, capsys) -> Iterator[Callable[..., tuple[int, str, str]]]:
+def program(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """Runs a program's file in this process with these arguments; returns exit code, output and errors."""
 
     def run(script: str, *arguments: object) -> tuple[int, str, str]:
@@ -35,16 +33,13 @@ def program(monkeypatch, capsys) -> Iterator[Callable[..., tuple[int, str, str]]
         AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
         code = 0
         try:
-            with warnings.catch_warnings():  # a program sets filters for its process
+            with own_messages():
                 runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
 
-    pillow = logging.getLogger("PIL")
-    level = pillow.level
-    yield run
-    pillow.setLevel(level)
+    return run
 
 
 @pytest.fixture(scope="session")

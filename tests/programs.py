@@ -1,9 +1,13 @@
 """Helpers that run the programs as a user does."""
 
+import logging
 import os
 import socket
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,3 +37,15 @@ def launch_two() -> str:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return f"accelerate launch --num_processes 2 --cpu --main_process_port {free.getsockname()[1]}"
+
+
+@contextmanager
+def own_messages() -> Iterator[None]:
+    """Restores the warning filters and the log level that a program changes when it runs in this process."""
+    pillow = logging.getLogger("PIL")
+    level = pillow.level
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            pillow.setLevel(level)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
-from programs import ROOT, shell
+from programs import ROOT, own_messages, shell
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -72,7 +72,8 @@ class Project:
             AcceleratorState._reset_state(reset_partial_state=True)  # a new process would start without state
             code = 0
             try:
-                runpy.run_path(str(self.folder / words[0]), run_name="__main__")
+                with own_messages():
+                    runpy.run_path(str(self.folder / words[0]), run_name="__main__")
             except SystemExit as stop:
                 code = stop.code
         assert not code, shlex.join(words)
