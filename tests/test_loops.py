@@ -60,15 +60,15 @@ def state(run: Path, step: int) -> dict:
     return torch.load(run / f"checkpoints/step_{step:08d}/state.pt", weights_only=True)
 
 
-def first_batches(num_passes: int, size: int, channels: int = 1) -> list[tuple[Tensor, Tensor]]:
-    """The first passes' images in [-1, 1], half of them mirrored, and class ids, of the built-in digits."""
-    train_set, _ = load_images(DataConfig(channels=channels))
-    order = BatchOrder(len(train_set), size, first=0, seed=0)
+def first_batches(num_passes: int, size: int, step: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """The images of a step's passes in [-1, 1], half of them mirrored, and class ids, of the built-in digits."""
+    train_set, _ = load_images(DataConfig(channels=1))
+    order = BatchOrder(len(train_set), size, first=step * num_passes, seed=0)
     found = []
     for i, rows in enumerate(itertools.islice(order, num_passes)):
         pixels, class_ids = train_set.__getitems__(rows)
         x = pixels.float() / 127.5 - 1
-        mirrored = coin_flips(0.5, size, 0, 0, i, num_passes)
+        mirrored = coin_flips(0.5, size, 0, step, i, num_passes)
         assert 0 < mirrored.sum() < size
         x[mirrored] = x[mirrored].flip(-1)
         found.append((x, class_ids))
@@ -194,6 +194,31 @@ def test_one_update_of_the_prior_is_that_of_its_loss_for_the_classes_that_were_n
             p.copy_(before[name])
     adam = {"betas": (0.9, 0.95), "eps": 1e-8, "lr": 3e-3 * WARMUP, "decay": DECAY}
     check_update(state(tmp_path, 1), "model", "optimizer", prior, gradients, adam)
+
+
+def test_d_learns_nothing_from_the_loss_of_g(program, tmp_path):
+    """Any gradient of G's loss in D's weights would be part of D's second update."""
+    arguments = [f"run_dir={tmp_path}", *STEP, "train.max_steps=2", "train.checkpoint_every=1", "optim.grad_clip=1e9"]
+    code, _, errors = program("stage1/train_gan.py", "configs/debug/gan.yaml", *arguments)
+    assert code == 0, errors
+    config, first, second = read_yaml(tmp_path / "config.yaml"), state(tmp_path, 1), state(tmp_path, 2)
+    generator = DCGANGenerator(32, 1, [str(i) for i in range(10)], **config["generator"])
+    disc = DCGANDiscriminator(32, 1, 10, **config["discriminator"])
+    generator.load_state_dict(first["model"])
+    disc.load_state_dict(first["disc"])
+    noise = torch.randn(16, 100, generator=torch.Generator().manual_seed(mixed_seed(0, 1, 0)))
+    for i, (x, class_ids) in enumerate(first_batches(2, 8, step=1)):
+        fakes = generator(noise[8 * i : 8 * (i + 1)], class_ids).detach()
+        loss = F.softplus(-disc(x, class_ids)).mean() + F.softplus(disc(fakes, class_ids)).mean()
+        (loss / 2).backward()
+    before, after = (saved["disc_optimizer"]["state"] for saved in (first, second))
+    numbers = [number for group in first["disc_optimizer"]["param_groups"] for number in group["params"]]
+    named = dict(disc.named_parameters())
+    order = [n for n, p in named.items() if p.ndim >= 2] + [n for n, p in named.items() if p.ndim < 2]
+    largest = max(p.grad.abs().max() for p in named.values())
+    for number, name in zip(numbers, order, strict=True):
+        gradient = (after[number]["exp_avg"] - 0.5 * before[number]["exp_avg"]) / 0.5
+        torch.testing.assert_close(gradient, named[name].grad, rtol=1e-3, atol=1e-4 * largest, msg=name)
 
 
 def test_one_update_of_the_gan_is_a_step_of_d_and_then_one_of_g_against_it(program, tmp_path):

@@ -388,8 +388,7 @@ MUTANTS = [
         "vqgen/priors/prior.py",
         "tokens[:, :-1]",
         "tokens[:, 1:]",
-        LOOPS,
-        "validation_of_stage2 or prior",
+        "tests/priors/test_prior.py",
     ),
     Mutant(
         "the GAN's D loss also trains G",
@@ -432,11 +431,11 @@ MUTANTS = [
         CODEBOOK,
     ),
     Mutant(
-        "the commitment term moves the codebook",
+        "the encoder does not feel the commitment term",
         "vqgen/quantizers/common.py",
         "return difference * (commitment_weight * scale), for_z_q, None, None",
         "return difference * (codebook_weight * scale), for_z_q, None, None",
-        "tests/quantizers/test_common.py",
+        f"{CODEBOOK} tests/quantizers/test_oracle.py",
     ),
 ]
 
