@@ -196,7 +196,7 @@ def test_one_update_of_the_prior_is_that_of_its_loss_for_the_classes_that_were_n
     check_update(state(tmp_path, 1), "model", "optimizer", prior, gradients, adam)
 
 
-def test_d_learns_nothing_from_the_loss_of_g(program, tmp_path):
+def test_d_of_the_gan_learns_nothing_from_the_loss_of_g(program, tmp_path):
     """Any gradient of G's loss in D's weights would be part of D's second update."""
     arguments = [f"run_dir={tmp_path}", *STEP, "train.max_steps=2", "train.checkpoint_every=1", "optim.grad_clip=1e9"]
     code, _, errors = program("stage1/train_gan.py", "configs/debug/gan.yaml", *arguments)
