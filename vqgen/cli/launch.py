@@ -10,7 +10,7 @@ from vqgen.distributed import available_cores
 from vqgen.errors import InputError
 from vqgen.training.threads import CHOSEN
 
-LOOK = 0.3  # seconds for which the load of the cores is measured
+LOOKS, LOOK = 3, 0.2  # times that the cores are watched, and for how many seconds each
 
 
 def make_up_for_launcher() -> None:
@@ -45,8 +45,10 @@ def _use_free_cores(processes: int) -> None:
     OpenMP's threads wait for each other many times per step. A thread that shares its core with another program makes
     all of them wait, and training is then slower than with fewer threads (tests/benchmarks/threads.py).
     """
-    cores, load = available_cores(), psutil.cpu_percent(LOOK, percpu=True)
-    busy = round(sum(load[core] for core in cores if core < len(load)) / 100)
+    cores = available_cores()
+    looks = [psutil.cpu_percent(LOOK, percpu=True) for _ in range(LOOKS)]
+    # The least of several looks: a program that is just ending is no reason to do without a core.
+    busy = round(min(sum(load[core] for core in cores if core < len(load)) for load in looks) / 100)
     threads = max(1, (len(cores) - busy) // processes)
     if busy:
         print(
