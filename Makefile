@@ -8,8 +8,8 @@ INSTALLED = $(VENV)/installed
 
 .PHONY: demo test lint
 
-# The steps are those of two and a half and of two minutes on two quiet cores. A busy machine takes longer for the same
-# model, up to max_seconds a stage; a run that these end says so.
+# On two quiet cores the steps take about two and a half minutes in stage 1 and two in stage 2. A busy machine takes longer
+# for the same model. After max_seconds a stage ends early, and says so.
 demo: $(INSTALLED)
 	$(LAUNCH) stage1/train.py run_dir=$(RUN)/stage1 train.max_steps=2400 train.max_seconds=900 $(STAGE1)
 	$(LAUNCH) stage2/train.py run_dir=$(RUN)/stage2 stage1=$(RUN)/stage1 train.max_steps=700 train.max_seconds=900 $(STAGE2)
