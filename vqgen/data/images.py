@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -61,12 +62,16 @@ def load_images(data: DataConfig | str | Path, **options: Any) -> tuple[ImageSet
         data = DataConfig(source=str(data))
     data = dataclasses.replace(data, **options)
     _check_settings(data)
-    train, held_out = open_source("source", data.source)
+    found = open_source("source", data.source, data)
+    train, held_out, split = found.train, found.held_out, found.split
+    left_out, notes = Counter(found.left_out), [*found.notes]
     prefix = ""
     if data.val_source is not None:
         prefix = f"{data.val_source}/"
-        part, test_part = open_source("val_source", data.val_source)
-        held_out = test_part or part
+        found = open_source("val_source", data.val_source, data)
+        held_out, split = found.held_out or found.train, data.val_source
+        left_out.update(found.left_out)
+        notes += found.notes
     if held_out is not None:
         _match_classes(train, held_out)
         train_rows, held_out_rows = np.arange(len(train.names)), np.arange(len(held_out.names))
@@ -76,7 +81,9 @@ def load_images(data: DataConfig | str | Path, **options: Any) -> tuple[ImageSet
     else:
         raise InputError(f"source={data.source} is only one image, so none can be held out; give val_source=")
     channels = data.channels or _probe_channels(train, train_rows, data.background)
-    return ImageSet(train, train_rows, data, channels), ImageSet(held_out, held_out_rows, data, channels, prefix)
+    train_set = ImageSet(train, train_rows, data, channels)
+    train_set.split, train_set.left_out, train_set.notes = split, left_out, notes
+    return train_set, ImageSet(held_out, held_out_rows, data, channels, prefix)
 
 
 def load_set(key: str, data: DataConfig, image_size: int | None = None) -> tuple[ImageSet, ImageSet | None]:
@@ -93,13 +100,14 @@ def load_set(key: str, data: DataConfig, image_size: int | None = None) -> tuple
         InputError: a source or a setting cannot be used, or no image loads.
     """
     _check_settings(data)
-    source, held_out = open_source(key, data.source)
+    found = open_source(key, data.source, data)
+    source, held_out = found.train, found.held_out
     rows = np.arange(len(source.names))
     if image_size is None:
         sizes = computed_by_main(lambda: _sizes(source, rows))
         if len(sizes) != 1 or len(set(*sizes)) != 1:
-            found = " and ".join(f"{width}x{height}" for width, height in sorted(sizes)[:2]) or "broken"
-            raise InputError(f"{key}={data.source}: holds {found} images, not squares of one size; set image_size=")
+            shown = " and ".join(f"{width}x{height}" for width, height in sorted(sizes)[:2]) or "broken"
+            raise InputError(f"{key}={data.source}: holds {shown} images, not squares of one size; set image_size=")
         image_size = sizes.pop()[0]
     data = dataclasses.replace(data, image_size=image_size)
     channels = data.channels or _probe_channels(source, rows, data.background)
@@ -138,6 +146,7 @@ class ImageSet:
         class_names: the classes in the order of their ids; empty if there are none.
         channels: C, 1 or 3.
         image_size: H and W, in pixels.
+        split, left_out, notes: of the training set, what `Found` says about its source and that of the held-out set.
 
     Raises:
         InputError: an image does not load and data.on_error=raise, or none loads.
@@ -149,6 +158,8 @@ class ImageSet:
         self.class_names = source.class_names
         self.channels = channels
         self.image_size = size = data.image_size
+        self.split, self.notes = "", list[str]()
+        self.left_out = Counter[str]()
         self._source, self._rows, self._data, self._prefix = source, rows, data, prefix
         self._identity = (self.names, self.class_names, self.class_ids)  # for the fingerprint: of broken images too
         self._broken: dict[int, str] = {}  # index among all images: reason
@@ -316,7 +327,7 @@ def _match_classes(train: Source, held_out: Source) -> None:
     held_out.class_names = train.class_names
 
 
-def _split(names: list[str], val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def _split(names: Sequence[str], val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """The rows to train on and those held out, at least one of each."""
     hashes = [int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64 for name in names]
     held_out = np.array(hashes) < val_fraction

@@ -8,16 +8,18 @@ from pathlib import Path
 
 from vqgen.data.skipped import reason
 from vqgen.data.sources.arrays import open_digits, open_idx, open_npz
-from vqgen.data.sources.base import NoImages, Parts, Source
+from vqgen.data.sources.base import Found, NoImages, Source
 from vqgen.data.sources.folder import open_folder
 from vqgen.data.sources.tar import open_tar
 from vqgen.errors import InputError
+from vqgen.settings import DataConfig
 
-__all__ = ["SOURCES", "Parts", "Source", "open_source"]
+__all__ = ["SOURCES", "Found", "Source", "open_source"]
 
-# Each function takes the source as the user wrote it, and as a path with ~ expanded; it returns None for a source of
-# another kind. The first function that returns images wins: `digits` may also be a folder, and IDX files lie in one.
-SOURCES: dict[str, Callable[[str, Path], Parts | None]] = {
+# Each function takes the source as the user wrote it, the same as a path with ~ expanded, and the settings; it returns
+# None for a source of another kind. The first function that returns images wins: `digits` may also be a folder, and IDX
+# files lie in one.
+SOURCES: dict[str, Callable[[str, Path, DataConfig], Found | None]] = {
     "digits": open_digits,
     "idx": open_idx,
     "folder": open_folder,
@@ -27,7 +29,7 @@ SOURCES: dict[str, Callable[[str, Path], Parts | None]] = {
 REMEDY = "give a folder of images, an .npz, a .tar pattern, or digits"
 
 
-def open_source(key: str, source: str | Path) -> Parts:
+def open_source(key: str, source: str | Path, data: DataConfig) -> Found:
     """Opens images of any kind.
 
     All processes must call it at the same point, because the main process lists some sources for all.
@@ -35,6 +37,7 @@ def open_source(key: str, source: str | Path) -> Parts:
     Args:
         key: the setting's name in messages.
         source: the setting's value, such as a path.
+        data: the settings that say how to read it.
 
     Raises:
         InputError: there is no such source, or it cannot be read.
@@ -42,8 +45,8 @@ def open_source(key: str, source: str | Path) -> Parts:
     try:
         path = Path(source).expanduser()
         for open_kind in SOURCES.values():
-            if (parts := open_kind(str(source), path)) is not None:
-                return parts
+            if (found := open_kind(str(source), path, data)) is not None:
+                return found
         raise NoImages("a file of an unknown type" if path.exists() else "no such file or folder")
     except NoImages as error:
         raise InputError(f"{key}={source}: {error}; {REMEDY}") from error

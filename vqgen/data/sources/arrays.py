@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vqgen.data.sources.base import MAX_CLASSES, Parts, numbers_as_names, reading
+from vqgen.data.sources.base import MAX_CLASSES, Found, numbers_as_names, reading
 from vqgen.errors import InputError
+from vqgen.settings import DataConfig
 
 IDX_NAMES = {  # the array's name in an .npz: its file's name in MNIST
     "train_images": "train-images-idx3-ubyte",
@@ -23,7 +24,7 @@ IDX_NAMES = {  # the array's name in an .npz: its file's name in MNIST
 }
 
 
-def open_digits(source: str, path: Path) -> Parts | None:
+def open_digits(source: str, path: Path, data: DataConfig) -> Found | None:
     """The 22,000 digits of MNIST that come with the package, for the source `digits`."""
     if source != "digits":
         return None
@@ -31,7 +32,7 @@ def open_digits(source: str, path: Path) -> Parts | None:
         return _parts(_read_npz(embedded), [embedded])
 
 
-def open_npz(source: str, path: Path) -> Parts | None:
+def open_npz(source: str, path: Path, data: DataConfig) -> Found | None:
     """The arrays of an .npz: `images` with `labels` or `class_ids`, or `train_images`, `test_images` and so on.
 
     Raises:
@@ -40,7 +41,7 @@ def open_npz(source: str, path: Path) -> Parts | None:
     return _parts(_read_npz(path), [path]) if path.is_file() and path.suffix == ".npz" else None
 
 
-def open_idx(source: str, path: Path) -> Parts | None:
+def open_idx(source: str, path: Path, data: DataConfig) -> Found | None:
     """The images of a folder whose files have the names of MNIST's, compressed or not.
 
     Raises:
@@ -86,7 +87,7 @@ class ArraySource:
         return Image.fromarray(self.images[row].squeeze(2) if self.images.shape[3] == 1 else self.images[row])
 
 
-def _parts(arrays: dict[str, np.ndarray], files: list[Path]) -> Parts:
+def _parts(arrays: dict[str, np.ndarray], files: list[Path]) -> Found:
     parts = {
         prefix: ArraySource(images, arrays.get(f"{prefix}labels", arrays.get(f"{prefix}class_ids")), files)
         for prefix in ("", "train_", "test_")
@@ -95,7 +96,8 @@ def _parts(arrays: dict[str, np.ndarray], files: list[Path]) -> Parts:
     train = parts.get("", parts.get("train_"))
     if train is None:
         raise InputError("no array named `images` or `train_images`; write one with numpy.savez")
-    return train, parts.get("test_")
+    held_out = parts.get("test_")
+    return Found(train, held_out, "test_images" if held_out else "")
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

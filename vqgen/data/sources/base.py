@@ -7,9 +7,10 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -33,9 +34,11 @@ class Source(Protocol):
         files: the files that hold the images, for the fingerprint.
     """
 
-    names: list[str]
     class_ids: np.ndarray
     class_names: list[str]
+
+    @property
+    def names(self) -> Sequence[str]: ...
 
     @property
     def files(self) -> Sequence[str | Path]: ...
@@ -55,8 +58,23 @@ class Source(Protocol):
         """
 
 
-Parts: TypeAlias = tuple[Source, Source | None]
-"""The part to train on, and the source's own held-out part if it has one."""
+@dataclass(frozen=True)
+class Found:
+    """What a source was found to hold, with all that a user must be told about how it was read.
+
+    Attributes:
+        train: the part to train on, or all images.
+        held_out: the source's own held-out part; None if it has none.
+        split: where the held-out part comes from, such as `val/`; empty if there is none.
+        left_out: number of files that are not used, by extension (`.heic`) or reason (`beside the classes`).
+        notes: what was assumed, or found and not used; one line each, which begins with the thing's name.
+    """
+
+    train: Source
+    held_out: Source | None = None
+    split: str = ""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 class NoImages(InputError):

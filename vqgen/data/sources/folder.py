@@ -12,17 +12,18 @@ from PIL import Image
 
 from vqgen.data.pixels import checked_size, open_image
 from vqgen.data.skipped import one_line
-from vqgen.data.sources.base import EXTENSIONS, NoImages, Parts, reading
+from vqgen.data.sources.base import EXTENSIONS, Found, NoImages, reading
 from vqgen.data.sources.listing import list_images
 from vqgen.distributed import computed_by_main
 from vqgen.errors import InputError
+from vqgen.settings import DataConfig
 
 logger = logging.getLogger("vqgen")
 
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
 
 
-def open_folder(source: str, path: Path) -> Parts | None:
+def open_folder(source: str, path: Path, data: DataConfig) -> Found | None:
     """The images of a folder, split by its subfolders `train` and `val` (or `test`) if it has them.
 
     Raises:
@@ -31,7 +32,7 @@ def open_folder(source: str, path: Path) -> Parts | None:
     return computed_by_main(lambda: _parts(path)) if path.is_dir() else None
 
 
-def _parts(root: Path) -> Parts:
+def _parts(root: Path) -> Found:
     with reading(root):
         names = list_images(root)
     if not names:
@@ -41,9 +42,10 @@ def _parts(root: Path) -> Parts:
         raise NoImages(message)
     folders = {name.split("/")[0] for name in names if "/" in name}
     if "train" not in folders or not folders <= {"train", *HELD_OUT_FOLDERS}:
-        return FolderSource(root, names), None
-    held_out = [FolderSource(root, names, f"{folder}/") for folder in HELD_OUT_FOLDERS if folder in folders]
-    return FolderSource(root, names, "train/"), held_out[0] if held_out else None
+        return Found(FolderSource(root, names))
+    train = FolderSource(root, names, "train/")
+    split = next((f"{folder}/" for folder in HELD_OUT_FOLDERS if folder in folders), "")
+    return Found(train, FolderSource(root, names, split), split) if split else Found(train)
 
 
 class FolderSource:

@@ -14,12 +14,13 @@ from PIL import Image
 
 from vqgen.data.pixels import checked_size, open_image
 from vqgen.data.skipped import one_line
-from vqgen.data.sources.base import EXTENSIONS, MAX_CLASSES, NoImages, Parts, numbers_as_names, reading
+from vqgen.data.sources.base import EXTENSIONS, MAX_CLASSES, Found, NoImages, numbers_as_names, reading
 from vqgen.distributed import computed_by_main
 from vqgen.errors import InputError
+from vqgen.settings import DataConfig
 
 
-def open_tar(source: str, path: Path) -> Parts | None:
+def open_tar(source: str, path: Path, data: DataConfig) -> Found | None:
     """The images of a .tar file, or of all files that a pattern stands for.
 
     Raises:
@@ -27,7 +28,7 @@ def open_tar(source: str, path: Path) -> Parts | None:
     """
     if path.suffix != ".tar" and (path.exists() or not re.search(r"[{*?\[]", source)):
         return None
-    return computed_by_main(lambda: TarSource(find_shards(path))), None
+    return Found(computed_by_main(lambda: TarSource(find_shards(path))))
 
 
 class TarSource:
