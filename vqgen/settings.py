@@ -23,6 +23,10 @@ class DataConfig:
     """Held-out images, in any of the same forms; null takes the source's own, or splits some off."""
     val_fraction: float = 0.05
     """Share of the images to hold out, chosen by a hash of the file's name, if there are no held-out images."""
+    label_column: str | None = None
+    """Column of the label file or table that is the class; null takes the only one, or one called label or class."""
+    label_key: str | None = None
+    """Key of the class in the .json file beside each image, or `txt` for its .txt file; null takes label or class."""
     image_size: int = 32
     """Side of the square the model sees, in pixels."""
     channels: int | None = None
