@@ -47,6 +47,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_size("data.workers", self.workers, 256, least=0)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images that the model sees, in pixels."""
+        return self.image_size, self.image_size
+
 
 @dataclass
 class PerceptualConfig:

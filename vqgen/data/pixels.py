@@ -15,11 +15,12 @@ import numpy as np
 from einops import rearrange
 from PIL import Image, ImageColor, ImageOps
 
+from vqgen.data.formats import formats_of
+
 if TYPE_CHECKING:
     from vqgen.data.sources.base import Source
     from vqgen.settings import DataConfig
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 MAX_FILE_BYTES = 1 << 30
 LARGE_BYTES, LARGE_PIXELS = 1 << 26, 1 << 24  # only one image above either limit is in memory at a time
 STRIP_PIXELS = 1 << 20
@@ -45,10 +46,10 @@ def opened(source: Source, row: int) -> Iterator[Image.Image]:
         yield image
 
 
-def open_image(content: bytes) -> Image.Image:
-    """The image in a file's bytes, not decoded yet."""
+def open_image(content: bytes, name: str = "") -> Image.Image:
+    """The image in a file's bytes, not decoded yet; of a file named *.tga, its name is needed."""
     # Without `formats`, Pillow tries all its formats, which takes 1.5 times as long; one of them runs Ghostscript.
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    image = Image.open(io.BytesIO(content), formats=formats_of(content, name))
     # Some decoders need whole rows, and Pillow copies a row's earlier blocks whenever it adds a block. A row of 10
     # million pixels would take minutes.
     image.decodermaxblock = max(image.decodermaxblock, 8 * image.width)

@@ -15,10 +15,10 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from vqgen.data.formats import EXTENSIONS as EXTENSIONS
 from vqgen.data.skipped import reason
 from vqgen.errors import InputError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
 MAX_CLASSES = 1_000_000  # every id up to the largest gets a name
 
 CONTAINER_ERRORS = (OSError, EOFError, ValueError, struct.error, zlib.error, zipfile.BadZipFile, tarfile.TarError)

@@ -83,4 +83,4 @@ class FolderSource:
     def open(self, row: int) -> Image.Image:
         num_bytes = self.num_bytes(row)
         with open(self.root / self.names[row], "rb") as file:
-            return open_image(file.read(num_bytes))
+            return open_image(file.read(num_bytes), self.names[row])
