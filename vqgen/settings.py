@@ -33,6 +33,8 @@ class DataConfig:
     """1 (grey) or 3 (RGB); null takes 1 if the images are grey, else 3."""
     resize: Literal["crop", "pad"] = "crop"
     """`crop` scales the short side to image_size and crops the centre; `pad` shrinks large images and pads."""
+    white: float | None = None
+    """The value that is white in images of more than 8 bits (16 bits, floats); null finds one for the whole set."""
     background: str = "white"
     """Colour behind transparent pixels and in the padding: a name or #rrggbb."""
     flip: bool = False

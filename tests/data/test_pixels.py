@@ -14,6 +14,7 @@ import torch
 from data.files import BLUE, GREEN, RED, load, read_one, save
 from PIL import Image
 
+from vqgen.data import deep
 from vqgen.data import pixels as pixels_module
 
 # Kinds of image
@@ -219,7 +220,7 @@ def test_an_image_in_strips_is_the_same(tmp_path, monkeypatch):
     save(tmp_path / "held" / "x.png")
     read = []
     for strip_pixels in (1 << 20, 50):
-        monkeypatch.setattr(pixels_module, "STRIP_PIXELS", strip_pixels)
+        monkeypatch.setattr(deep, "STRIP_PIXELS", strip_pixels)
         train, _ = load(tmp_path / "x", val_source=str(tmp_path / "held"), channels=3, background="#306090")
         assert len(train) == 6
         read.append(train.__getitems__(range(6))[0])

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import chain
@@ -22,22 +22,23 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import ImageColor
+from PIL import Image, ImageColor
 from torch import Tensor
 from tqdm import tqdm
 
+from vqgen.data.deep import Kind, Levels, deep_of, find_levels
 from vqgen.data.identity import fingerprint_of
-from vqgen.data.pixels import DECODE_ERRORS, is_coloured, opened, to_square
+from vqgen.data.pixels import DECODE_ERRORS, opened, to_square
 from vqgen.data.skipped import PASSING, SkippedFile, one_line, reason
 from vqgen.data.sources import Source, open_source
 from vqgen.data.sources.arrays import ArraySource
-from vqgen.distributed import computed_by_main, cores_per_process, rank
+from vqgen.distributed import computed_by_main, cores_per_process, object_from_main, rank
 from vqgen.errors import InputError, require_size
 from vqgen.settings import DataConfig
 
 logger = logging.getLogger("vqgen")
 
-PROBED_IMAGES = 64
+PROBED_IMAGES = 1000
 MAX_SIDE = 1 << 15
 MAX_THREADS = 8  # threads that decode
 
@@ -80,10 +81,9 @@ def load_images(data: DataConfig | str | Path, **options: Any) -> tuple[ImageSet
         train_rows, held_out_rows = _split(train.names, data.val_fraction)
     else:
         raise InputError(f"source={data.source} is only one image, so none can be held out; give val_source=")
-    channels = data.channels or _probe_channels(train, train_rows, data.background)
-    train_set = ImageSet(train, train_rows, data, channels)
-    train_set.split, train_set.left_out, train_set.notes = split, left_out, notes
-    return train_set, ImageSet(held_out, held_out_rows, data, channels, prefix)
+    train_set = ImageSet(train, train_rows, data)
+    train_set.split, train_set.left_out, train_set.notes = split, left_out, notes + train_set.notes
+    return train_set, ImageSet(held_out, held_out_rows, data, like=train_set, prefix=prefix)
 
 
 def load_set(key: str, data: DataConfig, image_size: int | None = None) -> tuple[ImageSet, ImageSet | None]:
@@ -110,12 +110,11 @@ def load_set(key: str, data: DataConfig, image_size: int | None = None) -> tuple
             raise InputError(f"{key}={data.source}: holds {shown} images, not squares of one size; set image_size=")
         image_size = sizes.pop()[0]
     data = dataclasses.replace(data, image_size=image_size)
-    channels = data.channels or _probe_channels(source, rows, data.background)
-    images = ImageSet(source, rows, data, channels)
+    images = ImageSet(source, rows, data)
     if held_out is None:
         return images, None
     _match_classes(source, held_out)
-    return images, ImageSet(held_out, np.arange(len(held_out.names)), data, channels)
+    return images, ImageSet(held_out, np.arange(len(held_out.names)), data, like=images)
 
 
 def some_rows(available: int, wanted: int | None) -> np.ndarray:
@@ -137,7 +136,9 @@ class ImageSet:
         source: the source of the images.
         rows: indices of the source's images that are in this set.
         data: the settings.
-        channels: C, 1 or 3.
+        like: the training set if this is the held-out one, which then has its channels and its white level. Otherwise,
+            channels that data.channels leaves open are 1 if all images are grey, else 3; they and the white level are
+            found from all images if all are decoded now, else from 1,000, by the main process for all.
         prefix: prefix of the names in the list of skipped images, if another set has the same names.
 
     Attributes:
@@ -146,31 +147,41 @@ class ImageSet:
         class_names: the classes in the order of their ids; empty if there are none.
         channels: C, 1 or 3.
         image_size: H and W, in pixels.
+        levels: the black and the white level of images of more than 8 bits, by kind; empty if there are none.
         split, left_out, notes: of the training set, what `Found` says about its source and that of the held-out set.
 
     Raises:
         InputError: an image does not load and data.on_error=raise, or none loads.
     """
 
-    def __init__(self, source: Source, rows: np.ndarray, data: DataConfig, channels: int, prefix: str = ""):
+    channels: int
+
+    def __init__(
+        self, source: Source, rows: np.ndarray, data: DataConfig, *, like: ImageSet | None = None, prefix: str = ""
+    ):
         self.names = [source.names[row] for row in rows]
         self.class_ids = source.class_ids[rows]
         self.class_names = source.class_names
-        self.channels = channels
-        self.image_size = size = data.image_size
+        self.image_size = data.image_size
         self.split, self.notes = "", list[str]()
         self.left_out = Counter[str]()
+        self.levels: dict[Kind, Levels] = dict(like.levels) if like else {}
         self._source, self._rows, self._data, self._prefix = source, rows, data, prefix
         self._identity = (self.names, self.class_names, self.class_ids)  # for the fingerprint: of broken images too
         self._broken: dict[int, str] = {}  # index among all images: reason
+        self._extremes: dict[int, tuple[Kind, float, float]] = {}  # of images whose levels are not known yet
         self._skipped: SkippedFile | None = None
         self._pixels: np.ndarray | None = None  # (N, C, H, W)
 
-        if isinstance(source, ArraySource) and source.images.shape[1:] == (size, size, channels):
-            images = source.images if len(rows) == len(source.images) else source.images[rows]
-            self._pixels = np.ascontiguousarray(rearrange(images, "n h w c -> n c h w"))
-        elif len(rows) * channels * size**2 <= data.cache_gb * 2**30:
-            self._decode_all()
+        self._channels = like.channels if like else data.channels  # None as long as all images seen are grey
+        squares = _squares(source, rows, data.size, self._channels)
+        if squares is not None:
+            self._pixels, self.channels = squares, squares.shape[1]
+        elif not self._decode_all():
+            self.channels, self.levels = computed_by_main(self._look)
+        self._channels = self.channels
+        if not like:
+            self.notes = [each.note(kind) for kind, each in self.levels.items()]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -182,9 +193,10 @@ class ImageSet:
 
     @property
     def crop(self) -> dict[str, int | str]:
-        """The settings that say how the images became squares."""
+        """The settings that say how the images became squares; the black and the white level only if they matter."""
         size, data = self.image_size, self._data
-        return {"image_size": size, "channels": self.channels, "resize": data.resize, "background": data.background}
+        crop = {"image_size": size, "channels": self.channels, "resize": data.resize, "background": data.background}
+        return crop | {f"{kind}_levels": f"{each.black:g} {each.white:g}" for kind, each in sorted(self.levels.items())}
 
     def report_skipped(self, path: Path) -> None:
         """Writes the images that do not load to a file, with the reason; images found broken later are added.
@@ -242,7 +254,7 @@ class ImageSet:
         """Image i as uint8 (C, H, W), or None if it does not load, with the reason in `_broken`."""
         try:
             with opened(self._source, self._rows[i]) as image:
-                return to_square(image, self.channels, self._data)
+                return to_square(self._of_8_bits(i, image), self._channels, self._data)
         except DECODE_ERRORS as error:
             if isinstance(error, OSError) and error.errno in PASSING:
                 raise
@@ -264,31 +276,116 @@ class ImageSet:
         """A broken image's name in the list of those skipped."""
         return one_line(self._prefix + self._identity[0][i])
 
-    def _decode_all(self) -> None:
-        """Decodes every image into memory, and drops those that do not load."""
+    def _of_8_bits(self, i: int, image: Image.Image) -> Image.Image:
+        """Image i by the set's levels if it has more than 8 bits; by its own, which are kept, until those are known."""
+        deep = deep_of(image)
+        if deep is None:
+            return image
+        levels = self.levels.get(deep.kind)
+        if levels is None and deep.white is None:
+            self._extremes[i] = deep.kind, *deep.extremes()
+            levels = find_levels(deep.kind, [self._extremes[i][1:]], self._data.white)
+        return deep.to_8_bits(levels)
+
+    def _found_levels(self) -> dict[Kind, Levels]:
+        """The levels that are known, and those of the images whose extremes were kept."""
+        found = dict(self.levels)
+        for kind in sorted({kind for kind, *_ in self._extremes.values()}):
+            extremes = [(low, high) for other, low, high in self._extremes.values() if other == kind]
+            found[kind] = find_levels(kind, extremes, self._data.white)
+        return found
+
+    def _decode_all(self) -> bool:
+        """Decodes every image into memory, and drops those that do not load; False if there is no room.
+
+        Until an image has colour, the pixels have one channel. Images of more than 8 bits are decoded again, when the
+        levels of all are known.
+        """
+        height, width = self._data.size
+        room = self._data.cache_gb * 2**30 // (height * width * max(1, len(self)))  # in channels
+        if (self._channels or 1) > room:
+            return False
+        pixels = np.empty((len(self), self._channels or 1, height, width), np.uint8)
+        kept: list[int] = []
+        again = set[int]()
+        for i, image in self._decoded():
+            if image is None:
+                continue
+            if len(image) > pixels.shape[1]:  # the first one with colour
+                self._channels = len(image)
+                if self._channels > room:
+                    break
+                grey, pixels = pixels, np.empty((len(self), self._channels, height, width), np.uint8)
+                pixels[: len(kept)] = grey[: len(kept)]
+            if len(image) == 1 and self._data.resize == "pad":
+                again.add(i)  # in a set with colour, the padding has colour
+            pixels[len(kept)] = image
+            kept.append(i)
+        if not object_from_main((self._channels or 1) <= room):
+            return False
+        self._drop_broken(kept)
+        self.channels, self.levels = object_from_main((pixels.shape[1], self._found_levels()))
+        self._channels = self.channels
+        for k, i in enumerate(kept):
+            needed = i in self._extremes or (i in again and self.channels == 3)
+            if needed and (image := self._decode(i)) is not None:
+                pixels[k] = image
+        self._pixels = pixels[: len(kept)]
+        return True
+
+    def _decoded(self) -> Iterator[tuple[int, np.ndarray | None]]:
+        """Decodes all images in several threads, and yields each with its index, in order."""
         count = len(self)
-        pixels = np.empty((count, self.channels, self.image_size, self.image_size), np.uint8)
         blocks = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
         pool = ThreadPoolExecutor(min(MAX_THREADS, cores_per_process()))  # Pillow decodes without the GIL
         try:
             decoded = chain.from_iterable(pool.map(lambda block: [self._decode(i) for i in block], blocks))
-            kept: list[int] = []
-            for i, image in enumerate(tqdm(decoded, "decoding", count, unit=" images", leave=False, disable=None)):
-                if image is not None:
-                    pixels[len(kept)] = image
-                    kept.append(i)
+            yield from enumerate(tqdm(decoded, "decoding", count, unit=" images", leave=False, disable=None))
         finally:
             pool.shutdown(cancel_futures=True)  # a program that is stopped does not wait for the other blocks
 
-        if self._broken:
-            first = self._describe(min(self._broken))
-            if len(self._broken) == count:
-                raise InputError(f"none of {count} images loads, first: {first}; repair them or give others")
-            images = "image that does" if len(self._broken) == 1 else "images that do"
-            logger.warning(f"skipped {len(self._broken)} {images} not load, first: {first}")
-            self.names = [self.names[i] for i in kept]
-            self.class_ids = self.class_ids[kept]
-        self._pixels = pixels[: len(kept)]
+    def _drop_broken(self, kept: list[int]) -> None:
+        """Keeps the names and classes of these images only.
+
+        Raises:
+            InputError: there are none.
+        """
+        if not self._broken:
+            return
+        count, first = len(self), self._describe(min(self._broken))
+        if not kept:
+            raise InputError(f"none of {count} images loads, first: {first}; repair them or give others")
+        images = "image that does" if len(self._broken) == 1 else "images that do"
+        logger.warning(f"skipped {len(self._broken)} {images} not load, first: {first}")
+        self.names = [self.names[i] for i in kept]
+        self.class_ids = self.class_ids[kept]
+
+    def _look(self) -> tuple[int, dict[Kind, Levels]]:
+        """The channels and the levels, from some of the images, or from the first that loads if none of those does.
+
+        Raises:
+            InputError: no image loads, so that the channels remain open.
+        """
+        sample = some_rows(len(self), PROBED_IMAGES)
+        with ThreadPoolExecutor(min(MAX_THREADS, cores_per_process())) as pool:
+            problems = list(pool.map(self._look_at, sample))
+        others = (self._look_at(i) for i in range(len(self))) if all(problems) else iter(())
+        loads = not all(problems) or any(not problem for problem in others)
+        if not loads and self._channels is None:
+            first = f"{one_line(self.names[sample[0]])} ({problems[0]})"
+            raise InputError(f"none of {len(self)} images loads, first: {first}; repair them or give others")
+        return self._channels or 1, self._found_levels()
+
+    def _look_at(self, i: int) -> str:
+        """Notes an image's extremes, and whether it has colour unless another one has; returns why it does not load."""
+        try:
+            with opened(self._source, self._rows[i]) as image:
+                image = self._of_8_bits(i, image)
+                if self._channels is None and len(to_square(image, None, self._data)) == 3:
+                    self._channels = 3
+        except DECODE_ERRORS as error:
+            return reason(error)
+        return ""
 
     def _read_at_or_after(self, i: int) -> tuple[np.ndarray, int]:
         """The first image from i on that loads, and its index; the search goes round once."""
@@ -300,6 +397,8 @@ class ImageSet:
 
 
 def _check_settings(data: DataConfig) -> None:
+    if data.white is not None and not 0 < data.white < float("inf"):
+        raise InputError(f"white={data.white} must be above 0; use 4095, for example, for 12 bits")
     for key, choices in {"resize": ("crop", "pad"), "on_error": ("skip", "raise"), "channels": (1, 3, None)}.items():
         if getattr(data, key) not in choices:
             known = " or ".join("null" if choice is None else str(choice) for choice in choices)
@@ -336,46 +435,24 @@ def _split(names: Sequence[str], val_fraction: float) -> tuple[np.ndarray, np.nd
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def _probed(rows: np.ndarray) -> np.ndarray:
-    """A few of the rows, evenly spaced."""
-    return rows[np.unique(np.linspace(0, len(rows) - 1, PROBED_IMAGES, dtype=int))]
-
-
 def _sizes(source: Source, rows: np.ndarray) -> set[tuple[int, int]]:
     """Width and height of those images in a sample that open."""
     sizes = set()
-    for row in _probed(rows):
+    for row in rows[some_rows(len(rows), PROBED_IMAGES)]:
         with contextlib.suppress(DECODE_ERRORS), opened(source, row) as image:
             sizes.add(image.size)
     return sizes
 
 
-def _probe_channels(source: Source, rows: np.ndarray, background: str) -> int:
-    """1 if a sample of the images is grey, even if it is stored as RGB; otherwise 3.
-
-    The main process decides for all.
-
-    Raises:
-        InputError: no image loads.
-    """
-
-    def probe() -> int:
-        probed = _probed(rows)
-        num_loaded, first = 0, ""
-        for number, row in enumerate(chain(probed, rows)):
-            if number >= len(probed) and num_loaded:  # if the sample is broken, the next image decides
-                break
-            try:
-                with opened(source, row) as image:
-                    coloured = is_coloured(image, background)
-            except DECODE_ERRORS as error:
-                first = first or f"{one_line(source.names[row])} ({reason(error)})"
-            else:
-                if coloured:
-                    return 3
-                num_loaded += 1
-        if not num_loaded:
-            raise InputError(f"none of {len(rows)} images loads, first: {first}; repair them or give others")
-        return 1
-
-    return computed_by_main(probe)
+def _squares(source: Source, rows: np.ndarray, size: tuple[int, int], channels: int | None) -> np.ndarray | None:
+    """The images (N, C, H, W) of an array that need no change; None for any other source."""
+    if not isinstance(source, ArraySource) or source.images.dtype != np.uint8 or source.images.shape[1:3] != size:
+        return None
+    images = source.images if len(rows) == len(source.images) else source.images[rows]
+    if images.shape[3] == 3 and channels != 3:
+        blocks = (images[start : start + 1024] for start in range(0, len(images), 1024))
+        if all((block == block[..., :1]).all() for block in blocks):
+            images = images[..., :1]
+    if images.shape[3] not in ([channels] if channels else (1, 3)):
+        return None
+    return np.ascontiguousarray(rearrange(images, "n h w c -> n c h w"))

@@ -15,6 +15,8 @@ import numpy as np
 from einops import rearrange
 from PIL import Image, ImageColor, ImageOps
 
+from vqgen.data.colour import to_srgb
+from vqgen.data.deep import deep_of, find_levels, strip_boxes
 from vqgen.data.formats import formats_of
 
 if TYPE_CHECKING:
@@ -23,7 +25,14 @@ if TYPE_CHECKING:
 
 MAX_FILE_BYTES = 1 << 30
 LARGE_BYTES, LARGE_PIXELS = 1 << 26, 1 << 24  # only one image above either limit is in memory at a time
-STRIP_PIXELS = 1 << 20
+SPARE = 2  # a JPEG is decoded at a size that is still at least this many times as large as needed
+ORIENTATION = 0x0112  # in EXIF data
+ORIENTATION_KEYS = ("exif", "Raw profile type exif", "Raw profile type APP1", "XML:com.adobe.xmp", "xmp")
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 DECODE_ERRORS = Exception  # damaged images can make Pillow raise any exception
 
 _one_large = threading.RLock()  # held while a large image is in memory
@@ -67,80 +76,103 @@ def checked_size(num_bytes: int) -> int:
     return num_bytes
 
 
-def to_square(image: Image.Image, channels: int, data: DataConfig) -> np.ndarray:
-    """An opened image as uint8 (C, H, W), H = W = data.image_size."""
-    mode = "L" if channels == 1 else "RGB"
-    pixels = np.asarray(_resize(_as(mode, _flatten(image, data.background)), data))
-    return np.ascontiguousarray(rearrange(pixels, "h w -> 1 h w" if channels == 1 else "h w c -> c h w"))
+def to_square(image: Image.Image, channels: int | None, data: DataConfig) -> np.ndarray:
+    """An opened image as uint8 (C, H, W); H and W are `data.size`.
 
-
-def is_coloured(image: Image.Image, background: str) -> bool:
-    """Whether an opened image has any pixel that is not grey."""
-    image = _flatten(image, background)
-    pixels = (np.asarray(strip) for _, strip in _strips(image))
-    return image.mode != "L" and any((part[..., :1] != part).any() for part in pixels)
-
-
-def _flatten(image: Image.Image, background: str) -> Image.Image:
-    """Converts any image to its intended look: upright, opaque, 8 bits; mode L or RGB."""
+    Args:
+        image: the image, decoded or not. One of more than 8 bits has the white level that suits it alone; give
+            `Deep.to_8_bits` if that of a set is known.
+        channels: C, 1 or 3; None takes 1 if all pixels are grey, and 3 otherwise.
+        data: the settings.
+    """
+    size = data.size
+    if (deep := deep_of(image)) is not None:
+        image = deep.to_8_bits(find_levels(deep.kind, [deep.extremes()], data.white))
+    _decode_smaller(image, data)
     image.load()
-    with contextlib.suppress(DECODE_ERRORS):  # damaged EXIF data do not spoil the pixels
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "IF":
-        image = _to_8_bits(image)
+    profile, orientation = image.info.get("icc_profile"), _orientation(image)
     if image.has_transparency_data:
-        image = _opaque(image, background)
-    return _as("L" if image.mode in ("1", "L") else "RGB", image)
+        image, profile = _opaque(to_srgb(image, profile), data.background), None
+    if profile is None or image.mode != "CMYK":
+        image = to_srgb(image, None)
+    if profile is None and channels is not None:
+        image = _as("L" if channels == 1 else "RGB", image)
+    if orientation in TURNS:
+        image = image.transpose(TURNS[orientation])
+    image = _scaled(image, size, data.resize)
+    if profile is not None:
+        image = to_srgb(image, profile)  # of a small image, it takes almost no time
+    if channels is None:
+        channels = 3 if _is_coloured(image) else 1
+    image = _centred(_as("L" if channels == 1 else "RGB", image), size, data.background)
+    pixels = np.asarray(image)
+    return pixels[None] if channels == 1 else np.ascontiguousarray(rearrange(pixels, "h w c -> c h w"))
+
+
+def _decode_smaller(image: Image.Image, data: DataConfig) -> None:
+    """Makes a JPEG that is not decoded yet come out at 1/2, 1/4 or 1/8 of its size if it is much larger than needed."""
+    if image.format not in ("JPEG", "MPO"):
+        return
+    height, width = data.size if _orientation(image) < 5 else data.size[::-1]
+    shares = width / image.width, height / image.height
+    most = 1 / (SPARE * (max(shares) if data.resize == "crop" else min(shares)))
+    if factor := next((factor for factor in (8, 4, 2) if factor <= most), None):
+        image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
+
+
+def _orientation(image: Image.Image) -> int:
+    """The orientation in an image's EXIF data, from 1 (upright) to 8."""
+    if image._exif is None and not any(key in image.info for key in ORIENTATION_KEYS) and image.format != "TIFF":
+        return 1
+    with contextlib.suppress(DECODE_ERRORS):  # damaged EXIF data do not spoil the pixels
+        return int(image.getexif().get(ORIENTATION, 1))
+    return 1
+
+
+def _is_coloured(image: Image.Image) -> bool:
+    """Whether any pixel of an image of mode L or RGB is not grey."""
+    if image.mode == "L":
+        return False
+    red, green, blue = (band.tobytes() for band in image.split())
+    return not red == green == blue
 
 
 def _as(mode: str, image: Image.Image) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)  # convert() always copies
 
 
-def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """Yields an image in strips, each with the y of its top, so that computing on a strip takes little memory."""
-    height = max(1, STRIP_PIXELS // image.width)
-    for top in range(0, image.height, height):
-        yield top, image.crop((0, top, image.width, min(top + height, image.height)))
-
-
 def _opaque(image: Image.Image, background: str) -> Image.Image:
-    """An image on a colour, in mode RGB."""
+    """An image of mode LA or RGBA on a colour, in mode RGB."""
+    colour = ImageColor.getrgb(background)[:3]
     opaque = Image.new("RGB", image.size)
-    for top, strip in _strips(image):
-        canvas = Image.new("RGBA", strip.size, ImageColor.getrgb(background)[:3])
-        opaque.paste(Image.alpha_composite(canvas, strip.convert("RGBA")).convert("RGB"), (0, top))
+    for box in strip_boxes(image):
+        strip = image.crop(box).convert("RGBA")
+        canvas = Image.new("RGBA", strip.size, colour)
+        opaque.paste(Image.alpha_composite(canvas, strip).convert("RGB"), box)
     return opaque
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Converts grey values of 16 bits, 32 bits or floats to an image of mode L.
-
-    No file says which float or which 32-bit integer is white. White is the smallest usual value that no pixel exceeds,
-    so that all images of a set have the same scale. If a pixel exceeds all usual values, the brightest pixel is white.
-    """
-    brightest = max(_finite(strip).max() for _, strip in _strips(image))
-    whites = (1, 255, 65535) if image.mode[0] == "F" else (65535,)
-    white = next((white for white in whites if brightest <= white), brightest)
-    grey = Image.new("L", image.size)
-    for top, strip in _strips(image):
-        pixels = np.rint(np.clip(_finite(strip) / white, 0, 1) * 255).astype(np.uint8)
-        grey.paste(Image.fromarray(pixels), (0, top))
-    return grey
+def _scaled(image: Image.Image, size: tuple[int, int], resize: str) -> Image.Image:
+    """An image cropped to a height and a width, or shrunk to fit into them; whole pixels stay as they are."""
+    height, width = size
+    if resize == "pad":
+        image.thumbnail((width, height), Image.Resampling.BICUBIC, reducing_gap=None)  # enlarges nothing
+        return image
+    if max(width / image.width, height / image.height) != 1:
+        return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    if image.size == (width, height):
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
-def _finite(image: Image.Image) -> np.ndarray:
-    return np.nan_to_num(np.asarray(image), posinf=0, neginf=0)
-
-
-def _resize(image: Image.Image, data: DataConfig) -> Image.Image:
-    """Resizes an L or RGB image to a square of `data.image_size` pixels."""
-    size = (data.image_size, data.image_size)
-    if data.resize == "crop":
-        return ImageOps.fit(image, size, Image.Resampling.BICUBIC)
-    image.thumbnail(size, Image.Resampling.BICUBIC, reducing_gap=None)  # does not enlarge a smaller image
-    canvas = Image.new(image.mode, size, ImageColor.getcolor(data.background, image.mode))
-    canvas.paste(image, ((data.image_size - image.width) // 2, (data.image_size - image.height) // 2))
+def _centred(image: Image.Image, size: tuple[int, int], background: str) -> Image.Image:
+    """An L or RGB image in the middle of a canvas of a height and a width."""
+    height, width = size
+    if image.size == (width, height):
+        return image
+    canvas = Image.new(image.mode, (width, height), ImageColor.getcolor(background, image.mode))
+    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
     return canvas
 
 
