@@ -77,6 +77,15 @@ def computed_by_main(compute: Callable[[], T]) -> T:
     return value
 
 
+def all_agree(value: bool) -> bool:
+    """Whether the value is true on all processes. All processes must call it."""
+    if world_size() == 1:
+        return value
+    votes: list[Any] = [None] * world_size()
+    dist.all_gather_object(votes, value)
+    return all(votes)
+
+
 def available_cores() -> list[int]:
     """The numbers of this machine's cores that this process may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))

@@ -61,11 +61,11 @@ def test_npz_of_any_channels_with_and_without_resizing(tmp_path, num_channels, i
     np.savez(tmp_path / "a.npz", images=pixels, class_ids=np.array([0, 4, -1, 1, 1, 1]))
     train, val = load(tmp_path / "a.npz", image_size=image_size)
     assert train.channels == (3 if num_channels in (3, 4) else 1)
-    assert train.class_names == ["0", "1", "2", "3", "4"]
+    assert train.class_names == ["0", "1", "4"]  # no class without an image
     colour = pixels[..., None] if num_channels is None else pixels[..., :-1] if num_channels in (2, 4) else pixels
     for part in (train, val):
         for i, name in enumerate(part.names):
-            assert part.class_ids[i] == [0, 4, -1, 1, 1, 1][int(name)]
+            assert part.class_ids[i] == [0, 2, -1, 1, 1, 1][int(name)]
             assert part.read(i).shape == (train.channels, image_size, image_size)
             if image_size == 8:
                 np.testing.assert_array_equal(part.read(i), colour[int(name)].transpose(2, 0, 1))
@@ -75,3 +75,65 @@ def test_npz_without_labels(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.full(3, -1))
     train, _ = load(tmp_path / "a.npz")
     assert (train.class_names, set(train.class_ids)) == ([], {-1})
+
+
+PIXELS = np.arange(20 * 64, dtype=np.uint8).reshape(20, 8, 8)
+LABELS = np.arange(20) % 4
+
+
+@pytest.mark.parametrize(
+    ("arrays", "train", "held_out", "notes"),
+    [
+        ({"x_train": 12, "y_train": 12, "x_test": 8, "y_test": 8}, 12, 8, []),
+        ({"train_images": 10, "train_labels": 10, "val_images": 6, "val_labels": 6, "test_images": 4, "test_labels": 4},
+         10, 6, ["test images: 4 images of this part, not used"]),
+        ({"train_data": 12, "train_targets": 12, "valid_data": 8, "valid_targets": 8}, 12, 8, []),
+        ({"train": 12, "test": 8}, 12, 8, []),
+        ({"arr_0": 20, "arr_1": 20}, 20, None, []),
+        ({"X": 20, "Y": 20}, 20, None, []),
+        ({"faces": 20, "labels": 20}, 20, None, []),
+    ],
+)  # fmt: skip
+def test_names_of_arrays(tmp_path, arrays, train, held_out, notes):
+    images = ("x_", "_images", "_data", "arr_0", "X", "faces", "train", "test")
+    content = {}
+    for name, count in arrays.items():
+        is_labels = any(word in name for word in ("y_", "labels", "targets", "arr_1", "Y"))
+        assert is_labels or any(word in name for word in images)
+        content[name] = LABELS[:count, None] if is_labels else PIXELS[:count]
+    np.savez(tmp_path / "a.npz", **content)
+    part, other = load(tmp_path / "a.npz")
+    assert len(part) + len(other) == train + (held_out or 0)
+    assert held_out is None or len(other) == held_out
+    assert bool(part.split) == (held_out is not None)
+    assert part.class_names == ([] if len(arrays) == 2 and "train" in arrays else ["0", "1", "2", "3"])
+    assert part.notes == notes
+    assert [int(part.read(i)[0, 0, 0]) for i in range(3)] == [int(PIXELS[int(n), 0, 0]) for n in part.names[:3]]
+
+
+def test_labels_that_are_one_hot_or_names_and_channels_that_come_first(tmp_path):
+    colour = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=colour.transpose(0, 3, 1, 2), labels=np.eye(4, dtype=int)[LABELS])
+    train, held_out = load(tmp_path / "a.npz")
+    assert train.notes == [
+        "images (20, 3, 8, 8): taken as (N, C, H, W)", "labels (20, 4): taken as one-hot, one column for each class"
+    ]  # fmt: skip
+    for part in (train, held_out):
+        for i, name in enumerate(part.names):
+            np.testing.assert_array_equal(part.read(i), colour[int(name)].transpose(2, 0, 1))
+            assert part.class_names[part.class_ids[i]] == str(LABELS[int(name)])
+    names = np.array(["cat", "dog", "été", "10"])[LABELS]
+    np.savez(tmp_path / "b.npz", images=colour, labels=names)
+    assert load(tmp_path / "b.npz")[0].class_names == ["10", "cat", "dog", "été"]
+    np.savez(tmp_path / "c.npz", images=colour, labels=LABELS.astype(float), ages=LABELS)
+    train, _ = load(tmp_path / "c.npz")
+    assert (train.class_names, train.notes) == (["0", "1", "2", "3"], ["ages (20,): not used"])
+
+
+def test_npy_and_arrays_of_truth_values(tmp_path):
+    np.save(tmp_path / "a.npy", PIXELS)
+    train, held_out = load(tmp_path / "a.npy")
+    assert (len(train) + len(held_out), train.class_names, train.channels) == (20, [], 1)
+    np.save(tmp_path / "b.npy", PIXELS > 60)
+    train, _ = load(tmp_path / "b.npy")
+    np.testing.assert_array_equal(train.read(0)[0], (PIXELS[int(train.names[0])] > 60) * 255)

@@ -1,8 +1,8 @@
 """Folders of images: classes, a given split, names of any kind, and the listing of files."""
 
-import hashlib
 import json
 import os
+import pickle
 import time
 from pathlib import Path
 
@@ -13,8 +13,11 @@ from data.files import RED, load, save, write_shard
 from programs import SHARED, needs_shared
 
 from vqgen.data.skipped import read_skipped
+from vqgen.data.sources import folder as folder_module
+from vqgen.data.sources import index as index_module
 from vqgen.data.sources import listing as listing_module
-from vqgen.data.sources.listing import list_images, user_cache_folder
+from vqgen.data.sources.index import user_cache_folder
+from vqgen.data.sources.listing import list_files
 
 # Classes and split
 
@@ -43,16 +46,17 @@ def test_folder_classes_names_and_batches(folder):
         assert pixels[:, 0, 4, 4].tolist() == brightness
 
 
-def test_folder_without_classes(tmp_path, caplog):
+def test_folder_without_classes(tmp_path):
     for k in range(4):
         save(tmp_path / "flat" / f"{k}.png", k)
     train, val = load(tmp_path / "flat")
     assert train.class_names == []
     assert set(train.class_ids) == set(val.class_ids) == {-1}
-    assert not caplog.records
+    assert train.notes == []
     save(tmp_path / "flat" / "sub" / "x.png")
-    assert load(tmp_path / "flat")[0].class_names == []
-    assert "no classes" in caplog.messages[0]
+    train, val = load(tmp_path / "flat")
+    assert (train.class_names, len(train) + len(val)) == ([], 5)
+    assert train.notes == ["sub/: no classes, as most images lie beside the folders, such as 0.png"]
 
 
 @pytest.mark.parametrize("held_out", ["val", "valid", "validation", "test"])
@@ -165,7 +169,8 @@ def test_links_to_folders_are_followed_but_no_folder_is_entered_below_itself(tmp
     (root / "other").symlink_to("one")
     (root / "folder.png").mkdir()
     save(root / "folder.png" / "3.png")
-    assert list_images(root) == ["cat/1.png", "dog/2.png", "folder.png/3.png"]
+    images = [name for name in list_files(root).names if name.endswith(".png")]
+    assert images == ["cat/1.png", "dog/2.png", "folder.png/3.png"]
 
 
 def test_links_that_lead_to_a_folder_in_ever_more_ways_come_to_an_end(tmp_path, caplog):
@@ -173,9 +178,9 @@ def test_links_that_lead_to_a_folder_in_ever_more_ways_come_to_an_end(tmp_path, 
         save(tmp_path / f"{level}" / "x.png")
         for name in "ab" if level < 39 else "":
             (tmp_path / f"{level}" / name).symlink_to(f"../{level + 1}")
-    names = list_images(tmp_path / "0")
+    names = list_files(tmp_path / "0").names
     assert len(names) == 1 + 2 + 4 + 8 + 36 * listing_module.MAX_VISITS
-    assert names == list_images(tmp_path / "0")
+    assert names == list_files(tmp_path / "0").names
     assert all("is linked to more than 16 times" in message for message in caplog.messages)
 
 
@@ -188,7 +193,7 @@ def test_a_folder_that_cannot_be_listed_is_named_and_left_out(tmp_path, caplog):
         os.close(at)
         at = below
     os.close(at)
-    assert list_images(tmp_path / "x") == ["a.png"]
+    assert list_files(tmp_path / "x").names == ["a.png"]
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith(f"skipping a folder that cannot be listed: {'d' * 250}/")
     assert caplog.messages[0].endswith("(File name too long)")
@@ -196,10 +201,10 @@ def test_a_folder_that_cannot_be_listed_is_named_and_left_out(tmp_path, caplog):
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch) -> Path:
-    """Two folders of images, so large that their listing is kept, and without recent changes."""
-    monkeypatch.setattr(listing_module, "KEPT_FROM", 4)
+    """Two folders of images, so large that their index is kept, and without recent changes."""
+    monkeypatch.setattr(index_module, "KEPT_FROM", 4)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name in ("a/0", "a/1", "b/2", "3"):
+    for name in ("a/0", "a/1", "b/2", "b/3"):
         save(tmp_path / "x" / f"{name}.png")
     settle(tmp_path / "x")
     return tmp_path / "x"
@@ -211,49 +216,80 @@ def settle(root: Path) -> None:
         os.utime(path, ns=(0, time.time_ns() - 10**10))
 
 
-def listings() -> list[Path]:
-    return sorted((user_cache_folder() / "listings").glob("*"))
+def kept_indices() -> list[Path]:
+    return sorted((user_cache_folder() / "index").glob("*"))
 
 
-def test_the_listing_of_a_large_folder_is_kept(kept):
-    names = ["3.png", "a/0.png", "a/1.png", "b/2.png"]
-    assert list_images(kept) == names
-    (path,) = listings()
-    content = path.read_bytes().partition(b"\n")[2].replace(b"b/2.png", b"b/9.png")
-    path.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
-    kept.parent.joinpath("link").symlink_to(kept)
-    assert list_images(kept.parent / "link") == [*names[:3], "b/9.png"]  # so the listing comes from there
+def found(root: Path) -> dict[str, str]:
+    """Each image's name and class."""
+    names: dict[str, str] = {}
+    for part in load(root, cache_gb=0, channels=1):
+        classes = [*part.class_names, "none"]
+        names |= {name: classes[i] for name, i in zip(part.names, part.class_ids, strict=True)}
+    return names
 
-    for damage in (content, content[:-9], b"", b"\xff\n\xff", path.read_bytes().replace(b"9", b"8")):
-        path.write_bytes(damage)
-        assert list_images(kept) == names
+
+def test_the_index_of_a_large_folder_is_kept_until_the_folder_changes(kept, monkeypatch):
+    names = {"a/0.png": "a", "a/1.png": "a", "b/2.png": "b", "b/3.png": "b"}
+    assert found(kept) == names
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "list_files", forbidden)
+        kept.parent.joinpath("link").symlink_to(kept)
+        assert found(kept) == found(kept.parent / "link") == names
+    (folder,) = kept_indices()
+    for file in sorted(folder.rglob("*.*")):
+        content = file.read_bytes()
+        for damage in (b"", content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
+            file.write_bytes(damage)
+            assert found(kept) == names
     save(kept / "b" / "4.png")
-    assert list_images(kept) == [*names, "b/4.png"]
+    assert found(kept) == {**names, "b/4.png": "b"}
+    settle(kept)
     (kept / "a" / "0.png").rename(kept / "a" / "5.png")
-    assert list_images(kept) == ["3.png", "a/1.png", "a/5.png", "b/2.png", "b/4.png"]
+    assert found(kept).keys() == {"a/1.png", "a/5.png", "b/2.png", "b/3.png", "b/4.png"}
 
 
-def test_a_listing_that_may_not_last_is_not_kept(kept, monkeypatch):
+def test_the_index_follows_a_label_file_that_changes_in_place(kept):
+    rows = "".join(f"{name},{label}\n" for name, label in zip(("a/0", "a/1", "b/2", "b/3"), "xxyy", strict=True))
+    table = kept / "labels.csv"
+    table.write_text("file_name,label\n" + rows.replace(",", ".png,"))
+    settle(kept)
+    assert found(kept) == {"a/0.png": "x", "a/1.png": "x", "b/2.png": "y", "b/3.png": "y"}
+    assert len(kept_indices()) == 1
+    table.write_text(table.read_text().replace(",x", ",z"))
+    assert set(found(kept).values()) == {"z", "y"}
+
+
+def test_an_index_that_may_not_last_is_not_kept(kept):
     save(kept / "b" / "new.png")
-    list_images(kept)
-    assert listings() == []
+    found(kept)
+    assert kept_indices() == []
     settle(kept)
     (kept / "a" / "later").symlink_to(kept.parent / "later")
     settle(kept)
-    list_images(kept)
-    assert listings() == []
+    found(kept)
+    assert kept_indices() == []
     save(kept.parent / "later" / "6.png")
-    assert "a/later/6.png" in list_images(kept)
+    assert "a/later/6.png" in found(kept)
     settle(kept)
     settle(kept.parent / "later")
-    list_images(kept)
-    assert len(listings()) == 1
+    found(kept)
+    assert len(kept_indices()) == 1
 
 
-def test_a_cache_that_cannot_be_written_does_not_matter(kept, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_does_not_matter(kept, tmp_path):
     (tmp_path / "cache").write_text("in its place")
-    assert len(list_images(kept)) == 4
-    assert len(list_images(kept)) == 4
+    assert len(found(kept)) == 4
+    assert len(found(kept)) == 4
+
+
+def test_a_mapped_index_is_mapped_again_where_it_is_sent(kept):
+    found(kept)
+    index = load(kept, cache_gb=0)[0]._source.index
+    assert isinstance(index.places, np.memmap)
+    sent = pickle.dumps(index)
+    assert len(sent) < 400
+    assert pickle.loads(sent).names == index.names == ["a/0.png", "a/1.png", "b/2.png", "b/3.png"]
 
 
 def test_ten_thousand_files_are_listed_in_seconds_and_kept(tmp_path, monkeypatch):
@@ -267,4 +303,8 @@ def test_ten_thousand_files_are_listed_in_seconds_and_kept(tmp_path, monkeypatch
     train, val = load(tmp_path / "x", cache_gb=0)
     assert time.monotonic() - start < 5
     assert len(train) + len(val) == 10_000
-    assert len(listings()) == 1
+    assert len(kept_indices()) == 1
+
+
+def forbidden(*args: object) -> None:
+    raise AssertionError("the kept index makes this unnecessary")

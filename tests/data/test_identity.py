@@ -1,6 +1,8 @@
 """The fingerprint, and the changes that change it."""
 
 import os
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -44,13 +46,29 @@ def test_fingerprint_is_of_the_images_that_load_or_not(damaged, tmp_path):
     assert load(damaged, **settings)[0].fingerprint == load(damaged, **settings, cache_gb=0)[0].fingerprint
 
 
-def test_fingerprint_of_large_files_is_of_size_and_time(folder, monkeypatch):
+def test_fingerprint_of_large_sets_is_of_sizes_and_a_sample_of_bytes(folder, monkeypatch, tmp_path):
+    whole = load(folder)[0].fingerprint
     monkeypatch.setattr(identity_module, "HASHED_BYTES", 100)
     before = load(folder)[0].fingerprint
-    rewrite(folder / "cat" / "3.png", -20)
-    assert load(folder)[0].fingerprint == before
-    os.utime(folder / "cat" / "3.png", ns=(0, 0))
+    assert before != whole
+    shutil.copytree(folder, tmp_path / "elsewhere")  # with other times of modification
+    assert load(tmp_path / "elsewhere")[0].fingerprint == before
+    rewrite(folder / "cat" / "3.png", -20)  # the sample covers small files whole
     assert load(folder)[0].fingerprint != before
+    (folder / "dog" / "0.png").write_bytes((folder / "dog" / "0.png").read_bytes() + b"0")
+    assert load(folder)[0].fingerprint != before
+
+
+def test_the_sample_reads_few_bytes_of_a_large_file(tmp_path, monkeypatch):
+    write_shard(tmp_path / "a.tar", {str(k): (k, b"0") for k in range(4)})
+    with (tmp_path / "a.tar").open("ab") as file:
+        file.truncate(4 << 30)  # a hole, which takes no space
+    start = time.monotonic()
+    before = load(tmp_path / "a.tar")[0].fingerprint
+    assert time.monotonic() - start < 5
+    with (tmp_path / "a.tar").open("ab") as file:
+        file.truncate((4 << 30) + 512)
+    assert load(tmp_path / "a.tar")[0].fingerprint != before
 
 
 def test_fingerprint_of_arrays_and_shards(tmp_path):

@@ -12,8 +12,8 @@ from data.files import load, save, write_shard
 
 from vqgen import distributed
 from vqgen.data import identity, images
+from vqgen.data.sources import archive
 from vqgen.data.sources import folder as folder_module
-from vqgen.data.sources import tar
 from vqgen.distributed import computed_by_main, cores_per_process
 from vqgen.errors import InputError
 
@@ -61,7 +61,7 @@ def test_the_main_process_lists_probes_and_hashes_for_all(folder, tmp_path, kind
 
     def work(rank: int) -> object:
         if rank > 0:
-            folder_module.list_images = tar._index_shard = forbidden
+            folder_module.list_files = archive._list_tar = forbidden
             images.fingerprint_of = images.is_coloured = forbidden
         return facts(source, cache_gb=cache_gb)
 
@@ -73,7 +73,7 @@ def test_what_the_main_process_finds_wrong_all_processes_raise(tmp_path):
     (tmp_path / "broken").mkdir()
     for k in range(3):
         (tmp_path / "broken" / f"{k}.png").write_bytes(b"")
-    for name, message in {"empty": "no image in this folder", "broken": "none of 2 images loads"}.items():
+    for name, message in {"empty": "no image among its files", "broken": "none of 2 images loads"}.items():
         first, second = in_two(tmp_path, lambda rank, name=name: load(tmp_path / name))
         assert first == second
         assert first.startswith("InputError: ")
@@ -132,4 +132,5 @@ def test_a_fingerprint_that_is_known_is_not_computed_again(folder, monkeypatch):
     monkeypatch.setattr(images, "fingerprint_of", forbidden)
     save(folder / "cat" / "new.png")
     assert train.fingerprint == before
-    assert identity.fingerprint_of(*train._identity, train._source.files) == before
+    ids = train._source.class_ids[train._rows]
+    assert identity.fingerprint_of(train.names, train.class_names, ids, train._source.files) == before

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +30,8 @@ from vqgen.data.pixels import DECODE_ERRORS, opened, to_square
 from vqgen.data.skipped import PASSING, SkippedFile, one_line, reason
 from vqgen.data.sources import Source, open_source
 from vqgen.data.sources.arrays import ArraySource
+from vqgen.data.sources.index import hashes_of
+from vqgen.data.sources.tree import TreeSource
 from vqgen.distributed import computed_by_main, cores_per_process, object_from_main, rank
 from vqgen.errors import InputError, require_size
 from vqgen.settings import DataConfig
@@ -78,7 +78,7 @@ def load_images(data: DataConfig | str | Path, **options: Any) -> tuple[ImageSet
         train_rows, held_out_rows = np.arange(len(train.names)), np.arange(len(held_out.names))
     elif len(train.names) > 1:
         held_out = train
-        train_rows, held_out_rows = _split(train.names, data.val_fraction)
+        train_rows, held_out_rows = _split(train, data.val_fraction)
     else:
         raise InputError(f"source={data.source} is only one image, so none can be held out; give val_source=")
     train_set = ImageSet(train, train_rows, data)
@@ -142,7 +142,6 @@ class ImageSet:
         prefix: prefix of the names in the list of skipped images, if another set has the same names.
 
     Attributes:
-        names: stable names: a path relative to the folder, the row of an array, or `shard.tar/key`.
         class_ids: (N,) int64, -1 for an image without a class.
         class_names: the classes in the order of their ids; empty if there are none.
         channels: C, 1 or 3.
@@ -159,7 +158,6 @@ class ImageSet:
     def __init__(
         self, source: Source, rows: np.ndarray, data: DataConfig, *, like: ImageSet | None = None, prefix: str = ""
     ):
-        self.names = [source.names[row] for row in rows]
         self.class_ids = source.class_ids[rows]
         self.class_names = source.class_names
         self.image_size = data.image_size
@@ -167,8 +165,8 @@ class ImageSet:
         self.left_out = Counter[str]()
         self.levels: dict[Kind, Levels] = dict(like.levels) if like else {}
         self._source, self._rows, self._data, self._prefix = source, rows, data, prefix
-        self._identity = (self.names, self.class_names, self.class_ids)  # for the fingerprint: of broken images too
-        self._broken: dict[int, str] = {}  # index among all images: reason
+        self._kept = rows  # without the images that are known not to load
+        self._broken: dict[int, str] = {}  # index among `rows`: reason
         self._extremes: dict[int, tuple[Kind, float, float]] = {}  # of images whose levels are not known yet
         self._skipped: SkippedFile | None = None
         self._pixels: np.ndarray | None = None  # (N, C, H, W)
@@ -184,7 +182,15 @@ class ImageSet:
             self.notes = [each.note(kind) for kind, each in self.levels.items()]
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.class_ids)
+
+    @property
+    def names(self) -> list[str]:
+        """Stable names: a path relative to the folder, the row of an array, or `shard.tar/key`.
+
+        The list is made anew each time, because a million names take 100 MB in each process.
+        """
+        return [self._source.names[row] for row in self._kept]
 
     @property
     def in_memory(self) -> bool:
@@ -248,7 +254,13 @@ class ImageSet:
         The content is that of all the source's files, even if this set is only a part of them. The main process reads
         them for all, so all processes must ask for the fingerprint for the first time at the same point.
         """
-        return computed_by_main(lambda: fingerprint_of(*self._identity, self._source.files))
+        source, rows = self._source, self._rows  # also of images that do not load
+
+        def compute() -> str:
+            names = [source.names[row] for row in rows]
+            return fingerprint_of(names, source.class_names, source.class_ids[rows], source.files)
+
+        return computed_by_main(compute)
 
     def _decode(self, i: int) -> np.ndarray | None:
         """Image i as uint8 (C, H, W), or None if it does not load, with the reason in `_broken`."""
@@ -270,11 +282,11 @@ class ImageSet:
 
     def _describe(self, i: int) -> str:
         """A broken image's name and reason, for a message."""
-        return f"{one_line(self._identity[0][i])} ({self._broken[i]})"
+        return f"{one_line(self._source.names[self._rows[i]])} ({self._broken[i]})"
 
     def _listed_name(self, i: int) -> str:
         """A broken image's name in the list of those skipped."""
-        return one_line(self._prefix + self._identity[0][i])
+        return one_line(self._prefix + self._source.names[self._rows[i]])
 
     def _of_8_bits(self, i: int, image: Image.Image) -> Image.Image:
         """Image i by the set's levels if it has more than 8 bits; by its own, which are kept, until those are known."""
@@ -357,8 +369,7 @@ class ImageSet:
             raise InputError(f"none of {count} images loads, first: {first}; repair them or give others")
         images = "image that does" if len(self._broken) == 1 else "images that do"
         logger.warning(f"skipped {len(self._broken)} {images} not load, first: {first}")
-        self.names = [self.names[i] for i in kept]
-        self.class_ids = self.class_ids[kept]
+        self._kept, self.class_ids = self._rows[kept], self.class_ids[kept]
 
     def _look(self) -> tuple[int, dict[Kind, Levels]]:
         """The channels and the levels, from some of the images, or from the first that loads if none of those does.
@@ -372,7 +383,7 @@ class ImageSet:
         others = (self._look_at(i) for i in range(len(self))) if all(problems) else iter(())
         loads = not all(problems) or any(not problem for problem in others)
         if not loads and self._channels is None:
-            first = f"{one_line(self.names[sample[0]])} ({problems[0]})"
+            first = f"{one_line(self._source.names[self._rows[sample[0]]])} ({problems[0]})"
             raise InputError(f"none of {len(self)} images loads, first: {first}; repair them or give others")
         return self._channels or 1, self._found_levels()
 
@@ -415,23 +426,39 @@ def _check_settings(data: DataConfig) -> None:
 
 
 def _match_classes(train: Source, held_out: Source) -> None:
-    """Gives each class of the held-out images, by its name, the id that it has in training."""
+    """Gives each class of the held-out images, by its name, the id that it has in training.
+
+    A name that differs only in upper and lower case is the same, unless training has both.
+    """
     ids = {name: i for i, name in enumerate(train.class_names)}
+    folded = Counter(name.casefold() for name in ids)
+    ids = {name.casefold(): i for name, i in ids.items() if folded[name.casefold()] == 1} | ids
+    found = [ids.get(name, ids.get(name.casefold())) for name in held_out.class_names]
     if not ids:
         held_out.class_ids = np.full_like(held_out.class_ids, -1)
-    elif unknown := [name for name in held_out.class_names if name not in ids]:
-        raise InputError(f"no training image has the held-out class {unknown[0]!r}; rename that class or remove it")
+    elif None in found:
+        unknown = held_out.class_names[found.index(None)]
+        raise InputError(f"no training image has the held-out class {unknown!r}; rename that class or remove it")
     else:  # -1, no class, indexes the -1 at the end
-        held_out.class_ids = np.array([*(ids[name] for name in held_out.class_names), -1])[held_out.class_ids]
+        held_out.class_ids = np.array([*found, -1])[held_out.class_ids]
     held_out.class_names = train.class_names
 
 
-def _split(names: Sequence[str], val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """The rows to train on and those held out, at least one of each."""
-    hashes = [int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64 for name in names]
-    held_out = np.array(hashes) < val_fraction
-    held_out[np.argmin(hashes)] = True
+def _split(source: Source, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """The rows to train on and those held out by a low hash of their names; at least one of each.
+
+    At least one image of each class is for training.
+    """
+    hashes = source.index.hashes if isinstance(source, TreeSource) else hashes_of(source.names)
+    held_out = hashes / 2.0**64 < val_fraction
+    alone = np.bincount(source.class_ids + 1)[source.class_ids + 1] == 1  # the only image of its class, or without one
+    lowest_first = np.lexsort((hashes, alone & (source.class_ids >= 0)))
+    held_out[lowest_first[0]] = True
     held_out[np.argmax(hashes)] = False
+    for class_id in np.setdiff1d(source.class_ids[held_out], source.class_ids[~held_out]):
+        rows = np.flatnonzero(source.class_ids == class_id)
+        if class_id >= 0 and held_out.sum() > 1:
+            held_out[rows[np.argmax(hashes[rows])]] = False
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 

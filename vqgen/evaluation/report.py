@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 import vqgen
-from vqgen.data.sources.listing import user_cache_folder
+from vqgen.data.sources.index import user_cache_folder
 from vqgen.errors import InputError, require
 from vqgen.evaluation.features import FeatureNetwork, Features
 from vqgen.evaluation.metrics import ClassProbe, confidence_score, frechet_distance, kernel_distance, manifold_figures

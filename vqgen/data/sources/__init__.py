@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vqgen.data.skipped import reason
+from vqgen.data.sources.archive import open_archives
 from vqgen.data.sources.arrays import open_digits, open_idx, open_npz
 from vqgen.data.sources.base import Found, NoImages, Source
 from vqgen.data.sources.folder import open_folder
-from vqgen.data.sources.tar import open_tar
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
 
@@ -24,9 +24,9 @@ SOURCES: dict[str, Callable[[str, Path, DataConfig], Found | None]] = {
     "idx": open_idx,
     "folder": open_folder,
     "npz": open_npz,
-    "tar": open_tar,
+    "archives": open_archives,
 }
-REMEDY = "give a folder of images, an .npz, a .tar pattern, or digits"
+REMEDY = "give a folder of images, an archive or a pattern of archives, an .npz or .npy, or digits"
 
 
 def open_source(key: str, source: str | Path, data: DataConfig) -> Found:
@@ -44,10 +44,14 @@ def open_source(key: str, source: str | Path, data: DataConfig) -> Found:
     """
     try:
         path = Path(source).expanduser()
+        problem = NoImages("a file of an unknown type" if path.exists() else "no such file or folder")
         for open_kind in SOURCES.values():
-            if (found := open_kind(str(source), path, data)) is not None:
-                return found
-        raise NoImages("a file of an unknown type" if path.exists() else "no such file or folder")
+            try:
+                if (found := open_kind(str(source), path, data)) is not None:
+                    return found
+            except NoImages as error:  # a folder may hold no image, but archives
+                problem = error
+        raise problem
     except NoImages as error:
         raise InputError(f"{key}={source}: {error}; {REMEDY}") from error
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Images in arrays: an .npz, a folder of IDX files like MNIST's, or the built-in digits."""
+"""Images in arrays: an .npz or .npy, a folder of IDX files like MNIST's, or the built-in digits."""
 
 from __future__ import annotations
 
@@ -6,22 +6,28 @@ import gzip
 import re
 import struct
 import zipfile
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from vqgen.data.sources.base import MAX_CLASSES, Found, numbers_as_names, reading
+from vqgen.data.deep import ValuesImage
+from vqgen.data.skipped import one_line
+from vqgen.data.sources.base import Found, reading
+from vqgen.data.sources.splits import TRAIN, find_split, split_word
+from vqgen.data.sources.tree import class_ids_of
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
 
-IDX_NAMES = {  # the array's name in an .npz: its file's name in MNIST
-    "train_images": "train-images-idx3-ubyte",
-    "train_labels": "train-labels-idx1-ubyte",
-    "test_images": "t10k-images-idx3-ubyte",
-    "test_labels": "t10k-labels-idx1-ubyte",
-}
+# Names of arrays without the word for their part, the surest first.
+IMAGES = ("images", "image", "imgs", "img", "x", "data", "pixels", "samples", "inputs", "input", "arr_0")
+LABELS = ("labels", "label", "class_ids", "y", "targets", "target", "classes", "cls", "fine_labels", "arr_1")
+MAX_CHANNELS = 4
+IDX = re.compile(
+    r"(?P<before>.*?)(?P<part>train|t10k|test)-(?P<what>images|labels)[-.]idx[13]-ubyte(\.gz)?", re.IGNORECASE
+)
 
 
 def open_digits(source: str, path: Path, data: DataConfig) -> Found | None:
@@ -29,81 +35,178 @@ def open_digits(source: str, path: Path, data: DataConfig) -> Found | None:
     if source != "digits":
         return None
     with resources.as_file(resources.files("vqgen.data") / "embedded" / "digits.npz") as embedded:
-        return _parts(_read_npz(embedded), [embedded])
+        return _found(_read_npz(embedded), [embedded])
 
 
 def open_npz(source: str, path: Path, data: DataConfig) -> Found | None:
-    """The arrays of an .npz: `images` with `labels` or `class_ids`, or `train_images`, `test_images` and so on.
+    """The arrays of an .npz, whatever the usual names, or the one of an .npy.
+
+    Images are (N, H, W), (N, H, W, C) or (N, C, H, W). Labels are (N,) or (N, 1), numbers or names, or one-hot (N, K).
 
     Raises:
         InputError: the file is damaged, or its arrays are not images.
     """
-    return _parts(_read_npz(path), [path]) if path.is_file() and path.suffix == ".npz" else None
+    if not path.is_file() or path.suffix.lower() not in (".npz", ".npy"):
+        return None
+    return _found(_read_npz(path) if path.suffix.lower() == ".npz" else {"images": _read_npy(path)}, [path])
 
 
 def open_idx(source: str, path: Path, data: DataConfig) -> Found | None:
-    """The images of a folder whose files have the names of MNIST's, compressed or not.
+    """The images of a folder whose files have the names of MNIST's, packed or not.
 
     Raises:
         InputError: a file is damaged.
     """
-    paths = ((key, path / f"{name}{suffix}") for suffix in (".gz", "") for key, name in IDX_NAMES.items())
-    files = {key: file for key, file in paths if file.is_file()}
-    if "train_images" not in files:
+    files: dict[str, Path] = {}
+    for file in sorted(path.iterdir()) if path.is_dir() else ():
+        if (match := IDX.fullmatch(file.name)) is not None:
+            part = "train" if match["part"].lower() == "train" else "test"
+            files[f"{match['before']}{part}_{match['what'].lower()}"] = file
+    if not any(key.endswith("train_images") for key in files):
         return None
-    return _parts({key: _read_idx(file) for key, file in files.items()}, [*files.values()])
+    return _found({key: _read_idx(file) for key, file in files.items()}, [*files.values()])
 
 
 class ArraySource:
     """The images of an array.
 
     Args:
-        images: uint8 (N, H, W) or (N, H, W, C), C from 1 to 4.
-        labels: (N,) class ids from 0, -1 for an image without a class; None if no image has one.
+        images: (N, H, W, C) of any numbers, C from 1 to 4.
+        labels: each image's class; None for an image without a class.
         files: the files that the arrays come from.
-
-    Raises:
-        InputError: an array has another shape or type.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray | None, files: list[Path]):
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.size == 0 or images[0, 0, 0].size > 4:
-            raise InputError(f"the images are {images.dtype} {images.shape}; give uint8 (N, H, W) or (N, H, W, 1 to 4)")
-        labels = np.full(len(images), -1) if labels is None else labels
-        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < -1:
-            raise InputError(f"the labels are {labels.dtype} {labels.shape}; give {len(images)} integers, 0 or more")
-        if labels.max() >= MAX_CLASSES:
-            raise InputError(f"one of the labels is {labels.max()}; number the classes from 0, up to {MAX_CLASSES - 1}")
+    def __init__(self, images: np.ndarray, labels: list[str | None], files: list[Path]):
         self.files = files
-        self.images = images.reshape(*images.shape[:3], -1)  # (N, H, W, C)
+        self.images = images
         self.names = [str(row) for row in range(len(images))]
-        self.class_ids = labels.astype(np.int64)
-        self.class_names = numbers_as_names(self.class_ids)
+        self.class_ids, self.class_names = class_ids_of(labels)
 
     def num_bytes(self, row: int) -> int:
         return self.images[row].nbytes
 
     def open(self, row: int) -> Image.Image:
-        return Image.fromarray(self.images[row].squeeze(2) if self.images.shape[3] == 1 else self.images[row])
+        values = self.images[row].squeeze(2) if self.images.shape[3] == 1 else self.images[row]
+        return Image.fromarray(values) if values.dtype == np.uint8 else ValuesImage(values)
 
 
-def _parts(arrays: dict[str, np.ndarray], files: list[Path]) -> Found:
-    parts = {
-        prefix: ArraySource(images, arrays.get(f"{prefix}labels", arrays.get(f"{prefix}class_ids")), files)
-        for prefix in ("", "train_", "test_")
-        if (images := arrays.get(f"{prefix}images")) is not None
-    }
-    train = parts.get("", parts.get("train_"))
-    if train is None:
-        raise InputError("no array named `images` or `train_images`; write one with numpy.savez")
-    held_out = parts.get("test_")
-    return Found(train, held_out, "test_images" if held_out else "")
+def _found(arrays: Mapping[str, np.ndarray], files: list[Path]) -> Found:
+    """The parts of a file's arrays: by the words train, val, test in their names, such as x_train."""
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in arrays.items():
+        word = split_word(name)
+        parts.setdefault(word[0] if word is not None else "", {})[name] = array
+    notes: list[str] = []
+    left_out: dict[str, int] = {}
+    sources = {word: one for word, named in parts.items() if (one := _source(named, files, notes)) is not None}
+    if not sources:
+        known = ", ".join(f"{one_line(name)} {array.dtype} {array.shape}" for name, array in arrays.items())
+        raise InputError(
+            f"no array of images among: {known or 'no arrays'}; write one called images, uint8 (N, H, W, 3)"
+        )
+    split = find_split(sources)
+    if split is None:
+        first = next((word for word in ("", *TRAIN) if word in sources), next(iter(sources)))
+        split = first, None, [word for word in sources if word != first]
+    train, held_out, others = split
+    for other in others:
+        what = f"{other or 'other'} images"
+        left_out[what] = len(sources[other].images)
+        notes.append(f"{what}: {left_out[what]:,} images of this part, not used")
+    if held_out is None:
+        return Found(sources[train], left_out=left_out, notes=notes)
+    return Found(sources[train], sources[held_out], f"{held_out} images of the arrays", left_out, notes)
+
+
+def _source(named: Mapping[str, np.ndarray], files: list[Path], notes: list[str]) -> ArraySource | None:
+    """The images of one part with their labels; None if no array holds images.
+
+    Raises:
+        InputError: the arrays have images' names, but are none.
+    """
+    images_name = _choose(named, IMAGES, lambda array: array.ndim in (3, 4) and array.dtype.kind in "buif")
+    if images_name is None:
+        return None
+    images = _as_images(images_name, named[images_name], notes)
+    labels_name = _choose(named, LABELS, lambda array: array.ndim in (1, 2) and array.dtype.kind in "biufUS")
+    labels: list[str | None] = [None] * len(images)
+    if labels_name is not None:
+        labels = _as_labels(labels_name, named[labels_name], images, notes)
+    for name in named:
+        if name not in (images_name, labels_name):
+            notes.append(f"{one_line(name)} {named[name].shape}: not used")
+    return ArraySource(images, labels, files)
+
+
+def _choose(named: Mapping[str, np.ndarray], known: tuple[str, ...], fits: Callable[[np.ndarray], bool]) -> str | None:
+    """The name of the array that has a known name, or of the only one that fits."""
+    bare = {name: _bare(name) for name in named}
+    for known_name in known:
+        for name in named:
+            if bare[name] == known_name:
+                return name
+    others = [name for name in named if fits(named[name]) and bare[name] not in (*IMAGES, *LABELS)]
+    return others[0] if len(others) == 1 else None
+
+
+def _bare(name: str) -> str:
+    """An array's name without the word for its part: `x_train` and `train_x` are x, `train` is images."""
+    word = split_word(name)
+    if word is None:
+        return name.lower()
+    rest = re.sub(rf"(^|[_\W]){word[0]}($|[_\W])|{word[0]}", "", name.lower()).strip("_-. ")
+    return rest or "images"
+
+
+def _as_images(name: str, array: np.ndarray, notes: list[str]) -> np.ndarray:
+    """The images of an array as (N, H, W, C)."""
+    shape = array.shape
+    first = array.ndim == 4 and shape[1] <= MAX_CHANNELS < shape[3]
+    fits = array.ndim == 3 or (array.ndim == 4 and (first or shape[3] <= MAX_CHANNELS))
+    single = array.ndim == 3 and shape[2] <= MAX_CHANNELS
+    if not fits or single or 0 in shape or array.dtype.kind not in "buif":
+        raise InputError(f"the images are {array.dtype} {shape}; give uint8 (N, H, W) or (N, H, W, 1 to 4)")
+    if first:
+        notes.append(f"{one_line(name)} {shape}: taken as (N, C, H, W)")
+        return np.moveaxis(array, 1, 3)
+    if array.dtype == bool:
+        array = array * np.uint8(255)
+    return array.reshape(*shape[:3], -1)
+
+
+def _as_labels(name: str, array: np.ndarray, images: np.ndarray, notes: list[str]) -> list[str | None]:
+    """Each image's class as a name; None for -1."""
+    count = len(images)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim == 2 and array.shape[0] == count and _is_one_hot(array):
+        notes.append(f"{one_line(name)} {array.shape}: taken as one-hot, one column for each class")
+        array = array.argmax(1)
+    whole = array.dtype.kind in "biuUS" or (array.dtype.kind == "f" and bool((array == np.rint(array)).all()))
+    if array.shape != (count,) or not whole:
+        raise InputError(f"the labels are {array.dtype} {array.shape}; give {count} integers, or names")
+    if array.dtype.kind in "US":
+        return [
+            label.decode("utf-8", "backslashreplace") if isinstance(label, bytes) else label for label in array.tolist()
+        ]
+    if array.min() < -1:
+        raise InputError(f"one of the labels is {int(array.min())}; give integers from 0, and -1 for no class")
+    return [None if label < 0 else str(label) for label in array.astype(np.int64).tolist()]
+
+
+def _is_one_hot(array: np.ndarray) -> bool:
+    return array.dtype.kind in "biuf" and bool(((array == 0) | (array == 1)).all() and (array.sum(1) == 1).all())
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     # np.load alone would also accept an .npy, and calls any other file a pickle; ZipFile says what is wrong.
     with reading(path), zipfile.ZipFile(path), np.load(path, allow_pickle=False) as archive:
-        return {key: archive[key] for key in archive.files if re.search("(images|labels|class_ids)$", key)}
+        return {key: archive[key] for key in archive.files}
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    with reading(path):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _read_idx(path: Path) -> np.ndarray:

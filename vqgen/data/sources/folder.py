@@ -1,86 +1,94 @@
-"""A folder of image files; its subfolders are the classes."""
+"""A folder of image files."""
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from vqgen.data.pixels import checked_size, open_image
-from vqgen.data.skipped import one_line
-from vqgen.data.sources.base import EXTENSIONS, Found, NoImages, reading
-from vqgen.data.sources.listing import list_images
-from vqgen.distributed import computed_by_main
-from vqgen.errors import InputError
+from vqgen.data.pixels import checked_size
+from vqgen.data.sources.base import Found, reading
+from vqgen.data.sources.listing import list_files, signature
+from vqgen.data.sources.tree import Listing, open_tree
 from vqgen.settings import DataConfig
 
-logger = logging.getLogger("vqgen")
-
-HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
+MAX_WATCHED = 1000  # label files; checking that more have not changed would take as long as reading them
 
 
 def open_folder(source: str, path: Path, data: DataConfig) -> Found | None:
-    """The images of a folder, split by its subfolders `train` and `val` (or `test`) if it has them.
+    """The images of a folder; see `open_tree`.
 
     Raises:
         InputError: the folder has no images, or cannot be listed.
     """
-    return computed_by_main(lambda: _parts(path)) if path.is_dir() else None
+    return open_tree(FolderTree(path), data) if path.is_dir() else None
 
 
-def _parts(root: Path) -> Found:
-    with reading(root):
-        names = list_images(root)
-    if not names:
-        message = f"no image in this folder (looked for {' '.join(EXTENSIONS)})"
-        if any(root.glob("*.tar")):
-            raise InputError(f"{message}; give {root / '*.tar'} for its shards")
-        raise NoImages(message)
-    folders = {name.split("/")[0] for name in names if "/" in name}
-    if "train" not in folders or not folders <= {"train", *HELD_OUT_FOLDERS}:
-        return Found(FolderSource(root, names))
-    train = FolderSource(root, names, "train/")
-    split = next((f"{folder}/" for folder in HELD_OUT_FOLDERS if folder in folders), "")
-    return Found(train, FolderSource(root, names, split), split) if split else Found(train)
-
-
-class FolderSource:
-    """The image files of a folder.
+class FolderTree:
+    """The files of a folder; see `Tree`.
 
     Args:
         root: the folder.
-        names: paths of its images, relative to it.
-        top: the subfolder to take images from, with a slash at its end; the folders directly in it are the classes.
     """
 
-    def __init__(self, root: Path, names: list[str], top: str = ""):
+    dotted = False
+
+    def __init__(self, root: Path):
         self.root = root
-        self.names = [name for name in names if name.startswith(top)]
-        paths = [name.removeprefix(top).split("/") for name in self.names]
-        loose = [path[0] for path in paths if len(path) == 1]
-        if 0 < len(loose) < len(paths):
-            logger.warning(f"{root / top}: no classes, as images lie beside the folders, such as {one_line(loose[0])}")
-        folders = [] if loose else sorted({path[0] for path in paths})
-        ids = {name: i for i, name in enumerate(folders)}
-        # Class names are written as UTF-8, which has no place for a file name's undecodable bytes: escape those.
-        self.class_names = [name.encode("utf-8", "backslashreplace").decode() for name in folders]
-        self.class_ids = np.array([ids.get(path[0], -1) for path in paths], np.int64)
+        self._folders: dict[str, list[int]] = {}
 
     @property
-    def files(self) -> list[str]:
-        return [os.path.join(self.root, name) for name in self.names]
+    def key(self) -> Sequence[str]:
+        return ["folder", os.path.realpath(self.root)]
 
-    def num_bytes(self, row: int) -> int:
-        info = os.stat(self.root / self.names[row])
+    def listing(self) -> Listing:
+        with reading(self.root):
+            found = list_files(self.root)
+        self._folders = found.folders
+        left_out = {"hidden": found.hidden} if found.hidden else {}
+        return Listing(found.names, np.zeros((len(found.names), 0), np.int64), left_out, found.lasting)
+
+    def state(self, read: Sequence[str]) -> Any:
+        if len(read) > MAX_WATCHED:
+            return None
+        return {"folders": self._folders, "files": {name: self._file_state(name) for name in read}}
+
+    def is_current(self, state: Any) -> bool:
+        with contextlib.suppress(OSError):
+            folders = all(signature(os.path.join(self.root, name)) == known for name, known in state["folders"].items())
+            return folders and all(self._file_state(name) == known for name, known in state["files"].items())
+        return False
+
+    def _file_state(self, name: str) -> list[int]:
+        info = os.stat(os.path.join(self.root, name))
+        return [info.st_size, info.st_mtime_ns]
+
+    def beside(self, name: str) -> bytes | None:
+        path = self.root / name
+        with reading(path):
+            return path.read_bytes() if path.is_file() else None
+
+    def inner(self, path: str) -> str:
+        return path
+
+    def name_of(self, path: str, key: str, place: np.ndarray) -> str:
+        return path
+
+    def files(self, names: Sequence[str]) -> Sequence[str]:
+        return [os.path.join(self.root, name) for name in names]
+
+    def num_bytes(self, name: str, place: np.ndarray) -> int:
+        info = os.stat(os.path.join(self.root, name))
         if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for a writer
             raise OSError("a pipe, a socket or a device")
         return checked_size(info.st_size)
 
-    def open(self, row: int) -> Image.Image:
-        num_bytes = self.num_bytes(row)
-        with open(self.root / self.names[row], "rb") as file:
-            return open_image(file.read(num_bytes), self.names[row])
+    def read(self, name: str, place: np.ndarray) -> bytes:
+        num_bytes = self.num_bytes(name, place)
+        with open(os.path.join(self.root, name), "rb") as file:
+            return file.read(num_bytes)

@@ -1,4 +1,4 @@
-"""Tar shards: patterns, classes, and samples read in place."""
+"""Shards: patterns, classes, and samples read in place."""
 
 import json
 import tarfile

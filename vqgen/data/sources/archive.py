@@ -1,0 +1,296 @@
+"""Images in tar shards and zip files, which are read in place."""
+
+from __future__ import annotations
+
+import bz2
+import glob
+import gzip
+import hashlib
+import logging
+import lzma
+import os
+import re
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqgen.data.pixels import checked_size
+from vqgen.data.skipped import one_line, reason
+from vqgen.data.sources.base import Found, reading
+from vqgen.data.sources.index import user_cache_folder
+from vqgen.data.sources.listing import is_hidden
+from vqgen.data.sources.splits import HELD_OUT, TRAIN, split_word
+from vqgen.data.sources.tree import Listing, open_tree
+from vqgen.distributed import computed_by_main
+from vqgen.errors import InputError
+from vqgen.settings import DataConfig
+
+logger = logging.getLogger("vqgen")
+
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
+ARCHIVES = (*TARS, ".zip")
+PACKED: dict[bytes, Callable[[Path], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"\xfd7zXZ\0": lzma.open,
+    b"BZh": bz2.open,
+}  # first bytes of a packed tar
+# Packing makes images hardly smaller, except for a few flat ones. Whatever unpacks to more than this is a bomb.
+MAX_RATIO = 200
+MAX_SMALL_BYTES = 1 << 26
+LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a zip's member; the lengths of its name and its extra field come last
+PLAIN, ZIP_STORED, ZIP_DEFLATED = range(3)  # how the bytes of a member are stored
+SEPARATOR = "//"  # between an archive's number and a member's path, if there are several archives
+
+
+def open_archives(source: str, path: Path, data: DataConfig) -> Found | None:
+    """The images of a tar or zip file, of all files that a pattern stands for, or of a folder that holds archives.
+
+    Raises:
+        InputError: an archive is missing, damaged or unsafe, or none has an image.
+    """
+    if path.is_dir():
+        archives = computed_by_main(lambda: _archives_in(path))
+        if not archives:
+            return None
+    elif source.lower().endswith(ARCHIVES) or (not path.exists() and re.search(r"[{*?\[]", source)):
+        archives = computed_by_main(lambda: find_shards(path))
+    else:
+        return None
+    computed_by_main(lambda: [_unpacked(archive) for archive in archives])
+    return open_tree(ArchiveTree(archives), data)
+
+
+def _archives_in(folder: Path) -> list[Path]:
+    with reading(folder):
+        return sorted(p for p in folder.iterdir() if p.name.lower().endswith(ARCHIVES) and not is_hidden(p.name))
+
+
+class ArchiveTree:
+    """The members of archives; see `Tree`.
+
+    A member's place is (archive, offset, bytes in the archive, bytes unpacked, how it is stored).
+
+    Args:
+        archives: tar files, packed or not, and zip files.
+
+    Raises:
+        InputError: a file cannot be read or unpacked.
+    """
+
+    def __init__(self, archives: Sequence[Path]):
+        self.archives = list(archives)
+        self._on_disk = [_unpacked(archive) for archive in archives]  # where packed tars were unpacked to
+        self.dotted = not any(archive.name.lower().endswith(".zip") for archive in archives)
+        words = {archive: found[0] for archive in archives if (found := split_word(_stem(archive))) is not None}
+        splits = any(word in TRAIN for word in words.values()) and any(word in HELD_OUT for word in words.values())
+        # The archives called train and val become folders of these names, which are then read like any folders.
+        self._tops = [f"{words.get(archive, _stem(archive))}/" if splits else "" for archive in archives]
+
+    @property
+    def key(self) -> Sequence[str]:
+        return ["archives", *(os.path.realpath(archive) for archive in self.archives)]
+
+    def listing(self) -> Listing:
+        paths: list[str] = []
+        places: list[tuple[int, ...]] = []
+        left_out: Counter[str] = Counter()
+        for number, (archive, on_disk) in enumerate(zip(self.archives, self._on_disk, strict=True)):
+            before = f"{number}{SEPARATOR}" if len(self.archives) > 1 else ""
+            with reading(archive):
+                found = _list_zip(on_disk) if self._is_zip(number) else _list_tar(on_disk)
+            for name, place in found.items():
+                path = _safe(archive, name)
+                if any(is_hidden(part) for part in path.split("/")):
+                    left_out["hidden"] += 1
+                    continue
+                paths.append(f"{before}{self._tops[number]}{path}")
+                places.append((number, *place))
+        return Listing(paths, np.array(places, np.int64).reshape(-1, 5), left_out)
+
+    def state(self, read: Sequence[str]) -> Any:
+        state = []
+        for path in (*self.archives, *self._lists()):
+            info = os.stat(path)
+            state.append([str(path), info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns])
+        return state
+
+    def is_current(self, state: Any) -> bool:
+        try:
+            return self.state(()) == state
+        except OSError:
+            return False
+
+    def _lists(self) -> Sequence[Path]:
+        return sorted(self.archives[0].parent.glob("class*.*"))
+
+    def beside(self, name: str) -> bytes | None:
+        path = self.archives[0].parent / name
+        with reading(path):
+            return path.read_bytes() if path.is_file() else None
+
+    def inner(self, path: str) -> str:
+        return path.partition(SEPARATOR)[2] or path
+
+    def name_of(self, path: str, key: str, place: np.ndarray) -> str:
+        number = int(place[0])
+        inner = self.inner(path if self._is_zip(number) else key).removeprefix(self._tops[number])
+        one_zip = self._is_zip(number) and len(self.archives) == 1
+        return inner if one_zip else f"{self.archives[number].name}/{inner}"
+
+    def files(self, names: Sequence[str]) -> Sequence[str]:
+        return [str(path) for path in self._on_disk]
+
+    def num_bytes(self, name: str, place: np.ndarray) -> int:
+        return checked_size(int(place[3]))
+
+    def read(self, name: str, place: np.ndarray) -> bytes:
+        number, offset, packed, size, stored = map(int, place)
+        checked_size(size)
+        with self._on_disk[number].open("rb") as file:  # one file object for all threads would have only one position
+            file.seek(offset)
+            if stored == PLAIN:
+                return file.read(size)
+            *_, name_length, extra_length = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+            file.seek(name_length + extra_length, os.SEEK_CUR)
+            content = file.read(packed)
+        return content if stored == ZIP_STORED else zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size)
+
+    def _is_zip(self, number: int) -> bool:
+        return self.archives[number].name.lower().endswith(".zip")
+
+
+def find_shards(pattern: Path) -> list[Path]:
+    """The files that a pattern with {00000..00009}, {a,b}, * and ? stands for, in its order.
+
+    Raises:
+        InputError: there is no file for a part of the pattern.
+    """
+    shards: list[Path] = []
+    for path in [pattern] if pattern.exists() else map(Path, _expand_braces(str(pattern))):
+        found = [path] if path.exists() else sorted(Path(match) for match in glob.glob(str(path)))
+        if not found:
+            raise InputError(f"no shard {path}; fetch it, or leave it out of the pattern")
+        shards += found
+    return shards
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if braces is None:
+        yield pattern
+        return
+    choices: Iterable[str] = braces[1].split(",")
+    if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", braces[1]):
+        numbers = range(int(bounds[1]), int(bounds[2]) + 1)
+        choices = (str(number).zfill(len(bounds[1])) for number in numbers)
+    start, end = braces.span()
+    for choice in choices:
+        yield from _expand_braces(pattern[:start] + choice + pattern[end:])
+
+
+def _stem(archive: Path) -> str:
+    name = archive.name
+    extension = next((e for e in ARCHIVES if name.lower().endswith(e)), "")
+    return name[: len(name) - len(extension)]
+
+
+def _safe(archive: Path, name: str) -> str:
+    """A member's path with plain slashes.
+
+    Raises:
+        InputError: the path leads out of the archive, which only an attacker's or a careless person's does.
+    """
+    path = name.replace("\\", "/") if archive.name.lower().endswith(".zip") else name
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if path.startswith("/") or ".." in parts:
+        raise InputError(f"{archive} holds {one_line(name)}, a path that leads out of it; pack it again without")
+    return "/".join(parts)
+
+
+def _list_tar(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and place of each file in a tar; the last of those with the same name counts."""
+    found: dict[str, tuple[int, ...]] = {}
+    with tarfile.open(path, "r:") as tar:
+        while (member := tar.next()) is not None:
+            if member.isreg():
+                found[member.name] = (member.offset_data, member.size, member.size, PLAIN)
+            tar.members.clear()  # type: ignore[attr-defined]  # a large archive's members would stay in memory
+    return found
+
+
+def _list_zip(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and place of each file in a zip.
+
+    Raises:
+        InputError: it is a bomb, is encrypted, or is packed in an unusual way.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    methods = {zipfile.ZIP_STORED: ZIP_STORED, zipfile.ZIP_DEFLATED: ZIP_DEFLATED}
+    total, num_bytes = 0, path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.is_dir():
+                continue
+            total += member.file_size
+            _check_ratio(path, one_line(member.filename), member.compress_size, member.file_size)
+            if member.flag_bits & 1 or member.compress_type not in methods:
+                how = "encrypted" if member.flag_bits & 1 else f"packed by method {member.compress_type}"
+                raise InputError(f"{path}: {one_line(member.filename)} is {how}; unpack it, and give the folder")
+            place = (member.header_offset, member.compress_size, member.file_size, methods[member.compress_type])
+            found[member.filename] = place
+    _check_ratio(path, "its content", num_bytes, total)
+    return found
+
+
+def _check_ratio(path: Path, what: str, packed: int, size: int) -> None:
+    if size > MAX_SMALL_BYTES and size > MAX_RATIO * packed:
+        raise InputError(
+            f"{path} is a bomb: {what} unpacks from {packed:,} to {size:,} bytes; no images do, so do not trust it"
+        )
+
+
+def _unpacked(archive: Path) -> Path:
+    """A packed tar's plain copy in the user's cache folder, made once; other files as they are.
+
+    Random access to a packed tar is not possible.
+
+    Raises:
+        InputError: it is damaged or a bomb, or the cache folder cannot be written.
+    """
+    if archive.name.lower().endswith(".zip"):
+        return archive
+    with reading(archive), archive.open("rb") as file:
+        first = file.read(6)
+    open_packed = next((opener for magic, opener in PACKED.items() if first.startswith(magic)), None)
+    if open_packed is None:
+        return archive
+    info = archive.stat()
+    key = hashlib.sha256(f"{os.path.realpath(archive)}\0{info.st_size}\0{info.st_mtime_ns}".encode(errors="replace"))
+    plain = user_cache_folder() / "unpacked" / f"{key.hexdigest()[:32]}.tar"
+    if plain.exists():
+        return plain
+    logger.warning(f"{archive}: packed, so it is unpacked once, to {plain}")
+    beside = plain.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        plain.parent.mkdir(parents=True, exist_ok=True)
+        with reading(archive), open_packed(archive) as packed, beside.open("wb") as file:
+            written = 0
+            while chunk := packed.read(1 << 20):
+                written += len(chunk)
+                _check_ratio(archive, "its content", info.st_size, written)
+                file.write(chunk)
+        beside.rename(plain)
+    except OSError as error:
+        raise InputError(
+            f"{plain} cannot be written ({reason(error)}); make room, or unpack {archive} yourself"
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return plain
