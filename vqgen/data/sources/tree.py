@@ -162,7 +162,8 @@ def _index(tree: Tree, data: DataConfig) -> tuple[list[Index], dict[str, Any], A
         class_names.append(names)
     lists = {path for path in others if tree.inner(path) in CLASS_LISTS}
     left_out.update(layout.left_out)
-    left_out.update(extensions[row] for path, row in others.items() if path not in labels.used | lists)
+    used = labels.used | lists
+    left_out.update(extensions[row] for path, row in others.items() if path not in used)
     hints = [
         f"{extension}: {count:,} files that are not read; {hint}"
         for extension, count in sorted(left_out.items())
@@ -171,8 +172,7 @@ def _index(tree: Tree, data: DataConfig) -> tuple[list[Index], dict[str, Any], A
     split = parts[1].name if len(parts) > 1 else ""
     notes = [*layout.notes, *labels.notes, *hints]
     facts = {"class_names": class_names, "split": split, "left_out": dict(left_out), "notes": notes}
-    read_files = sorted(labels.used | lists)
-    return indices, facts, tree.state(read_files) if listing.lasting else None
+    return indices, facts, tree.state(sorted(used)) if listing.lasting else None
 
 
 def extension_of(path: str) -> str:
