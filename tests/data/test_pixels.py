@@ -272,7 +272,7 @@ def test_pillow_is_quiet_only_while_an_image_is_decoded(tmp_path, cache_gb, capl
 def test_pillow_is_quiet_as_long_as_any_thread_decodes():
     before = host_settings()
     with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as mine:
-        mine.enter_context(pixels_module._quiet_pillow)
+        mine.enter_context(pixels_module.quiet_pillow)
         pool.submit(_inside_once).result()
         inside = host_settings()
         assert inside != before
@@ -284,5 +284,5 @@ def test_pillow_is_quiet_as_long_as_any_thread_decodes():
 
 
 def _inside_once() -> None:
-    with pixels_module._quiet_pillow:
+    with pixels_module.quiet_pillow:
         pass
