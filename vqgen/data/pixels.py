@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor
 
 from vqgen.data.colour import to_srgb
 from vqgen.data.deep import deep_of, find_levels
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 MAX_FILE_BYTES = 1 << 30
 LARGE_BYTES, LARGE_PIXELS = 1 << 26, 1 << 24  # only one image above either limit is in memory at a time
-SPARE = 2  # a JPEG is decoded at a size that is still at least this many times as large as needed
+# A JPEG at least this many times as large as needed is decoded at 1/2, 1/4 or 1/8 of its size. With less to spare, the
+# pixels of photos with much texture would differ by more than 1 on average.
+SPARE = {8: 20, 4: 10, 2: 4}
 ORIENTATION = 0x0112  # in EXIF data
 ORIENTATION_KEYS = ("exif", "Raw profile type exif", "Raw profile type APP1", "XML:com.adobe.xmp", "xmp")
 TURNS = {
@@ -88,7 +91,7 @@ def to_square(image: Image.Image, channels: int | None, data: DataConfig) -> np.
     size = data.size
     if (deep := deep_of(image)) is not None:
         image = deep.to_8_bits(find_levels(deep.kind, [deep.extremes()], data.white))
-    _decode_smaller(image, data)
+    extent = _decode_smaller(image, data)
     image.load()
     profile, orientation = image.info.get("icc_profile"), _orientation(image)
     if image.has_transparency_data:
@@ -99,7 +102,8 @@ def to_square(image: Image.Image, channels: int | None, data: DataConfig) -> np.
         image = _as("L" if channels == 1 else "RGB", image)
     if orientation in TURNS:
         image = image.transpose(TURNS[orientation])
-    image = _scaled(image, size, data.resize)
+        extent = extent[::-1] if orientation >= 5 else extent
+    image = _scaled(image, extent, size, data.resize)
     if profile is not None:
         image = to_srgb(image, profile)  # of a small image, it takes almost no time
     if channels is None:
@@ -116,15 +120,21 @@ def _planes(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(lines.reshape(image.height, 3, image.width).transpose(1, 0, 2))
 
 
-def _decode_smaller(image: Image.Image, data: DataConfig) -> None:
-    """Makes a JPEG that is not decoded yet come out at 1/2, 1/4 or 1/8 of its size if it is much larger than needed."""
-    if image.format not in ("JPEG", "MPO"):
-        return
-    height, width = data.size if _orientation(image) < 5 else data.size[::-1]
-    shares = width / image.width, height / image.height
-    most = 1 / (SPARE * (max(shares) if data.resize == "crop" else min(shares)))
-    if factor := next((factor for factor in (8, 4, 2) if factor <= most), None):
-        image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
+def _decode_smaller(image: Image.Image, data: DataConfig) -> tuple[float, float]:
+    """Makes a JPEG that is not decoded yet come out at 1/2, 1/4 or 1/8 of its size if it is much larger than needed.
+
+    Returns:
+        Width and height of what the image shows, in pixels; a part of a pixel if the size is not divisible.
+    """
+    extent = image.size
+    if image.format in ("JPEG", "MPO"):
+        height, width = data.size if _orientation(image) < 5 else data.size[::-1]
+        shares = width / extent[0], height / extent[1]
+        share = max(shares) if data.resize == "crop" else min(shares)
+        factor = next((factor for factor, times in SPARE.items() if share * times <= 1), 1)
+        if factor > 1 and (drafted := image.draft(None, (extent[0] // factor, extent[1] // factor))) is not None:
+            return drafted[1][2:]
+    return extent
 
 
 def _orientation(image: Image.Image) -> int:
@@ -156,18 +166,36 @@ def _opaque(image: Image.Image, background: str) -> Image.Image:
     return opaque
 
 
-def _scaled(image: Image.Image, size: tuple[int, int], resize: str) -> Image.Image:
-    """An image cropped to a height and a width, or shrunk to fit into them; whole pixels stay as they are."""
-    height, width = size
-    if resize == "pad":
-        image.thumbnail((width, height), Image.Resampling.BICUBIC, reducing_gap=None)  # enlarges nothing
+def _scaled(image: Image.Image, extent: tuple[float, float], size: tuple[int, int], resize: str) -> Image.Image:
+    """An image cropped to a height and a width, or shrunk to fit into them; pixels of the right size do not change.
+
+    Args:
+        image: the image.
+        extent: width and height of what it shows, in its pixels.
+        size: height and width.
+        resize: `crop` or `pad`.
+    """
+    (height, width), (across, down) = size, extent
+    if resize == "crop":
+        if max(width / across, height / down) == 1:  # whole pixels stay whole
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            return image if image.size == (width, height) else image.crop((left, top, left + width, top + height))
+        kept = min(across, width / height * down), min(down, across / (width / height))
+        x, y = (across - kept[0]) / 2, (down - kept[1]) / 2
+        return image.resize((width, height), Image.Resampling.BICUBIC, (x, y, x + kept[0], y + kept[1]))
+    if width >= across and height >= down:  # pad enlarges nothing
         return image
-    if max(width / image.width, height / image.height) != 1:
-        return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    if image.size == (width, height):
-        return image
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    aspect = across / down  # rounded as Image.thumbnail does, to the size whose aspect is nearest
+    if width / height >= aspect:
+        width = _rounded(height * aspect, lambda n: abs(aspect - n / height))
+    else:
+        height = _rounded(width / aspect, lambda n: abs(aspect - width / n) if n else 0)
+    return image.resize((width, height), Image.Resampling.BICUBIC, (0, 0, across, down))
+
+
+def _rounded(number: float, error: Callable[[int], float]) -> int:
+    """A number rounded up or down, whichever has the smaller error; at least 1."""
+    return max(1, min(math.floor(number), math.ceil(number), key=error))
 
 
 def _centred(image: Image.Image, size: tuple[int, int], background: str) -> Image.Image:
