@@ -110,28 +110,41 @@ class Deep:
 
 
 class ValuesImage(Image.Image):
-    """An image of values that no mode of Pillow's holds, such as RGB floats; `to_square` reads the values.
+    """An image of values that no mode of Pillow's holds, such as floats in colour; `deep_of` reads them.
 
     Args:
-        values: (H, W) or (H, W, C) of any kind of number; C is 1 (grey), 2 (grey and opacity), 3 (RGB) or 4 (RGB and
-            opacity). Integers hold opacity as a share of their type's maximum, floats from 0 to 1.
+        size: width and height.
+        channels: 1 (grey), 2 (grey and opacity), 3 (RGB) or 4 (RGB and opacity).
         negative: whether the smallest value is white.
-
-    Raises:
-        OSError: the array has another shape.
     """
 
-    def __init__(self, values: np.ndarray, negative: bool = False):
+    def __init__(self, size: tuple[int, int], channels: int, negative: bool = False):
         super().__init__()
+        self._size, self._mode = size, ("L", "LA", "RGB", "RGBA")[channels - 1]
+        self.negative = negative
+        self._values: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> ValuesImage:
+        """An image of values (H, W) or (H, W, C).
+
+        Raises:
+            OSError: the array has another shape, or is not of numbers.
+        """
         values = values[..., None] if values.ndim == 2 else values
         if values.ndim != 3 or not 1 <= values.shape[2] <= 4 or values.dtype.kind not in "biuf":
             raise OSError(f"values {values.dtype} {values.shape}; an image has 1 channel (grey) or 3 (RGB)")
-        self.values, self.negative = values, negative
-        self._size = values.shape[1], values.shape[0]
-        self._mode = ("L", "LA", "RGB", "RGBA")[values.shape[2] - 1]
+        image = cls((values.shape[1], values.shape[0]), values.shape[2])
+        image._values = values
+        return image
+
+    def read_values(self) -> np.ndarray:
+        """The values (H, W, C), of any kind of number; opacity is a share of an integer type's maximum, or of 1."""
+        assert self._values is not None, "made by of(), or by a class of its own"
+        return self._values
 
     def load(self) -> None:
-        """Does nothing: the values are in memory."""
+        """Does nothing; `read_values` decodes."""
 
 
 def strip_boxes(image: Image.Image) -> Iterator[Box]:
@@ -192,7 +205,8 @@ def find_levels(kind: Kind, extremes: Iterable[tuple[float, float]], white: floa
 
 
 def _of_values(image: ValuesImage) -> Deep:
-    values = image.values.astype(np.uint8) if image.values.dtype == bool else image.values
+    values = image.read_values()
+    values = values.view(np.uint8) if values.dtype == bool else values
     kind: Kind = "float" if values.dtype.kind == "f" else "integer"
 
     def read(box: Box) -> Strip:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, UnidentifiedImageError
 
 from vqgen.data.colour import to_srgb
 from vqgen.data.deep import deep_of, find_levels
 from vqgen.data.formats import formats_of
+from vqgen.data.tiff import TiffImage, is_unusual_tiff
 
 if TYPE_CHECKING:
     from vqgen.data.sources.base import Source
@@ -59,9 +60,18 @@ def _alone(large: bool) -> contextlib.AbstractContextManager[object]:
 
 
 def open_image(content: bytes, name: str = "") -> Image.Image:
-    """The image in a file's bytes, not decoded yet; of a file named *.tga, its name is needed."""
+    """The image in a file's bytes, not decoded yet; of a file named *.tga, its name is needed.
+
+    Raises:
+        Exception: the image does not open; see `DECODE_ERRORS`.
+    """
     # Without `formats`, Pillow tries all its formats, which takes 1.5 times as long; one of them runs Ghostscript.
-    image = Image.open(io.BytesIO(content), formats=formats_of(content, name))
+    try:
+        image = Image.open(io.BytesIO(content), formats=formats_of(content, name))
+    except UnidentifiedImageError:
+        if not is_unusual_tiff(content):
+            raise
+        return TiffImage(content)
     # Some decoders need whole rows, and Pillow copies a row's earlier blocks whenever it adds a block. A row of 10
     # million pixels would take minutes.
     image.decodermaxblock = max(image.decodermaxblock, 8 * image.width)
@@ -218,7 +228,8 @@ class _QuietPillow(contextlib.AbstractContextManager[None]):
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
         self._filter = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
-        self._logger, self._handler, self._propagate = logging.getLogger("PIL"), logging.NullHandler(), True
+        self._loggers, self._handler = [logging.getLogger("PIL"), logging.getLogger("tifffile")], logging.NullHandler()
+        self._propagate = [True, True]
 
     def __enter__(self) -> None:
         with self._lock:
@@ -226,8 +237,10 @@ class _QuietPillow(contextlib.AbstractContextManager[None]):
             if self._inside == 1:
                 warnings.filters.insert(0, self._filter)  # type: ignore[attr-defined]  # it is a list
                 # Setting the level instead would take longer than decoding a small image.
-                self._propagate, self._logger.propagate = self._logger.propagate, False
-                self._logger.addHandler(self._handler)
+                self._propagate = [logger.propagate for logger in self._loggers]
+                for logger in self._loggers:
+                    logger.propagate = False
+                    logger.addHandler(self._handler)
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
@@ -235,8 +248,9 @@ class _QuietPillow(contextlib.AbstractContextManager[None]):
             if self._inside == 0:
                 with contextlib.suppress(ValueError):  # the host has replaced all filters in the meantime
                     warnings.filters.remove(self._filter)  # type: ignore[attr-defined]
-                self._logger.removeHandler(self._handler)
-                self._logger.propagate = self._propagate
+                for logger, propagate in zip(self._loggers, self._propagate, strict=True):
+                    logger.removeHandler(self._handler)
+                    logger.propagate = propagate
 
 
 quiet_pillow = _QuietPillow()
