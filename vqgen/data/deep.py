@@ -52,7 +52,7 @@ class Levels:
         """The levels and why, in one line."""
         black = f"black is {self.black:g} and white" if self.black else "white is"
         of = "floats" if kind == "float" else "more than 8 bits"
-        return f"{black} {self.white:g} in images of {of}, {self.reason} (data.white=)"
+        return f"{black} {self.white:g} in images of {of}, {self.reason}"
 
 
 class Deep:
@@ -187,6 +187,7 @@ def find_levels(kind: Kind, extremes: Iterable[tuple[float, float]], white: floa
         extremes: the extremes of each image.
         white: the white level if the user has given one.
     """
+    remedy = "" if white else " (data.white=)"
     lows, highs = zip(*extremes, strict=True)
     low, high = min(lows), max(highs)
     overshoot = OVERSHOOT if kind == "float" else 0.0
@@ -194,14 +195,14 @@ def find_levels(kind: Kind, extremes: Iterable[tuple[float, float]], white: floa
     top = next((value for value in usual if high <= value * (1 + overshoot)), None)
     if low < -overshoot * (white or top or high) and low < 0:
         if kind == "float" and low >= -1 - overshoot and high <= 1 + overshoot:
-            return Levels(-1, white or 1, "the usual range of floats that are below 0, too")
+            return Levels(-1, white or 1, f"the usual range of floats that are below 0, too{remedy}")
         white = white or (high if high > low else low + 1)
-        return Levels(low, white, "their lowest and highest value, as some are below 0")
+        return Levels(low, white, f"their lowest and highest value, as some are below 0{remedy}")
     if white is not None:
         return Levels(0, white, "as data.white says")
     if top is None or (top > 1 and 0 < high * DARK < top):
-        return Levels(0, high, "their highest value")
-    return Levels(0, top, "the smallest usual value that none exceeds")
+        return Levels(0, high, f"their highest value{remedy}")
+    return Levels(0, top, f"the smallest usual value that none exceeds{remedy}")
 
 
 def _of_values(image: ValuesImage) -> Deep:
