@@ -53,7 +53,8 @@ def tiff(values: np.ndarray, order: str = "<", *, planar: bool = False, packed: 
     photometric = tags.get("photometric", 2 if channels > 2 else 1)
     entries = {
         256: [width], 257: [height], 258: bits, 259: [8 if packed else 1], 262: [photometric], 273: strips,
-        277: [channels], 278: [height], 279: [len(strip) for strip in strips], 284: [2 if planar else 1], 339: [kind] * channels,
+        277: [channels], 278: [height], 279: [len(strip) for strip in strips],
+        284: [2 if planar else 1], 339: [kind] * channels,
     }  # fmt: skip
     if channels in (2, 4):
         entries[338] = [tags.get("extra", 2)]

@@ -136,14 +136,17 @@ def _decode_smaller(image: Image.Image, data: DataConfig) -> tuple[float, float]
     Returns:
         Width and height of what the image shows, in pixels; a part of a pixel if the size is not divisible.
     """
-    extent = image.size
+    extent = across, down = image.size
     if image.format in ("JPEG", "MPO"):
-        height, width = data.size if _orientation(image) < 5 else data.size[::-1]
-        shares = width / extent[0], height / extent[1]
-        share = max(shares) if data.resize == "crop" else min(shares)
-        factor = next((factor for factor, times in SPARE.items() if share * times <= 1), 1)
-        if factor > 1 and (drafted := image.draft(None, (extent[0] // factor, extent[1] // factor))) is not None:
-            return drafted[1][2:]
+        orientation = _orientation(image)
+        height, width = data.size if orientation < 5 else data.size[::-1]
+        share = (max if data.resize == "crop" else min)(width / across, height / down)
+        for factor, times in SPARE.items():
+            whole = across % factor == down % factor == 0
+            # The last pixels would be parts of pixels, and be the first ones after a turn.
+            if share * times <= 1 and (whole or orientation == 1):
+                drafted = image.draft(None, (across // factor, down // factor))
+                return drafted[1][2:] if drafted else extent
     return extent
 
 
