@@ -137,3 +137,19 @@ def test_npy_and_arrays_of_truth_values(tmp_path):
     np.save(tmp_path / "b.npy", PIXELS > 60)
     train, _ = load(tmp_path / "b.npy")
     np.testing.assert_array_equal(train.read(0)[0], (PIXELS[int(train.names[0])] > 60) * 255)
+
+
+def test_arrays_of_more_than_8_bits_have_one_white_level(tmp_path):
+    np.savez(tmp_path / "a.npz", images=PIXELS.astype(np.uint16) * 16)  # 12 bits, up to 4080
+    train, _ = load(tmp_path / "a.npz")
+    expected = np.rint(PIXELS.astype(float) * 16 / 4095 * 255)
+    np.testing.assert_allclose(
+        [train.read(i)[0] for i in range(5)], expected[[int(n) for n in train.names[:5]]], atol=1
+    )
+    assert "4095" in " ".join(train.notes)
+    np.savez(tmp_path / "b.npz", images=np.stack([PIXELS / 255 * 1.05] * 3, -1))
+    train, _ = load(tmp_path / "b.npz")
+    expected = np.rint(np.clip(PIXELS / 255 * 1.05, 0, 1) * 255)
+    np.testing.assert_allclose(
+        [train.read(i)[0] for i in range(5)], expected[[int(n) for n in train.names[:5]]], atol=1
+    )

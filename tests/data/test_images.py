@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from data.files import RED, load, save
+from PIL import Image
 from programs import ENVIRONMENT, ROOT
 from soak.hostile import make_hostile, make_valid
 from torch.utils.data import DataLoader
@@ -34,6 +35,66 @@ def test_channels_are_probed(folder):
     train, val = load(folder)
     assert train.channels == val.channels == 3
     assert train.read(0).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("stored", ["L", "RGB"])
+def test_one_image_with_colour_among_many_gives_three_channels(tmp_path, stored):
+    rng = np.random.default_rng(0)
+    grey = {f"{k:03}.png": Image.fromarray(rng.integers(0, 256, (9, 8), np.uint8)) for k in range(150)}
+    for name, image in grey.items():
+        save(tmp_path / "x" / name, image.convert(stored))
+    save(tmp_path / "held" / "x.png", grey["000.png"])
+    for cache_gb in (0, 1):
+        train, _ = load(tmp_path / "x", val_source=str(tmp_path / "held"), cache_gb=cache_gb)
+        assert train.channels == 1
+        for k, image in enumerate(grey.values()):  # 9 rows of 8: the first 8 of them are whole
+            np.testing.assert_array_equal(train.read(k)[0], np.asarray(image)[:8])
+    coloured = np.asarray(grey["140.png"].convert("RGB")).copy()
+    coloured[4, 4, 2] ^= 1
+    save(tmp_path / "x" / "140.png", Image.fromarray(coloured))
+    for cache_gb in (0, 1):
+        train, held_out = load(tmp_path / "x", val_source=str(tmp_path / "held"), cache_gb=cache_gb)
+        assert train.channels == held_out.channels == 3
+        np.testing.assert_array_equal(train.read(140), coloured[:8].transpose(2, 0, 1))
+        for k, image in enumerate(grey.values()):
+            if k != 140:
+                np.testing.assert_array_equal(train.read(k), np.asarray(image.convert("RGB"))[:8].transpose(2, 0, 1))
+
+
+def test_images_with_colour_that_do_not_fit_are_decoded_later(folder):
+    before, _ = load(folder, val_fraction=0, cache_gb=20 * 8 * 8 / 2**30)
+    assert (before.in_memory, before.channels) == (True, 1)
+    save(folder / "dog" / "9.png", (1, 2, 3))
+    train, _ = load(folder, val_fraction=0, cache_gb=20 * 8 * 8 / 2**30)
+    assert (train.in_memory, train.channels, len(train)) == (False, 3, 19)
+    read, _ = train.__getitems__(range(19))
+    assert read[:-1, :, 4, 4].tolist() == [[int(Path(name).stem) + 100 * (name > "d")] * 3 for name in train.names[:-1]]
+    assert read[-1, :, 4, 4].tolist() == [1, 2, 3]
+
+
+def test_a_set_with_colour_has_the_background_s_colour_around_its_grey_images(tmp_path):
+    for k in range(70):
+        save(tmp_path / "x" / f"{k:02}.png", Image.new("L", (4, 4), k))
+    save(tmp_path / "x" / "99.png", RED)
+    save(tmp_path / "held" / "x.png", 1)
+    read = [load(tmp_path / "x", val_source=str(tmp_path / "held"), resize="pad", background="#102030", cache_gb=gb)[0]
+            .__getitems__(range(71))[0] for gb in (0, 1)]  # fmt: skip
+    assert torch.equal(*read)
+    assert read[0][0, :, 0, 0].tolist() == [0x10, 0x20, 0x30]
+    assert read[0][5, :, 4, 4].tolist() == [5, 5, 5]
+
+
+def test_channels_of_an_array_are_decided_by_all_its_images(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3000, 4, 4, 1), np.uint8).repeat(3, 3)
+    np.savez(tmp_path / "images.npz", images=images)
+    train, _ = load(tmp_path / "images.npz", image_size=4)
+    assert train.channels == 1
+    assert np.array_equal(train.read(7)[0], images[int(train.names[7]), ..., 0])
+    images[int(train.names[-2]), 3, 3, 1] ^= 1
+    np.savez(tmp_path / "images.npz", images=images)
+    train, held_out = load(tmp_path / "images.npz", image_size=4)
+    assert train.channels == held_out.channels == 3
+    assert np.array_equal(train.read(7), images[int(train.names[7])].transpose(2, 0, 1))
 
 
 def test_channels_that_are_given_are_kept(folder, tmp_path):

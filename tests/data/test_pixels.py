@@ -1,6 +1,7 @@
 """Any image file becomes its known pixels: kinds of image, sizes, damage, large images."""
 
 import contextlib
+import io
 import logging
 import time
 import warnings
@@ -12,10 +13,14 @@ import numpy as np
 import pytest
 import torch
 from data.files import BLUE, GREEN, RED, load, read_one, save
-from PIL import Image
+from data.profiles import SPACES, profile
+from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 
 from vqgen.data import deep
 from vqgen.data import pixels as pixels_module
+from vqgen.data.pixels import open_image, to_square
+from vqgen.settings import DataConfig
 
 # Kinds of image
 
@@ -132,6 +137,83 @@ def test_crop_scales_the_short_side_and_takes_the_centre(tmp_path):
     read = read_one(save(tmp_path / "a" / "wide.png", noise))
     expected = np.asarray(noise.resize((32, 8), Image.Resampling.BICUBIC))[:, 12:20]
     np.testing.assert_allclose(read.transpose(1, 2, 0), expected, atol=1)
+
+
+@pytest.mark.parametrize("shape", [(8, 11), (13, 8), (8, 8), (8, 12)])
+@pytest.mark.parametrize("extension", ["png", "tif"])
+def test_a_crop_that_needs_no_scaling_keeps_every_pixel(tmp_path, shape, extension):
+    noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    top, left = (shape[0] - 8) // 2, (shape[1] - 8) // 2
+    read = read_one(save(tmp_path / "a" / f"x.{extension}", Image.fromarray(noise)))
+    np.testing.assert_array_equal(read.transpose(1, 2, 0), noise[top : top + 8, left : left + 8])
+
+
+def test_resizing_is_pillow_s_own():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        (width, height), size = rng.integers(1, 60, 2), tuple(map(int, rng.integers(1, 30, 2)))
+        image = Image.fromarray(rng.integers(0, 256, (height, width), np.uint8))
+        if max(size[1] / width, size[0] / height) != 1:
+            cropped = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
+            assert pixels_module._scaled(image, image.size, size, "crop") == cropped
+        padded = image.copy()
+        padded.thumbnail(size[::-1], Image.Resampling.BICUBIC, reducing_gap=None)
+        assert pixels_module._scaled(image, image.size, size, "pad") == padded
+
+
+# JPEGs that are decoded at a smaller size
+
+
+def scene(width: int, height: int) -> Image.Image:
+    """A picture with smooth shades, edges and some texture, the same at every size."""
+    y, x = np.mgrid[:height, :width] / min(width, height)
+    shades = [np.sin(3 * x + 2 * y), np.cos(5 * x * y), ((x - 0.5) ** 2 + (y - 0.4) ** 2 < 0.1) * 1.0]
+    texture = 0.2 * np.sin(40 * x) * np.sin(31 * y)
+    pixels = np.stack(shades, -1) * 0.4 + 0.5 + texture[..., None]
+    return Image.fromarray((255 * np.clip(pixels, 0, 1)).astype(np.uint8))
+
+
+def in_full(monkeypatch, content: bytes, **settings) -> np.ndarray:
+    with monkeypatch.context() as patched:
+        patched.setattr(pixels_module, "SPARE", {})
+        return to_square(open_image(content), 3, DataConfig(**settings)).astype(int)
+
+
+@pytest.mark.parametrize("resize", ["crop", "pad"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("size", [(512, 400), (401, 613), (1202, 902)])
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(monkeypatch, resize, orientation, size):
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    scene(*size).save(buffer, "JPEG", quality=92, exif=exif, icc_profile=profile(SPACES["Display P3"]))
+    decoded = []
+    load = JpegImageFile.load
+    monkeypatch.setattr(JpegImageFile, "load", lambda image: decoded.append(image.size) or load(image))
+    for image_size in (24, 48, 64, 96):
+        settings = {"image_size": image_size, "resize": resize}
+        whole = in_full(monkeypatch, buffer.getvalue(), **settings)
+        assert decoded[0] == size
+        decoded.clear()
+        read = to_square(open_image(buffer.getvalue()), 3, DataConfig(**settings))
+        needed = (min if resize == "crop" else max)(size)
+        factors = [factor for factor, times in pixels_module.SPARE.items() if needed >= times * image_size]
+        if orientation != 1:
+            factors = [factor for factor in factors if size[0] % factor == size[1] % factor == 0]
+        assert decoded[0] == tuple(-(-side // max([1, *factors])) for side in size)
+        decoded.clear()
+        assert np.abs(read - whole).mean() < 1
+    assert in_full(monkeypatch, buffer.getvalue(), image_size=24).std() > 20
+
+
+def test_a_small_jpeg_and_a_png_are_decoded_in_full(monkeypatch):
+    for form, side in (("JPEG", 95), ("PNG", 500)):
+        buffer = io.BytesIO()
+        scene(side, side).save(buffer, form)
+        whole = in_full(monkeypatch, buffer.getvalue(), image_size=24)
+        np.testing.assert_array_equal(to_square(open_image(buffer.getvalue()), 3, DataConfig(image_size=24)), whole)
+
+
+# Small images
 
 
 def test_crop_scales_a_small_image_up(tmp_path):
@@ -272,7 +354,7 @@ def test_pillow_is_quiet_only_while_an_image_is_decoded(tmp_path, cache_gb, capl
 def test_pillow_is_quiet_as_long_as_any_thread_decodes():
     before = host_settings()
     with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as mine:
-        mine.enter_context(pixels_module._quiet_pillow)
+        mine.enter_context(pixels_module.quiet_pillow)
         pool.submit(_inside_once).result()
         inside = host_settings()
         assert inside != before
@@ -284,5 +366,5 @@ def test_pillow_is_quiet_as_long_as_any_thread_decodes():
 
 
 def _inside_once() -> None:
-    with pixels_module._quiet_pillow:
+    with pixels_module.quiet_pillow:
         pass

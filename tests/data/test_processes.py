@@ -6,9 +6,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 from data.files import load, save, write_shard
+from PIL import Image
 
 from vqgen import distributed
 from vqgen.data import identity, images
@@ -62,9 +64,25 @@ def test_the_main_process_lists_probes_and_hashes_for_all(folder, tmp_path, kind
     def work(rank: int) -> object:
         if rank > 0:
             folder_module.list_files = archive._list_tar = forbidden
-            images.fingerprint_of = images.is_coloured = forbidden
+            images.fingerprint_of = images.ImageSet._look = forbidden
         return facts(source, cache_gb=cache_gb)
 
+    assert in_two(tmp_path, work) == [expected, expected]
+
+
+@pytest.mark.parametrize("cache_gb", [0, 1])
+def test_all_processes_have_the_same_channels_and_levels(folder, tmp_path, cache_gb):
+    save(folder / "dog" / "zz.png", (200, 100, 50))
+    for k in range(5):
+        save(folder / "cat" / f"deep{k}.png", Image.fromarray(np.full((8, 8), 800 * k, np.uint16)))
+
+    def work(rank: int) -> object:
+        train, _ = load(folder, cache_gb=cache_gb, val_fraction=0)
+        return [facts(folder, cache_gb=cache_gb, val_fraction=0), train.notes, train.crop]
+
+    expected = json.loads(json.dumps(work(0)))
+    assert expected[0][0][3] == 3
+    assert expected[2]["integer_levels"] == "0 4095"
     assert in_two(tmp_path, work) == [expected, expected]
 
 

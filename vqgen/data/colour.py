@@ -53,7 +53,9 @@ def _conversion(profile: bytes, mode: str) -> Conversion | None:
         profile_mode = MODES.get(opened.profile.xcolor_space.strip(), "")
         if profile_mode != mode and (mode, profile_mode) != ("L", "RGB"):
             return None
-        transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), profile_mode, "RGB")
+        flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE  # exact in dark tones, but slow
+        srgb = ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(opened, srgb, profile_mode, "RGB", flags=flags)
         if mode == "L":  # the tone curve alone, so that grey stays grey
             ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None]).convert(profile_mode)
             curve = np.asarray(ImageCms.applyTransform(ramp, transform))[0, :, 1]

@@ -52,7 +52,7 @@ class Levels:
         """The levels and why, in one line."""
         black = f"black is {self.black:g} and white" if self.black else "white is"
         of = "floats" if kind == "float" else "more than 8 bits"
-        return f"{black} {self.white:g} in images of {of}, {self.reason} (data.white=)"
+        return f"{black} {self.white:g} in images of {of}, {self.reason}"
 
 
 class Deep:
@@ -110,28 +110,41 @@ class Deep:
 
 
 class ValuesImage(Image.Image):
-    """An image of values that no mode of Pillow's holds, such as RGB floats; `to_square` reads the values.
+    """An image of values that no mode of Pillow's holds, such as floats in colour; `deep_of` reads them.
 
     Args:
-        values: (H, W) or (H, W, C) of any kind of number; C is 1 (grey), 2 (grey and opacity), 3 (RGB) or 4 (RGB and
-            opacity). Integers hold opacity as a share of their type's maximum, floats from 0 to 1.
+        size: width and height.
+        channels: 1 (grey), 2 (grey and opacity), 3 (RGB) or 4 (RGB and opacity).
         negative: whether the smallest value is white.
-
-    Raises:
-        OSError: the array has another shape.
     """
 
-    def __init__(self, values: np.ndarray, negative: bool = False):
+    def __init__(self, size: tuple[int, int], channels: int, negative: bool = False):
         super().__init__()
+        self._size, self._mode = size, ("L", "LA", "RGB", "RGBA")[channels - 1]
+        self.negative = negative
+        self._values: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> ValuesImage:
+        """An image of values (H, W) or (H, W, C).
+
+        Raises:
+            OSError: the array has another shape, or is not of numbers.
+        """
         values = values[..., None] if values.ndim == 2 else values
         if values.ndim != 3 or not 1 <= values.shape[2] <= 4 or values.dtype.kind not in "biuf":
             raise OSError(f"values {values.dtype} {values.shape}; an image has 1 channel (grey) or 3 (RGB)")
-        self.values, self.negative = values, negative
-        self._size = values.shape[1], values.shape[0]
-        self._mode = ("L", "LA", "RGB", "RGBA")[values.shape[2] - 1]
+        image = cls((values.shape[1], values.shape[0]), values.shape[2])
+        image._values = values
+        return image
+
+    def read_values(self) -> np.ndarray:
+        """The values (H, W, C), of any kind of number; opacity is a share of an integer type's maximum, or of 1."""
+        assert self._values is not None, "made by of(), or by a class of its own"
+        return self._values
 
     def load(self) -> None:
-        """Does nothing: the values are in memory."""
+        """Does nothing; `read_values` decodes."""
 
 
 def strip_boxes(image: Image.Image) -> Iterator[Box]:
@@ -174,6 +187,7 @@ def find_levels(kind: Kind, extremes: Iterable[tuple[float, float]], white: floa
         extremes: the extremes of each image.
         white: the white level if the user has given one.
     """
+    remedy = "" if white else " (data.white=)"
     lows, highs = zip(*extremes, strict=True)
     low, high = min(lows), max(highs)
     overshoot = OVERSHOOT if kind == "float" else 0.0
@@ -181,18 +195,19 @@ def find_levels(kind: Kind, extremes: Iterable[tuple[float, float]], white: floa
     top = next((value for value in usual if high <= value * (1 + overshoot)), None)
     if low < -overshoot * (white or top or high) and low < 0:
         if kind == "float" and low >= -1 - overshoot and high <= 1 + overshoot:
-            return Levels(-1, white or 1, "the usual range of floats that are below 0, too")
+            return Levels(-1, white or 1, f"the usual range of floats that are below 0, too{remedy}")
         white = white or (high if high > low else low + 1)
-        return Levels(low, white, "their lowest and highest value, as some are below 0")
+        return Levels(low, white, f"their lowest and highest value, as some are below 0{remedy}")
     if white is not None:
         return Levels(0, white, "as data.white says")
     if top is None or (top > 1 and 0 < high * DARK < top):
-        return Levels(0, high, "their highest value")
-    return Levels(0, top, "the smallest usual value that none exceeds")
+        return Levels(0, high, f"their highest value{remedy}")
+    return Levels(0, top, f"the smallest usual value that none exceeds{remedy}")
 
 
 def _of_values(image: ValuesImage) -> Deep:
-    values = image.values.astype(np.uint8) if image.values.dtype == bool else image.values
+    values = image.read_values()
+    values = values.view(np.uint8) if values.dtype == bool else values
     kind: Kind = "float" if values.dtype.kind == "f" else "integer"
 
     def read(box: Box) -> Strip:

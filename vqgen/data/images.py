@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from vqgen.data.deep import Kind, Levels, deep_of, find_levels
 from vqgen.data.identity import fingerprint_of
-from vqgen.data.pixels import DECODE_ERRORS, opened, to_square
+from vqgen.data.pixels import DECODE_ERRORS, opened, quiet_pillow, to_square
 from vqgen.data.skipped import PASSING, SkippedFile, one_line, reason
 from vqgen.data.sources import Source, open_source
 from vqgen.data.sources.arrays import ArraySource
@@ -349,9 +349,15 @@ class ImageSet:
         """Decodes all images in several threads, and yields each with its index, in order."""
         count = len(self)
         blocks = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
-        pool = ThreadPoolExecutor(min(MAX_THREADS, cores_per_process()))  # Pillow decodes without the GIL
+
+        def decode(block: range) -> list[np.ndarray | None]:
+            with quiet_pillow:  # once for all of them, which takes less time
+                return [self._decode(i) for i in block]
+
+        threads = min(MAX_THREADS, cores_per_process())
+        pool = ThreadPoolExecutor(threads)  # Pillow decodes without the GIL
         try:
-            decoded = chain.from_iterable(pool.map(lambda block: [self._decode(i) for i in block], blocks))
+            decoded = chain.from_iterable(pool.map(decode, blocks) if threads > 1 else map(decode, blocks))
             yield from enumerate(tqdm(decoded, "decoding", count, unit=" images", leave=False, disable=None))
         finally:
             pool.shutdown(cancel_futures=True)  # a program that is stopped does not wait for the other blocks

@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-from einops import rearrange
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, UnidentifiedImageError
 
 from vqgen.data.colour import to_srgb
-from vqgen.data.deep import deep_of, find_levels, strip_boxes
+from vqgen.data.deep import deep_of, find_levels
 from vqgen.data.formats import formats_of
+from vqgen.data.tiff import TiffImage, is_unusual_tiff
 
 if TYPE_CHECKING:
     from vqgen.data.sources.base import Source
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
 MAX_FILE_BYTES = 1 << 30
 LARGE_BYTES, LARGE_PIXELS = 1 << 26, 1 << 24  # only one image above either limit is in memory at a time
-SPARE = 2  # a JPEG is decoded at a size that is still at least this many times as large as needed
+# A JPEG at least this many times as large as needed is decoded at 1/2, 1/4 or 1/8 of its size. With less to spare, the
+# pixels of photos with much texture would differ by more than 1 on average.
+SPARE = {8: 20, 4: 10, 2: 4}
 ORIENTATION = 0x0112  # in EXIF data
 ORIENTATION_KEYS = ("exif", "Raw profile type exif", "Raw profile type APP1", "XML:com.adobe.xmp", "xmp")
 TURNS = {
@@ -36,6 +39,7 @@ TURNS = {
 DECODE_ERRORS = Exception  # damaged images can make Pillow raise any exception
 
 _one_large = threading.RLock()  # held while a large image is in memory
+_any_number = contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -45,20 +49,29 @@ def opened(source: Source, row: int) -> Iterator[Image.Image]:
     Raises:
         Exception: the image does not open; see `DECODE_ERRORS`.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_quiet_pillow)
-        if source.num_bytes(row) > LARGE_BYTES:
-            stack.enter_context(_one_large)
+    with quiet_pillow, _alone(source.num_bytes(row) > LARGE_BYTES):
         image = source.open(row)
-        if image.width * image.height > LARGE_PIXELS:
-            stack.enter_context(_one_large)
-        yield image
+        with _alone(image.width * image.height > LARGE_PIXELS):
+            yield image
+
+
+def _alone(large: bool) -> contextlib.AbstractContextManager[object]:
+    return _one_large if large else _any_number
 
 
 def open_image(content: bytes, name: str = "") -> Image.Image:
-    """The image in a file's bytes, not decoded yet; of a file named *.tga, its name is needed."""
+    """The image in a file's bytes, not decoded yet; of a file named *.tga, its name is needed.
+
+    Raises:
+        Exception: the image does not open; see `DECODE_ERRORS`.
+    """
     # Without `formats`, Pillow tries all its formats, which takes 1.5 times as long; one of them runs Ghostscript.
-    image = Image.open(io.BytesIO(content), formats=formats_of(content, name))
+    try:
+        image = Image.open(io.BytesIO(content), formats=formats_of(content, name))
+    except UnidentifiedImageError:
+        if not is_unusual_tiff(content):
+            raise
+        return TiffImage(content)
     # Some decoders need whole rows, and Pillow copies a row's earlier blocks whenever it adds a block. A row of 10
     # million pixels would take minutes.
     image.decodermaxblock = max(image.decodermaxblock, 8 * image.width)
@@ -88,7 +101,7 @@ def to_square(image: Image.Image, channels: int | None, data: DataConfig) -> np.
     size = data.size
     if (deep := deep_of(image)) is not None:
         image = deep.to_8_bits(find_levels(deep.kind, [deep.extremes()], data.white))
-    _decode_smaller(image, data)
+    extent = _decode_smaller(image, data)
     image.load()
     profile, orientation = image.info.get("icc_profile"), _orientation(image)
     if image.has_transparency_data:
@@ -99,25 +112,42 @@ def to_square(image: Image.Image, channels: int | None, data: DataConfig) -> np.
         image = _as("L" if channels == 1 else "RGB", image)
     if orientation in TURNS:
         image = image.transpose(TURNS[orientation])
-    image = _scaled(image, size, data.resize)
+        extent = extent[::-1] if orientation >= 5 else extent
+    image = _scaled(image, extent, size, data.resize)
     if profile is not None:
         image = to_srgb(image, profile)  # of a small image, it takes almost no time
     if channels is None:
         channels = 3 if _is_coloured(image) else 1
-    image = _centred(_as("L" if channels == 1 else "RGB", image), size, data.background)
-    pixels = np.asarray(image)
-    return pixels[None] if channels == 1 else np.ascontiguousarray(rearrange(pixels, "h w c -> c h w"))
+    return _planes(_centred(_as("L" if channels == 1 else "RGB", image), size, data.background))
 
 
-def _decode_smaller(image: Image.Image, data: DataConfig) -> None:
-    """Makes a JPEG that is not decoded yet come out at 1/2, 1/4 or 1/8 of its size if it is much larger than needed."""
-    if image.format not in ("JPEG", "MPO"):
-        return
-    height, width = data.size if _orientation(image) < 5 else data.size[::-1]
-    shares = width / image.width, height / image.height
-    most = 1 / (SPARE * (max(shares) if data.resize == "crop" else min(shares)))
-    if factor := next((factor for factor in (8, 4, 2) if factor <= most), None):
-        image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
+def _planes(image: Image.Image) -> np.ndarray:
+    """An L or RGB image as uint8 (C, H, W)."""
+    if image.mode == "L":
+        return np.asarray(image)[None]
+    # Each row as one line of red, one of green and one of blue: moving whole lines takes much less time than pixels.
+    lines = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8)
+    return np.ascontiguousarray(lines.reshape(image.height, 3, image.width).transpose(1, 0, 2))
+
+
+def _decode_smaller(image: Image.Image, data: DataConfig) -> tuple[float, float]:
+    """Makes a JPEG that is not decoded yet come out at 1/2, 1/4 or 1/8 of its size if it is much larger than needed.
+
+    Returns:
+        Width and height of what the image shows, in pixels; a part of a pixel if the size is not divisible.
+    """
+    extent = across, down = image.size
+    if image.format in ("JPEG", "MPO"):
+        orientation = _orientation(image)
+        height, width = data.size if orientation < 5 else data.size[::-1]
+        share = (max if data.resize == "crop" else min)(width / across, height / down)
+        for factor, times in SPARE.items():
+            whole = across % factor == down % factor == 0
+            # The last pixels would be parts of pixels, and be the first ones after a turn.
+            if share * times <= 1 and (whole or orientation == 1):
+                drafted = image.draft(None, (across // factor, down // factor))
+                return drafted[1][2:] if drafted else extent
+    return extent
 
 
 def _orientation(image: Image.Image) -> int:
@@ -143,27 +173,42 @@ def _as(mode: str, image: Image.Image) -> Image.Image:
 
 def _opaque(image: Image.Image, background: str) -> Image.Image:
     """An image of mode LA or RGBA on a colour, in mode RGB."""
-    colour = ImageColor.getrgb(background)[:3]
-    opaque = Image.new("RGB", image.size)
-    for box in strip_boxes(image):
-        strip = image.crop(box).convert("RGBA")
-        canvas = Image.new("RGBA", strip.size, colour)
-        opaque.paste(Image.alpha_composite(canvas, strip).convert("RGB"), box)
+    image = _as("RGBA", image)
+    opaque = Image.new("RGB", image.size, ImageColor.getrgb(background)[:3])
+    opaque.paste(image, mask=image)
     return opaque
 
 
-def _scaled(image: Image.Image, size: tuple[int, int], resize: str) -> Image.Image:
-    """An image cropped to a height and a width, or shrunk to fit into them; whole pixels stay as they are."""
-    height, width = size
-    if resize == "pad":
-        image.thumbnail((width, height), Image.Resampling.BICUBIC, reducing_gap=None)  # enlarges nothing
+def _scaled(image: Image.Image, extent: tuple[float, float], size: tuple[int, int], resize: str) -> Image.Image:
+    """An image cropped to a height and a width, or shrunk to fit into them; pixels of the right size do not change.
+
+    Args:
+        image: the image.
+        extent: width and height of what it shows, in its pixels.
+        size: height and width.
+        resize: `crop` or `pad`.
+    """
+    (height, width), (across, down) = size, extent
+    if resize == "crop":
+        if max(width / across, height / down) == 1:  # whole pixels stay whole
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            return image if image.size == (width, height) else image.crop((left, top, left + width, top + height))
+        kept = min(across, width / height * down), min(down, across / (width / height))
+        x, y = (across - kept[0]) / 2, (down - kept[1]) / 2
+        return image.resize((width, height), Image.Resampling.BICUBIC, (x, y, x + kept[0], y + kept[1]))
+    if width >= across and height >= down:  # pad enlarges nothing
         return image
-    if max(width / image.width, height / image.height) != 1:
-        return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    if image.size == (width, height):
-        return image
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    aspect = across / down  # rounded as Image.thumbnail does, to the size whose aspect is nearest
+    if width / height >= aspect:
+        width = _rounded(height * aspect, lambda n: abs(aspect - n / height))
+    else:
+        height = _rounded(width / aspect, lambda n: abs(aspect - width / n) if n else 0)
+    return image.resize((width, height), Image.Resampling.BICUBIC, (0, 0, across, down))
+
+
+def _rounded(number: float, error: Callable[[int], float]) -> int:
+    """A number rounded up or down, whichever has the smaller error; at least 1."""
+    return max(1, min(math.floor(number), math.ceil(number), key=error))
 
 
 def _centred(image: Image.Image, size: tuple[int, int], background: str) -> Image.Image:
@@ -186,7 +231,8 @@ class _QuietPillow(contextlib.AbstractContextManager[None]):
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
         self._filter = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
-        self._logger, self._handler, self._propagate = logging.getLogger("PIL"), logging.NullHandler(), True
+        self._loggers, self._handler = [logging.getLogger("PIL"), logging.getLogger("tifffile")], logging.NullHandler()
+        self._propagate = [True, True]
 
     def __enter__(self) -> None:
         with self._lock:
@@ -194,8 +240,10 @@ class _QuietPillow(contextlib.AbstractContextManager[None]):
             if self._inside == 1:
                 warnings.filters.insert(0, self._filter)  # type: ignore[attr-defined]  # it is a list
                 # Setting the level instead would take longer than decoding a small image.
-                self._propagate, self._logger.propagate = self._logger.propagate, False
-                self._logger.addHandler(self._handler)
+                self._propagate = [logger.propagate for logger in self._loggers]
+                for logger in self._loggers:
+                    logger.propagate = False
+                    logger.addHandler(self._handler)
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
@@ -203,8 +251,9 @@ class _QuietPillow(contextlib.AbstractContextManager[None]):
             if self._inside == 0:
                 with contextlib.suppress(ValueError):  # the host has replaced all filters in the meantime
                     warnings.filters.remove(self._filter)  # type: ignore[attr-defined]
-                self._logger.removeHandler(self._handler)
-                self._logger.propagate = self._propagate
+                for logger, propagate in zip(self._loggers, self._propagate, strict=True):
+                    logger.removeHandler(self._handler)
+                    logger.propagate = propagate
 
 
-_quiet_pillow = _QuietPillow()
+quiet_pillow = _QuietPillow()

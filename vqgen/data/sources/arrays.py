@@ -87,7 +87,7 @@ class ArraySource:
 
     def open(self, row: int) -> Image.Image:
         values = self.images[row].squeeze(2) if self.images.shape[3] == 1 else self.images[row]
-        return Image.fromarray(values) if values.dtype == np.uint8 else ValuesImage(values)
+        return Image.fromarray(values) if values.dtype == np.uint8 else ValuesImage.of(values)
 
 
 def _found(arrays: Mapping[str, np.ndarray], files: list[Path]) -> Found:

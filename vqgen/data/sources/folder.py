@@ -89,6 +89,5 @@ class FolderTree:
         return checked_size(info.st_size)
 
     def read(self, name: str, place: np.ndarray) -> bytes:
-        num_bytes = self.num_bytes(name, place)
-        with open(os.path.join(self.root, name), "rb") as file:
-            return file.read(num_bytes)
+        with open(os.path.join(self.root, name), "rb", buffering=0) as file:
+            return file.read()

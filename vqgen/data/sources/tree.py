@@ -81,7 +81,7 @@ class Tree(Protocol):
         """The files on disk that hold these images."""
 
     def num_bytes(self, name: str, place: np.ndarray) -> int:
-        """The size of an image; see `Source`."""
+        """The size of a file; call it before `read`, which may wait forever for a file that this refuses."""
 
     def read(self, name: str, place: np.ndarray) -> bytes:
         """The content of an image, or of another file by its path; see `Source`."""
@@ -144,7 +144,9 @@ def _index(tree: Tree, data: DataConfig) -> tuple[list[Index], dict[str, Any], A
 
     def read(path: str) -> bytes:
         try:
-            return tree.read(path, listing.places[others[path]])
+            place = listing.places[others[path]]
+            tree.num_bytes(path, place)  # raises if it is a pipe, which would be read forever
+            return tree.read(path, place)
         except OSError as error:
             raise InputError(f"{one_line(path)} cannot be read ({reason(error)}); repair or remove it") from error
 
