@@ -1,5 +1,6 @@
 """Helpers that run the programs as a user does."""
 
+import json
 import logging
 import os
 import socket
@@ -30,6 +31,13 @@ def shell(command: str, cwd: Path = ROOT) -> str:
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}"
     return done.stdout
+
+
+def untimed_metrics(run: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics, without the figures that depend on time."""
+    timed = ("train/images_per_second", "train/data_time", "train/perceptual_time")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
 
 
 def launch_two() -> str:

@@ -1,11 +1,10 @@
 """Two processes give the results of one: the same losses, the same codebook, the same samples."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import launch_two, shell
+from programs import launch_two, shell, untimed_metrics
 
 from vqgen.data.images import load_images
 from vqgen.settings import DataConfig
@@ -37,18 +36,12 @@ def two(runs, tmp_path_factory) -> Path:
     return folder
 
 
-def metrics(run: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics, without the figures that depend on time."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "train/images_per_second"} for line in lines]
-
-
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_two_processes_train_as_one_does(one, two, stage):
     # A step of stage 1 has 2,048 vectors. If one takes another code, the losses change by about 1/2048, the codes'
     # entropy by up to log(2048) / 2048, and their usage by up to 1/64. The tolerances allow a few such vectors.
     tolerance = 5e-3 if stage == "stage1" else 1e-4
-    for a, b in zip(metrics(one / stage), metrics(two / stage), strict=True):
+    for a, b in zip(untimed_metrics(one / stage), untimed_metrics(two / stage), strict=True):
         assert a.keys() == b.keys()
         by_code = {key for key in a if key.endswith(("usage", "entropy", "perplexity"))}
         assert {key: b[key] for key in by_code} == pytest.approx({key: a[key] for key in by_code}, rel=0.05, abs=0.05)

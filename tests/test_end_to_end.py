@@ -1,7 +1,6 @@
 """The three commands from end to end with tiny settings, and their messages for bad input."""
 
 import itertools
-import json
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import ENVIRONMENT, ROOT, shell
+from programs import ENVIRONMENT, ROOT, shell, untimed_metrics
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -23,12 +22,6 @@ from vqgen.yaml_file import read_yaml
 DEBUG = {stage: f"configs/debug/{stage}.yaml" for stage in ("stage1", "stage2")}
 
 
-def lines(run: Path) -> list[dict]:
-    """The metrics of a run, without the figures that depend on time."""
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "train/images_per_second"} for line in metrics]
-
-
 def weights_equal(a: Path, b: Path) -> bool:
     a, b = load_file(a), load_file(b)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -37,13 +30,13 @@ def weights_equal(a: Path, b: Path) -> bool:
 def test_a_run_leaves_metrics_pictures_checkpoints_and_a_model(runs):
     for stage, key in (("stage1", "train/loss"), ("stage2", "train/loss")):
         run = runs / stage
-        losses = [line[key] for line in lines(run) if key in line]
+        losses = [line[key] for line in untimed_metrics(run) if key in line]
         assert losses[-1] < losses[0]
         assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step_00000020", "step_00000040"]
         assert len(list((run / "samples").glob("*.png"))) == 2
         assert list((run / "wandb").glob("offline-run-*/*.wandb"))
         assert (run / "config.yaml").is_file()
-    figures = lines(runs / "stage2")[-1]
+    figures = untimed_metrics(runs / "stage2")[-1]
     assert figures["val/nll"] < figures["val/unigram_entropy"]  # it has learned more than the codes' frequencies
     assert figures["val/code_bits_per_dim"] == pytest.approx(figures["val/nll"] / np.log(2) * 16 / 32**2)
 
@@ -85,7 +78,7 @@ def test_the_same_seed_gives_the_same_bits_and_repeating_the_command_changes_not
     arguments += [f"stage1={runs}/stage1"] if stage == "stage2" else []
     inside = "model/model.safetensors" if stage == "stage1" else "model/prior/model.safetensors"
     assert program(*arguments)[0] == 0
-    assert lines(tmp_path / "run") == lines(runs / stage)
+    assert untimed_metrics(tmp_path / "run") == untimed_metrics(runs / stage)
     assert weights_equal(tmp_path / "run" / inside, runs / stage / inside)
 
     before = (tmp_path / "run/metrics.jsonl").read_text(), (tmp_path / "run" / inside).stat().st_mtime_ns
@@ -109,7 +102,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(runs, program, tmp_path, stage):
     code, output, _ = program(f"{stage}/train.py", *arguments)
     assert code == 0
     assert "going on from step 20" in output
-    assert lines(run) == lines(runs / stage)
+    assert untimed_metrics(run) == untimed_metrics(runs / stage)
     inside = "model/model.safetensors" if stage == "stage1" else "model/prior/model.safetensors"
     assert weights_equal(run / inside, runs / stage / inside)
 
@@ -126,7 +119,7 @@ def test_accumulation_mixed_precision_flips_and_seconds(runs, program, tmp_path)
     )
     assert code == 0, errors
     assert read_yaml(runs / "stage1/config.yaml")["train"]["mixed_precision"] == "no"  # the value that null stood for
-    assert all(np.isfinite(list(line.values())).all() for run in "12" for line in lines(tmp_path / run))
+    assert all(np.isfinite(list(line.values())).all() for run in "12" for line in untimed_metrics(tmp_path / run))
 
 
 FEW_STEPS = ["train.max_steps=3", "train.batch_size=16", "train.eval_images=64", "tracking.wandb=disabled"]

@@ -1,6 +1,5 @@
 """Signals, full disks, full memory, killed processes: one clear line, and nothing lost. soak/faults.py does more."""
 
-import json
 import os
 import resource
 import shutil
@@ -13,7 +12,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from programs import ENVIRONMENT, ROOT, launch_two
+from programs import ENVIRONMENT, ROOT, launch_two, untimed_metrics
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
@@ -38,11 +37,6 @@ PROGRAMS = {
 def settings(name: str, runs: Path, run_dir: Path) -> list[str]:
     given = [f"{name}.py", *PROGRAMS[name], *UNEVEN, f"run_dir={run_dir}"]
     return [*given, f"stage1={runs}/stage1"] if name == "stage2/train" else given
-
-
-def metrics(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "train/images_per_second"} for line in lines]
 
 
 def check_same_state(a: Path, b: Path) -> None:
@@ -88,7 +82,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(runs, pro
     code, output, _ = program(*settings(name, runs, stopped))
     assert code == 0
     assert "going on from step 22" in output
-    assert metrics(stopped) == metrics(whole)
+    assert untimed_metrics(stopped) == untimed_metrics(whole)
     check_same_state(stopped, whole)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import ENVIRONMENT, ROOT, launch_two, shell
+from programs import ENVIRONMENT, ROOT, launch_two, shell, untimed_metrics
 from safetensors.torch import load_file
 
 from vqgen.yaml_file import read_yaml
@@ -21,13 +21,6 @@ QUIET = "tracking.wandb=disabled"
 VQGAN = ["loss.perceptual.name=alex", "loss.perceptual.every=8", "loss.perceptual.start=0"]
 VQGAN += ["loss.adversarial.name=hinge", "loss.adversarial.start=0.4", "loss.adversarial.lead=0.2"]
 VQGAN += ["loss.adversarial.lecam=0.01", "loss.adversarial.r1=0.1", "discriminator.width=8", "discriminator.layers=2"]
-
-
-def lines(run: Path) -> list[dict]:
-    """The metrics of a run, without the figures that depend on time."""
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("train/images_per_second", "train/perceptual_time")
-    return [{k: v for k, v in line.items() if k not in timed} for line in metrics]
 
 
 def same_weights(a: Path, b: Path) -> bool:
@@ -57,13 +50,13 @@ def test_the_same_seed_gives_the_same_bits_and_a_killed_run_goes_on_to_them(made
     code, output, _ = program(f"stage1/{name}.py", *arguments)
     assert code == 0
     assert "going on from step 20" in output
-    assert lines(run) == lines(made / name)
+    assert untimed_metrics(run) == untimed_metrics(made / name)
     assert same_weights(run, made / name)
     assert "finished" in program(f"stage1/{name}.py", *arguments)[1]
 
 
 def test_the_discriminator_learns_before_the_decoder_sees_it(made):
-    metrics = {line["step"]: line for line in lines(made / "train") if "train/loss" in line}
+    metrics = {line["step"]: line for line in untimed_metrics(made / "train") if "train/loss" in line}
     assert "train/disc_loss" in metrics[10]
     assert "train/adv_loss" not in metrics[10]  # from step 16 on
     for name in ("adv_loss", "adv_weight", "disc_loss", "real_logits", "fake_logits", "disc_accuracy"):
@@ -84,7 +77,7 @@ def test_the_other_losses_and_a_fixed_weight_train_too(program, tmp_path, name):
     settings += ["train.max_steps=4", "train.log_every=2", "discriminator.width=8", "train.accumulation=2"]
     code, _, errors = program("stage1/train.py", DEBUG["train"], f"run_dir={tmp_path}/run", QUIET, *settings)
     assert code == 0, errors
-    last = lines(tmp_path / "run")[-2]
+    last = untimed_metrics(tmp_path / "run")[-2]
     assert last["train/adv_weight"] == pytest.approx(0.01)
     assert all(np.isfinite(value) for value in last.values())
 
@@ -96,8 +89,8 @@ def test_turning_the_discriminator_on_costs_less_than_one_db_within_its_ramp(pro
     settings += ["discriminator.width=16"]
     code, _, errors = program("stage1/train.py", DEBUG["train"], f"run_dir={tmp_path}/run", QUIET, *settings)
     assert code == 0, errors
-    psnr = {line["step"]: line["val/psnr"] for line in lines(tmp_path / "run") if "val/psnr" in line}
-    assert "train/adv_loss" in lines(tmp_path / "run")[-2]
+    psnr = {line["step"]: line["val/psnr"] for line in untimed_metrics(tmp_path / "run") if "val/psnr" in line}
+    assert "train/adv_loss" in untimed_metrics(tmp_path / "run")[-2]
     assert min(psnr[step] for step in (160, 200, 240)) > psnr[120] - 1
     assert psnr[320] > psnr[120] - 1
 
@@ -112,7 +105,14 @@ def test_a_run_that_overflows_goes_back_with_a_lowered_weight_and_ends_well(prog
     assert "step 30: grad_norm not finite; the update is skipped" in output
     assert "going back to" in output
     assert "step_00000020 with the learning rate and the adversarial weight at 1/2 of the setting" in output
-    assert [line["step"] for line in lines(tmp_path / "run") if "train/loss" in line] == [10, 20, 30, 40, 50, 60]
+    assert [line["step"] for line in untimed_metrics(tmp_path / "run") if "train/loss" in line] == [
+        10,
+        20,
+        30,
+        40,
+        50,
+        60,
+    ]
     state = torch.load(tmp_path / "run/checkpoints/step_00000060/state.pt", weights_only=True)
     assert state["rollbacks"] > 0
     assert all(value.isfinite().all() for value in state["model"].values())
@@ -165,7 +165,7 @@ def test_a_gan_of_colour_images_without_classes(program, tmp_path):
     for loss in ("minimax", "hinge"):
         code, _, errors = program("stage1/train_gan.py", f"run_dir={tmp_path}/{loss}", f"loss={loss}", *arguments)
         assert code == 0, errors
-        assert all(np.isfinite(value) for line in lines(tmp_path / loss) for value in line.values())
+        assert all(np.isfinite(value) for line in untimed_metrics(tmp_path / loss) for value in line.values())
     code, _, errors = program("stage2/sample.py", tmp_path / "hinge", "num_images=5")
     assert code == 0, errors
     samples = np.load(tmp_path / "hinge/samples/samples.npz")
@@ -182,11 +182,11 @@ def test_two_processes_train_a_vqgan_as_one_does_and_a_gan(tmp_path):
     command = f"stage1/train.py {DEBUG['train']} {QUIET} {' '.join([*VQGAN, *smooth, *slow])}"
     shell(f"accelerate launch {command} run_dir={tmp_path}/one")
     assert "2 x cpu" in shell(f"{launch_two()} {command} run_dir={tmp_path}/two")
-    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+    for one, two in zip(untimed_metrics(tmp_path / "one"), untimed_metrics(tmp_path / "two"), strict=True):
         one, two = ({k: v for k, v in line.items() if k != "train/disc_accuracy"} for line in (one, two))  # it counts
         assert two == pytest.approx(one, rel=1e-3, abs=1e-5)
     assert "2 x cpu" in shell(f"{launch_two()} stage1/train_gan.py {DEBUG['train_gan']} {QUIET} run_dir={tmp_path}/gan")
-    assert all(np.isfinite(value) for line in lines(tmp_path / "gan") for value in line.values())
+    assert all(np.isfinite(value) for line in untimed_metrics(tmp_path / "gan") for value in line.values())
 
 
 def test_the_comparison_makes_its_table_and_picture_and_makes_nothing_twice(program, tmp_path):

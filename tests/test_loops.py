@@ -9,6 +9,7 @@ import ast
 import itertools
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from vqgen.adversarial.dcgan import DCGANDiscriminator, DCGANGenerator
 from vqgen.adversarial.discriminators import PatchDiscriminator
 from vqgen.codes import CodeLayout
-from vqgen.data.images import load_images
+from vqgen.data.images import ImageSet, load_images
 from vqgen.data.order import BatchOrder, coin_flips, mixed_seed
 from vqgen.evaluation.perceptual import PerceptualDistance
 from vqgen.priors.prior import Prior
@@ -433,3 +434,20 @@ def test_a_loop_fits_on_a_screen_and_nothing_calls_it_back(name):
     ]
     assert handed_on == ["main"]  # to run_program, which frames a program, not a loop
     assert not any(isinstance(node, ast.Lambda) for node in ast.walk(tree))
+
+
+def test_the_time_spent_on_getting_batches_is_logged(tmp_path, monkeypatch, program):
+    wait, take = 0.05, ImageSet.__getitems__
+
+    def slow(self: ImageSet, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        time.sleep(wait)
+        return take(self, indices)
+
+    monkeypatch.setattr(ImageSet, "__getitems__", slow)
+    settings = ["train.max_steps=4", "train.log_every=2", "train.batch_size=16", "train.accumulation=2", QUIET]
+    code, _, errors = program("stage1/train.py", "configs/debug/stage1.yaml", f"run_dir={tmp_path}/run", *settings)
+    assert code == 0, errors
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    for line in (line for line in lines if "train/data_time" in line):
+        seconds = 2 * 16 / line["train/images_per_second"]  # of the two steps
+        assert 4 * wait <= line["train/data_time"] * seconds <= seconds

@@ -124,7 +124,7 @@ def equal(a: object, b: object) -> bool:
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    timed = ("train/images_per_second", "train/perceptual_time")
+    timed = ("train/images_per_second", "train/data_time", "train/perceptual_time")
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in timed} for line in lines]
 

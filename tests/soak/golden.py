@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from programs import launch_two, shell
 
-TIMED = ("train/images_per_second", "train/perceptual_time")
+TIMED = ("train/images_per_second", "train/data_time", "train/perceptual_time")
 ALL_LOSSES = (
     "loss.perceptual.name=alex loss.perceptual.every=4 loss.perceptual.start=0.2 loss.adversarial.name=hinge "
     "loss.adversarial.start=0.4 loss.adversarial.lead=0.2 loss.adversarial.lecam=0.01 loss.adversarial.r1=0.1 "

@@ -5,6 +5,7 @@ A loop calls its `Run`; a `Run` never calls a loop's code, and knows no model an
 
 import gc
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -150,6 +151,7 @@ class Run:
         self.means = Means(self.device)
         self.step = self.evaluated = self.saved = 0
         self._guards: dict[str, FiniteGuard] = {}
+        self._waited = 0.0  # seconds for batches since the last line of the log
         self._terms: dict[str, Tensor] = {}  # means over the passes since the last update
         self._made_from: dict[str, Any] = {}
         self._state: dict[str, Any] | None = None
@@ -311,7 +313,10 @@ class Run:
                 if i < self.accumulation - 1:
                     for model in filter(None, models):
                         unsynced.enter_context(self.accelerator.no_sync(model))
-                yield next(batches)
+                start = time.perf_counter()
+                batch = next(batches)
+                self._waited += time.perf_counter() - start
+                yield batch
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
         """Adds the scalars of one pass, by name; the log shows their mean over the passes."""
@@ -348,10 +353,19 @@ class Run:
         self.means.add(**terms)
 
     def log(self, now: Now, figures: Mapping[str, Any], shown: tuple[str, ...]) -> None:
-        """Logs the figures and the speed after an update, and shows the figures named in `shown` on the screen."""
+        """Logs the figures after an update, the speed, and `data_time`, the share of the time spent on getting batches.
+
+        A GPU need not be idle in that time, because the CPU runs ahead of it.
+
+        Args:
+            now: where the run is.
+            figures: the figures.
+            shown: names of the figures that the screen shows.
+        """
         step, seconds = now.step + 1, self.seconds_of_window
         speed = (step - self._window_step) * self.config.train.batch_size / seconds
-        figures = {**figures, "images_per_second": speed}
+        figures = {**figures, "images_per_second": speed, "data_time": self._waited / seconds}
+        self._waited = 0.0
         self.tracker.log(step, {f"train/{name}": value for name, value in figures.items()})
         share = self.budget.share(step, self.device)
         left = self.budget.seconds * (1 / share - 1)
