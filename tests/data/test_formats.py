@@ -97,6 +97,19 @@ def test_an_installed_plug_in_needs_no_hint(monkeypatch):
         assert (extension in EXTENSIONS) == (plugin_hint(extension) is None), package
 
 
+@pytest.mark.parametrize("extension", PLUGINS)
+def test_an_installed_plug_in_reads_its_files_under_any_name(tmp_path, extension):
+    if plugin_hint(extension) is not None:
+        pytest.skip(f"{plugin_hint(extension)} to test this")
+    image = Image.fromarray(np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)).convert("RGB")
+    form = "JXL" if extension == ".jxl" else "HEIF"
+    formats_of(JXL if form == "JXL" else HEIC)  # registers the plug-in, which then also writes
+    for name in (f"x{extension}", f"x{extension.upper()}", "x.jpg"):
+        path = save(tmp_path / name / "a" / name, image, format=form, quality=95)
+        read = read_one(path, image_size=64, channels=3)
+        np.testing.assert_allclose(read[0].astype(int), np.asarray(image)[..., 0], atol=12)
+
+
 def test_avif_needs_no_plug_in(monkeypatch):
     monkeypatch.setattr(formats, "find_spec", lambda module: None)
     image = io.BytesIO()

@@ -15,16 +15,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 EXTENSIONS = {
-    "PNG": "png", "JPEG": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif", "PPM": "ppm", "AVIF": "avif"
+    "PNG": "png", "JPEG": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif", "PPM": "ppm",
+    "AVIF": "avif", "JPEG2000": "jp2", "ICO": "ico", "DIB": "dib",
 }  # fmt: skip
 STEMS = ["image", "猫", "кот", "été", "قط", "🐱 a", "a\tb", "a\nb", "-rf", "a'b\"c", "a\\b", "x" * 200, "\udcff\udcfe"]
 TEXTS = [
     b"<!DOCTYPE html><html><body>404 Not Found</body></html>", b"no image\n", b"%!PS-Adobe-3.0 EPSF-3.0\nshowpage\n",
     b"%PDF-1.7\n", b"PK\3\4", b"<svg xmlns='http://www.w3.org/2000/svg' width='8' height='8'/>", b"\xff\xd8\xff",
-    b"GIF89a", b"\x89PNG\r\n\x1a\n", b"BM", b"RIFF\4\0\0\0WEBP", b"II*\0", b"P6\n", b"version https://git-lfs.github.com/spec/v1\n",
+    b"GIF89a", b"\0\0\1\0\1\0", b"8BPS\0\1", b"\0\0\0\x0cjP  \r\n\x87\n", b"\xffO\xffQ", b"\x28\0\0\0",
+    b"\x89PNG\r\n\x1a\n", b"BM", b"RIFF\4\0\0\0WEBP", b"II*\0", b"P6\n", b"version https://git-lfs.github.com/spec/v1\n",
 ]  # fmt: skip
 
 
@@ -58,7 +60,7 @@ def loads(content: bytes) -> bool:
     """Whether Pillow reads the image, or might; it does not read what it takes for a decompression bomb."""
     try:
         with warnings.catch_warnings(action="ignore") if sys.version_info >= (3, 11) else warnings.catch_warnings():
-            image = Image.open(io.BytesIO(content), formats=list(EXTENSIONS))
+            image = Image.open(io.BytesIO(content), formats=[*EXTENSIONS, "PSD"])
             if image.width < 100_000:  # a very wide image takes Pillow minutes, so this is not tried
                 image.load()
     except Exception:
@@ -90,7 +92,7 @@ def _bytes(image: Image.Image, form: str, **options: object) -> bytes:
 def _plain(rng: random.Random) -> tuple[bytes, str]:
     form = rng.choice(list(EXTENSIONS))
     image = Image.fromarray(_noise(rng, (rng.randint(8, 64), rng.randint(8, 64), 3)))
-    return _bytes(image, form), EXTENSIONS[form]
+    return _bytes(image, form, **({"sizes": [image.size]} if form == "ICO" else {})), EXTENSIONS[form]
 
 
 def _misnamed(rng: random.Random) -> tuple[bytes, str]:
@@ -105,8 +107,17 @@ def _animated(rng: random.Random) -> tuple[bytes, str]:
 
 
 def _deep(rng: random.Random) -> tuple[bytes, str]:
-    form = rng.choice(["PNG", "TIFF"])
+    form = rng.choice(["PNG", "TIFF", "JPEG2000"])
     return _bytes(Image.fromarray(_noise(rng, (16, 16), np.uint16)), form), EXTENSIONS[form]
+
+
+def _profiled(rng: random.Random) -> tuple[bytes, str]:
+    """An image with a colour profile, which may be damaged."""
+    form = rng.choice(["PNG", "JPEG", "TIFF", "WEBP"])
+    icc = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for _ in range(rng.choice([0, 1, 20])):
+        icc[rng.randrange(len(icc))] = rng.getrandbits(8)
+    return _bytes(Image.fromarray(_noise(rng, (16, 16, 3))), form, icc_profile=bytes(icc)), EXTENSIONS[form]
 
 
 def _cmyk(rng: random.Random) -> tuple[bytes, str]:
@@ -146,7 +157,7 @@ def _damaged_exif(rng: random.Random) -> tuple[bytes, str]:
 
 Maker = Callable[[random.Random], tuple[bytes, str]]
 VALID: list[Maker] = [
-    _plain, _misnamed, _animated, _deep, _cmyk, _rotated, _palette, _transparent, _thin, _damaged_exif
+    _plain, _misnamed, _animated, _deep, _profiled, _cmyk, _rotated, _palette, _transparent, _thin, _damaged_exif
 ]  # fmt: skip
 
 
