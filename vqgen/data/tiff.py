@@ -14,7 +14,8 @@ from vqgen.data.deep import ValuesImage
 from vqgen.errors import need
 
 MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-WHITE_IS_ZERO, RGB, SEPARATE = 0, 2, 2  # values of a TIFF's tags
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = range(3)  # values of a TIFF's tag
+SEPARATE = 2  # of another: each channel by itself
 
 
 def is_unusual_tiff(content: bytes) -> bool:
@@ -41,13 +42,18 @@ class TiffImage(ValuesImage):
     def __init__(self, content: bytes):
         tifffile = need("tifffile", "tiff", "a TIFF with this kind of pixels")
         self._page: Any = tifffile.TiffFile(io.BytesIO(content)).pages[0]
-        width, height, bands = self._page.imagewidth, self._page.imagelength, self._page.samplesperpixel
-        opacity = any(kind in (1, 2) for kind in self._page.extrasamples or ())
-        if bands > 4 or (bands in (2, 4) and not opacity and self._page.photometric != RGB):
-            raise OSError(f"{bands} bands; an image has 1 (grey) or 3 (RGB), and may have opacity")
+        page, width, height = self._page, self._page.imagewidth, self._page.imagelength
+        if page.dtype is None or page.bitspersample != 8 * page.dtype.itemsize:
+            raise OSError(f"values of {page.bitspersample} bits")
+        opacity = any(kind in (1, 2) for kind in page.extrasamples)
+        colours = page.samplesperpixel - opacity
+        if page.photometric == RGB and colours == 4:  # the fourth is of no known use
+            colours = 3
+        if (colours, page.photometric) not in ((1, WHITE_IS_ZERO), (1, BLACK_IS_ZERO), (3, BLACK_IS_ZERO), (3, RGB)):
+            raise OSError(f"{page.samplesperpixel} bands; an image has 1 (grey) or 3 (RGB), and may have opacity")
         if Image.MAX_IMAGE_PIXELS and width * height > 2 * Image.MAX_IMAGE_PIXELS:  # as Pillow's own limit
             raise OSError(f"{width} x {height} pixels, too large for an image")
-        self._bands = 3 if bands == 4 and not opacity else bands
+        self._bands = colours + opacity
         super().__init__((width, height), self._bands, self._page.photometric == WHITE_IS_ZERO)
         self.format = "TIFF"
         if self._page.iccprofile:
