@@ -74,7 +74,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
     per_image = torch.zeros(len(rows), len(names), dtype=torch.float64, device=device)
     squared_errors = torch.zeros(len(rows), dtype=torch.float64, device=device)
     usage = CodeUsage(model.code_layout(images.image_size), device)
-    collector = FeatureCollector(len(rows), (images.channels, images.image_size, images.image_size), network)
+    collector = FeatureCollector(len(rows), (images.channels, *images.size), network)
     for batch in my_batches(len(rows), config.batch_size, "reconstructing"):
         x, class_ids = images.__getitems__(rows[batch])
         x = x.to(device)  # uint8 (B, C, H, W)

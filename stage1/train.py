@@ -189,7 +189,7 @@ def train(config: Stage1Config, run: Run) -> None:
         size,
         by_pass="the codebook, which moves at each pass",
     )
-    batches = image_batches(train_set, run.place, flip=config.data.flip, workers=config.data.workers, device=run.device)
+    batches = image_batches(train_set, run.place, data=config.data, device=run.device)
     stopwatch, watch = Stopwatch(run.device), DiscriminatorWatch()
 
     for now in run.steps():

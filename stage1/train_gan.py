@@ -96,7 +96,7 @@ def train(config: GANConfig, run: Run) -> None:
         by_pass="batch normalisation",
         by_process="batch normalisation on CPUs",
     )
-    batches = image_batches(train_set, run.place, flip=config.data.flip, workers=config.data.workers, device=run.device)
+    batches = image_batches(train_set, run.place, data=config.data, device=run.device)
     watch = DiscriminatorWatch()
 
     for now in run.steps():

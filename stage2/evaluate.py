@@ -20,7 +20,9 @@ from torch import Tensor
 from vqgen.cli.program import run_program
 from vqgen.cli.reflect import check_options
 from vqgen.cli.runs import codes_folder, run_images, run_tracking
+from vqgen.codes import shown
 from vqgen.data.codes import TokenStore, encode_images
+from vqgen.data.crops import Versions
 from vqgen.data.images import ImageSet, load_set, some_rows
 from vqgen.distributed import all_reduce_sum, rank, world_size
 from vqgen.errors import need, require, section
@@ -92,8 +94,9 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     require(own, "data.source: not the images that the prior was trained on; for others use --images and --reference")
     with section("data"):
         fits = tokenizer.code_layout(train.image_size).shapes == prior.layout.shapes
-    require(fits, f"data.image_size={train.image_size}: is not what the prior was trained on")
-    flip = read_yaml(run / "config.yaml")["data"]["flip"] if (run / "config.yaml").is_file() else False
+    require(fits, f"data.image_size={shown(train.image_size)}: is not what the prior was trained on")
+    settings = read_yaml(run / "config.yaml")["data"] if (run / "config.yaml").is_file() else {}
+    flip, crops = settings.get("flip", False), settings.get("crops", 1)
     network = load_feature_network(
         config.features, config.feature_weights, train, seed=config.seed, cache=cache, accelerator=accelerator
     )
@@ -102,7 +105,8 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
 
     # Likelihood of the codes under the prior and under code counts, and of the images under prior and decoder.
     codes_dir = codes_folder(run) if os.access(codes_folder(run), os.W_OK) else cache / "codes"
-    train_codes, held_out_codes = (
+    # The likelihood is that of whole images, for any number of crops; copies are searched among the crops as well.
+    train_codes, held_out_codes, searched = (
         encode_images(
             images,
             tokenizer,
@@ -111,8 +115,9 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
             mirror=mirror,
             accelerator=accelerator,
             order=prior.layout.order,
+            crops=versions,
         )
-        for images, mirror in ((train, flip), (held_out, False))
+        for images, mirror, versions in ((train, flip, 1), (held_out, False, 1), (train, flip, crops))
     )
     count = len(held_out_codes)
     nll, train_nll = (
@@ -138,7 +143,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
         features_of(Reproduced(images, tokenizer, tokenizer_hash, device), rows, f"{name} images, reproduced", out)
         for images, rows, name in ((train, reference_rows, "training"), (held_out, held_out_rows, "held-out"))
     )
-    in_pixels = nearest_training_image([drawn, control], train_codes, prior, tokenizer, config.batch_size, device)
+    in_pixels = nearest_training_image([drawn, control], searched, prior, tokenizer, config.batch_size, device)
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
@@ -157,7 +162,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     likelihood = {"images": count, "of": held_out.fingerprint, **crop}
     tokens = {**likelihood, "tokenizer": tokenizer_hash}
     fitted = {"fitted_to": train.fingerprint, "mirrored": flip}
-    dims = train.channels * train.image_size**2
+    dims = train.channels * math.prod(train.size)
     report.add("nll_held_out", nll, tokens)
     report.add("nll_train", train_nll, {**tokens, "of": train.fingerprint, "mirrored": flip})
     report.add("unigram_entropy", unigram, {**tokens, **fitted})
@@ -172,13 +177,13 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     shares = {}
     how = {**protocol, "held_out": held_out.fingerprint, "held_out_images": len(held_out_rows), "mirrored": flip}
     for space, ((distance, _), (held_out_distance, _)), more in (
-        ("pixels", in_pixels, {"searched": len(train_codes)}),
+        ("pixels", in_pixels, {"searched": len(searched)}),
         ("features", in_features, {"searched": len(known.kept), **network_protocol(network)}),
     ):
         shares[space] = share_closer(distance, held_out_distance)
         report.add(f"closer_in_{space}", shares[space], {**how, **more})
     near_copies = (in_pixels[0][0] < in_pixels[1][0].quantile(COPY_QUANTILE)).double().mean().item()
-    report.add("near_copies", near_copies, {**how, "searched": len(train_codes)})
+    report.add("near_copies", near_copies, {**how, "searched": len(searched)})
     signs, share = [], max(shares.values())
     if train_nll < MEMORISED_NLL * nll:
         signs.append(f"NLL {train_nll:.3g} on training images, {nll:.3g} on held-out ones")
@@ -188,7 +193,9 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
         signs.append(f"{near_copies:.0%} of samples are nearer to a training image than 1 % of held-out ones are")
     if signs:
         report.warnings.append(f"the prior memorises: {'; '.join(signs)}; fewer steps or more images would help")
-    picture = closest(samples, drawn, train, train_codes, reference_rows[known.rows], in_pixels[0], in_features[0])
+    stored = searched.rows[in_pixels[0][1].numpy()]
+    versions = Versions(train, crops, flip)
+    picture = closest(samples, drawn, versions, stored, in_pixels[0][0], reference_rows[known.rows], in_features[0])
     picture.save(out / "closest.png")
     path = report.save(out)
     print(report.table())
@@ -309,7 +316,7 @@ def nearest_training_image(
 ) -> list[tuple[Tensor, Tensor]]:
     """The nearest training image for each part's thumbnails: its distance (n,) and its place in the store (n,).
 
-    Searches all training images, mirrored ones included, after reconstruction from their codes.
+    Searches all versions of the training images, after reconstruction from their codes.
     """
     best = [
         (torch.full((len(p.kept),), torch.inf, dtype=torch.float64), torch.zeros(len(p.kept)).long()) for p in parts
@@ -333,19 +340,17 @@ def nearest_training_image(
 def closest(
     samples: Samples,
     drawn: Features,
-    train: ImageSet,
-    train_codes: TokenStore,
+    versions: Versions,
+    stored: np.ndarray,
+    distances: Tensor,
     known_rows: np.ndarray,
-    in_pixels: tuple[Tensor, Tensor],
     in_features: tuple[Tensor, Tensor],
 ) -> Image.Image:
     """The samples nearest to a training image in pixels; below each, that image and the nearest one by features."""
-    order = in_pixels[0].argsort()[:10]
+    train, order = versions.images, distances.argsort()[:10]
     lines = [torch.cat([samples.__getitems__(drawn.rows[i : i + 1].numpy())[0].cpu() for i in order])]
-    stored = train_codes.rows[in_pixels[1][order].numpy()]
-    pixels = train.__getitems__(stored % len(train))[0]
-    mirrored = torch.from_numpy(stored >= len(train))[:, None, None, None]
-    lines.append(torch.where(mirrored, pixels.flip(-1), pixels))
+    nearest_images = [versions.read(row % len(train))[row // len(train)] for row in stored[order.numpy()]]
+    lines.append(torch.from_numpy(np.stack(nearest_images)))
     lines.append(train.__getitems__(known_rows[in_features[1][order].numpy()])[0])
     return image_grid(rearrange(torch.cat(lines), "n c h w -> n h w c").numpy(), columns=len(order))
 

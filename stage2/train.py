@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vqgen.cli.program import run_program
 from vqgen.cli.reflect import check_options
 from vqgen.cli.runs import run_data
+from vqgen.codes import sides
 from vqgen.data.codes import TokenStore, encode_images
 from vqgen.data.images import ImageSet, load_images
 from vqgen.data.order import token_batches
@@ -71,7 +72,8 @@ def train(config: Stage2Config, run: Run) -> None:
     nets = build(config, run, tokenizer, train_images.class_names)
     run.open()
     tokenizer.to(run.device)
-    train_codes = encode(train_images, tokenizer, tokenizer_hash, config, run, mirror=config.data["flip"])
+    mirror, crops = config.data["flip"], config.data["crops"]
+    train_codes = encode(train_images, tokenizer, tokenizer_hash, config, run, mirror=mirror, crops=crops)
     val_codes = encode(val_images, tokenizer, tokenizer_hash, config, run, mirror=False)
     held_out = val_images.fingerprint if config.data["val_source"] else None
     hashes = {"tokenizer": tokenizer_hash, "data": train_images.fingerprint, "held_out": held_out}
@@ -85,14 +87,14 @@ def train(config: Stage2Config, run: Run) -> None:
     if run.resume(state, then, **hashes):
         return
     layout, unigram = nets.prior.layout, unigram_entropy(train_codes, nets.prior.layout)
-    size = num_parameters(nets.prior)
+    size, each = num_parameters(nets.prior), f" ({crops} crops of each image, one in an epoch)" if crops > 1 else ""
     run.start(
-        f"{len(train_codes)} training and {len(val_codes)} held-out sequences of {layout.num_tokens} tokens, "
+        f"{len(train_codes)} training{each} and {len(val_codes)} held-out sequences of {layout.num_tokens} tokens, "
         f"{len(nets.prior.class_names)} classes, {size / 1e6:.2f} M parameters",
         size,
     )
     batches = token_batches(train_codes, run.place, class_dropout=config.class_dropout, device=run.device)
-    dims_per_token = tokenizer.channels * config.data["image_size"] ** 2 / layout.num_tokens
+    dims_per_token = tokenizer.channels * math.prod(sides(config.data["image_size"])) / layout.num_tokens
 
     for now in run.steps():
         if now.evaluates:
@@ -149,7 +151,14 @@ def build(config: Stage2Config, run: Run, tokenizer: VQModel, class_names: list[
 
 
 def encode(
-    images: ImageSet, tokenizer: VQModel, tokenizer_hash: str, config: Stage2Config, run: Run, *, mirror: bool
+    images: ImageSet,
+    tokenizer: VQModel,
+    tokenizer_hash: str,
+    config: Stage2Config,
+    run: Run,
+    *,
+    mirror: bool,
+    crops: int = 1,
 ) -> TokenStore:
     """The images as tokens, which are encoded once and serve all epochs and later runs."""
     return encode_images(
@@ -161,6 +170,7 @@ def encode(
         accelerator=run.accelerator,
         skipped=run.dir / "skipped.txt",
         order=config.order,
+        crops=crops,
     )
 
 

@@ -158,6 +158,51 @@ def test_several_codes_a_position_from_images_to_images(program, tmp_path):
     assert np.load(tmp_path / "out/samples.npz")["images"].shape == (4, 32, 32, 1)
 
 
+def test_images_that_are_no_squares_and_crops_through_both_stages_and_on_after_a_stop(program, tmp_path):
+    quiet, small = "tracking.wandb=disabled", ["data.image_size=[16,24]", "data.max_images=120"]
+    shape = [*small, "data.augment=[0.7,1]", "data.flip=true", "train.accumulation=2", *FEW_STEPS]
+    stages = {
+        "1": ["stage1/train.py", "model.widths=[8,16]", *shape],
+        "2": ["stage2/train.py", DEBUG["stage2"], f"stage1={tmp_path}/1", "data.crops=10", *FEW_STEPS],
+        "gan": ["stage1/train_gan.py", "generator.width=4", "discriminator.width=4", *shape],
+    }
+    for name, command in stages.items():
+        arguments = [*command, f"run_dir={tmp_path}/{name}", "train.checkpoint_every=1"]
+        code, output, errors = program(*arguments)
+        assert code == 0, errors
+        whole = {path: load_file(path) for path in (tmp_path / name / "model").rglob("*.safetensors")}
+        shutil.rmtree(tmp_path / name / "checkpoints/step_00000003")
+        code, resumed, errors = program(*arguments)
+        assert (code, "going on from step 2" in resumed) == (0, True), errors
+        for path, weights in whole.items():
+            assert all(torch.equal(weights[key], value) for key, value in load_file(path).items())
+        if name == "2":
+            assert "encoding 120 images in 10 crops each" in output
+            assert "1200 training (10 crops of each image, one in an epoch)" in output
+            assert "encoding" not in resumed
+    settings = read_yaml(tmp_path / "2/config.yaml")["data"]
+    assert (settings["image_size"], settings["crops"], settings["max_images"]) == ([16, 24], 10, 120)
+    figures = lines(tmp_path / "2")[-1]
+    assert figures["val/code_bits_per_dim"] == pytest.approx(figures["val/nll"] / np.log(2) * 6 / (16 * 24))
+    for name in ("2", "gan"):
+        code, _, errors = program("stage2/sample.py", tmp_path / name, "num_images=4", f"out={tmp_path}/out")
+        assert code == 0, errors
+        assert np.load(tmp_path / "out/samples.npz")["images"].shape == (4, 16, 24, 1)
+    cache = f"cache_dir={tmp_path}/cache"
+    for stage, name in (("stage1", "1"), ("stage2", "2")):
+        arguments = [tmp_path / name, "num_images=30", cache, quiet]
+        code, output, errors = program(f"{stage}/evaluate.py", *arguments)
+        assert code == 0, errors
+        assert "efficientnet-lite0 sees the images, of 16 x 24 pixels, squeezed to squares" in output
+    report = json.loads((tmp_path / "2/evaluation/evaluation.json").read_text())["figures"]
+    assert report["closer_in_pixels"]["protocol"]["searched"] == 1200  # all crops
+    assert report["nll_train"]["protocol"]["image_size"] == [16, 24]
+    for size, use in (("[20,24]", "[16,24] or [24,24]"), ("[16,7]", "[16,8] or [16,16]")):
+        code, _, errors = program("stage1/train.py", f"data.image_size={size}", f"run_dir={tmp_path}/no")
+        assert code == 2
+        assert f"data.image_size={size} is not divisible by the model's stride 8; use {use}\n" in errors
+
+
 def test_a_prior_writes_the_codes_in_another_order(runs, program, monkeypatch, tmp_path):
     monkeypatch.setitem(ORDERS, "backwards", lambda shapes: range(15, -1, -1))
     arguments = [DEBUG["stage2"], f"stage1={runs}/stage1", f"codes_dir={tmp_path}/codes", *FEW_STEPS]
@@ -248,6 +293,24 @@ BAD = {
     "no such config": ("stage1", "missing.yaml", "missing.yaml"),
     "no such data": ("stage1", "data.source={tmp}/missing", "missing"),
     "no image": ("stage1", "data.source={tmp}/empty", "no image"),
+    "a size of three sides": ("stage1", "data.image_size=[8,8,8]", "must be a number of pixels, or two as in [height"),
+    "a size of other things": (
+        "stage2",
+        "data.image_size=[[8,8],8]",
+        "is a int | list[int], without sections or lists",
+    ),
+    "more classes than images": (
+        "stage1",
+        "data.max_images=9",
+        "data.max_images=9: is below the number of classes; give ",
+    ),
+    "a number of crops that is none": ("stage2", "data.crops=3", "data.crops=3: is no such number of crops; use 1, 5"),
+    "crops without mirror images": ("stage2", "data.crops=5 data.flip=true", "use data.crops=10 or data.flip=false"),
+    "a range of crops that is none": (
+        "stage1",
+        "data.augment=[0.8]",
+        "data.augment=[0.8]: must be two shares in order",
+    ),
     "size and stride": (
         "stage1",
         "data.image_size=36",

@@ -339,7 +339,7 @@ def sets(tmp_path_factory, digits) -> Path:
         ("same.npz", "all 20 images are the same"),
         ("flat.npz", "each of the 20 images has one flat colour"),
         ("nan.npz", "the images are float32 (20, 32, 32); give uint8"),
-        ("mixed", "not squares of one size; set data.image_size="),
+        ("mixed", "not one size; set data.image_size="),
         ("none", "no such file or folder"),
     ],
 )

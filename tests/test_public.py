@@ -257,6 +257,21 @@ def test_reconstructions_are_the_tokenizer_s_of_images_resized_as_in_training(ru
     assert not np.array_equal(padded, expected(photo))
 
 
+def test_a_generator_of_images_that_are_no_squares(small):
+    layout = small.tokenizer.code_layout([16, 40])
+    assert layout.shapes == ((1, 2, 5),)
+    prior = Prior(layout, CLASSES, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    generator = Generator(prior.eval(), small.tokenizer)
+    assert generator.image_size == [16, 40]
+    assert [image.size for image in generator.sample(num_images=2)] == [(40, 16)] * 2
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8))
+    x = torch.from_numpy(to_square(photo, 1, DataConfig(image_size=[16, 40])))[None]
+    with torch.no_grad():
+        expected = to_uint8(small.tokenizer.decode(small.tokenizer.encode(from_uint8(x))))[0, 0].numpy()
+    (made,) = generator.reconstruct(photo)
+    assert np.array_equal(np.asarray(made), expected)
+
+
 def test_arrays_are_images_too(small):
     grey = np.random.default_rng(0).integers(0, 256, (5, 32, 32), dtype=np.uint8)
     whole = pixels(small.reconstruct(grey))
@@ -278,7 +293,7 @@ def test_what_is_taken_for_granted_about_resizing_is_said(runs, tmp_path, caplog
     assert not caplog.records
     generator.reconstruct(np.zeros((40, 50), np.uint8))
     assert [record.getMessage() for record in caplog.records] == [
-        "the model has no config.yaml beside it, so images become squares by the default data.resize=crop"
+        "the model has no config.yaml beside it, so images are resized by the default data.resize=crop"
     ]
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vqgen.adversarial.dcgan import DCGANGenerator, load_gan
+from vqgen.codes import sides
 from vqgen.data.pixels import to_square
 from vqgen.errors import InputError, expanded, require
 from vqgen.priors.prior import Prior
@@ -38,14 +39,14 @@ class Generator:
     Args:
         model: the prior or the GAN's generator, in eval mode.
         tokenizer: the prior's tokenizer; None for a GAN.
-        data: the settings by which the training images became squares; `reconstruct` treats its images the same way.
+        data: the settings by which the training images came to one size; `reconstruct` treats its images the same way.
             None takes the defaults of `DataConfig` and the model's size.
         checkpoint: SHA-256 of the files of all models.
         tokenizer_hash: SHA-256 of the tokenizer's files.
 
     Attributes:
         class_names: the classes in the order of their ids; empty if there are none.
-        image_size: side of the images, in pixels.
+        image_size: side of the images, in pixels; or [height, width], if they are no squares.
         channels: channels of the images, 1 (grey) or 3 (RGB).
         num_parameters: number of parameters of the prior and its tokenizer, or of the GAN's generator.
     """
@@ -62,12 +63,14 @@ class Generator:
         self.model, self.tokenizer = model, tokenizer
         self.checkpoint, self.tokenizer_hash = checkpoint, tokenizer_hash
         self.class_names = model.class_names
+        self.image_size: int | Sequence[int]
         if isinstance(model, DCGANGenerator):
             self.image_size, self.channels = model.image_size, model.channels
         else:
             assert tokenizer is not None, "a prior needs its tokenizer"
             finest = cast(Prior, model).layout.shapes[-1]
-            self.image_size, self.channels = finest[-1] * tokenizer.stride, tokenizer.channels
+            height, width = (side * tokenizer.stride for side in finest[-2:])
+            self.image_size, self.channels = height if height == width else [height, width], tokenizer.channels
         self._data = data
         self.num_parameters = sum(p.numel() for part in self._models() for p in part.parameters())
 
@@ -165,7 +168,7 @@ class Generator:
 
     @torch.no_grad()
     def reconstruct(self, images: Images) -> list[Image.Image]:
-        """The tokenizer's reconstructions of images, which first become squares of the model's size, as in training.
+        """The tokenizer's reconstructions of images, which first come to the model's size, as in training.
 
         Args:
             images: one or a sequence of PIL images or uint8 arrays, (H, W) or (H, W, C); or an array (N, H, W, C).
@@ -178,9 +181,9 @@ class Generator:
             raise InputError("a GAN reconstructs no images; give the folder of a stage-2 run")
         pictures = _as_pictures(images)
         data = self._data or DataConfig()
-        if self._data is None and any(picture.size != (self.image_size, self.image_size) for picture in pictures):
+        if self._data is None and any(picture.size[::-1] != sides(self.image_size) for picture in pictures):
             logger.warning(
-                "the model has no config.yaml beside it, so images become squares by the default data.resize=%s",
+                "the model has no config.yaml beside it, so images are resized by the default data.resize=%s",
                 data.resize,
             )
         data = replace(data, image_size=self.image_size)
@@ -253,7 +256,7 @@ class Generator:
 
 
 def _training_data(path: Path) -> DataConfig | None:
-    """The settings by which images become squares, from a run's config.yaml; None if the file has none."""
+    """The settings by which images come to one size, from a run's config.yaml; None if the file has none."""
     try:
         section = read_yaml(path)["data"]
         return DataConfig(resize=section["resize"], background=section["background"])

@@ -1,10 +1,11 @@
 """Every setting, with its default and its meaning; `vqgen.cli` reads them."""
 
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal
 
-from vqgen.codes import ORDERS
-from vqgen.errors import require, require_choice, require_size
+from vqgen.codes import ORDERS, sides
+from vqgen.errors import InputError, require, require_choice, require_size
 
 # The last part of the key of each setting that is a path; the programs expand `~` in these.
 PATHS = {"run_dir", "source", "val_source", "stage1", "codes_dir", "weights", "out"}
@@ -14,7 +15,7 @@ VQGAN_SETTINGS = ["loss.perceptual.name=alex", "loss.adversarial.name=non_satura
 
 @dataclass
 class DataConfig:
-    """The images, and how each becomes a square of `image_size` pixels."""
+    """The images, and how each comes to `image_size`."""
 
     source: str = "digits"
     """The images: `digits` (built in), a folder (each subfolder is a class), an .npz, tar shards such as
@@ -27,18 +28,28 @@ class DataConfig:
     """Column of the label file or table that is the class; null takes the only one, or one called label or class."""
     label_key: str | None = None
     """Key of the class in the .json file beside each image, or `txt` for its .txt file; null takes label or class."""
-    image_size: int = 32
-    """Side of the square the model sees, in pixels."""
+    image_size: Any = field(default=32, metadata={"type": "int | list[int]"})  # OmegaConf has no such union
+    """Size of what the model sees, in pixels: the side of a square, or [height,width]."""
     channels: int | None = None
     """1 (grey) or 3 (RGB); null takes 1 if the images are grey, else 3."""
     resize: Literal["crop", "pad"] = "crop"
-    """`crop` scales the short side to image_size and crops the centre; `pad` shrinks large images and pads."""
+    """`crop` scales the image until it covers image_size and crops the centre; `pad` shrinks large images and pads."""
     white: float | None = None
     """The value that is white in images of more than 8 bits (16 bits, floats); null finds one for the whole set."""
     background: str = "white"
     """Colour behind transparent pixels and in the padding: a name or #rrggbb."""
     flip: bool = False
     """Mirror half of the training images left to right."""
+    augment: list[float] | None = None
+    """Range of the random crops that stage 1 and the GAN train on, as in [0.8,1]: the crop's sides as a share of the
+    image's, which stage 2 and the evaluations see whole (with resize=crop, its centre). Crops are enlarged to
+    image_size."""
+    crops: int = 1
+    """Versions of each training image that stage 2 encodes, one of which it takes in each epoch: 1, 5 (the image, and
+    the four corners of the image at 1.1 times the size) or 10 (the five and their mirror images)."""
+    max_images: int | None = None
+    """Largest number of training images, and also of held-out images, for a quick try: always the same random ones,
+    with at least one of each class; null takes all."""
     on_error: Literal["skip", "raise"] = "skip"
     """For an image that does not load: `skip` it and name it in the run's skipped.txt, or `raise` an error."""
     cache_gb: float = 1.0
@@ -48,11 +59,40 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_size("data.workers", self.workers, 256, least=0)
+        self.image_size = _checked_image_size(self.image_size)
+        if self.augment is not None:
+            ordered = len(self.augment) == 2 and 0 < self.augment[0] <= self.augment[1] <= 1
+            require(
+                ordered, f"data.augment={self.augment}: must be two shares in order, above 0 and at most 1: [0.8,1]"
+            )
+        if self.crops not in (1, 5, 10):
+            remedy = "for the image and its mirror image use data.flip=true" if self.crops == 2 else "use 1, 5 or 10"
+            raise InputError(f"data.crops={self.crops}: is no such number of crops; {remedy}")
+        mixed = self.flip and self.crops == 5
+        require(
+            not mixed, "data.crops=5: has no mirror images, but data.flip=true; use data.crops=10 or data.flip=false"
+        )
+        if self.max_images is not None:
+            require_size("data.max_images", self.max_images)
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images that the model sees, in pixels."""
-        return self.image_size, self.image_size
+        return sides(self.image_size)
+
+
+def _checked_image_size(value: Any) -> int | list[int]:
+    """An image size as a whole number, or as a list of a height and another width.
+
+    Raises:
+        InputError: it is neither.
+    """
+    numbers = list(value) if isinstance(value, list | tuple) else [value] * 2
+    numbers = [int(n) if isinstance(n, str) and n.isdecimal() else n for n in numbers]
+    whole = len(numbers) == 2 and all(isinstance(n, Integral) and not isinstance(n, bool) for n in numbers)
+    require(whole, f"data.image_size={value}: must be a number of pixels, or two as in [height,width]")
+    height, width = map(int, numbers)
+    return height if height == width else [height, width]
 
 
 @dataclass

@@ -21,6 +21,30 @@ def test_noise_to_images_to_logits(size, channels, classes):
     assert disc(images, class_ids).shape == (3,)
 
 
+@pytest.mark.parametrize(("size", "first"), [([32, 48], (4, 6)), ([24, 8], (12, 4)), ([64, 80], (4, 5))])
+def test_images_that_are_no_squares_begin_with_four_pixels_along_the_shorter_side(tmp_path, size, first):
+    generator, disc = DCGANGenerator(size, 3, ["a"], width=4), DCGANDiscriminator(size, 3, 1, width=4)
+    class_ids = torch.zeros(2, dtype=torch.int64)
+    images = generator(torch.randn(2, 100), class_ids)
+    assert images.shape == (2, 3, *size)
+    assert disc(images, class_ids).shape == (2,)
+    assert generator.first.kernel_size == disc.to_logit.kernel_size == first
+    generator.eval().save_pretrained(tmp_path)
+    z = torch.randn(2, 100)
+    assert torch.equal(load_gan(tmp_path)(z, class_ids), generator(z, class_ids))
+
+
+@pytest.mark.parametrize(
+    ("size", "use"), [("[30,48]", "[16,48]"), ("[48,64]", "[32,64]"), ("[33,32]", "[32,32]"), ("[4,9]", "[8,8]")]
+)
+def test_other_shapes_are_refused_with_one_that_fits(size, use):
+    for make in (DCGANGenerator, DCGANDiscriminator):
+        with pytest.raises(InputError) as error:
+            make(list(map(int, size[1:-1].split(","))), 1, [] if make is DCGANGenerator else 0)
+        assert str(error.value).startswith(f"image_size={size} does not suit a DCGAN, whose shorter side is 8, 16, ")
+        assert str(error.value).endswith(f"; use {use}")
+
+
 def test_the_papers_sizes():
     generator = DCGANGenerator(64, 3, [], width=128)  # DCGAN, figure 1
     assert [layer.in_channels for layer in generator.layers] == [1024, 512, 256, 128]

@@ -19,6 +19,14 @@ def test_the_deepest_that_fits_has_logits_and_one_more_is_refused_by_name(size, 
         PatchDiscriminator(3, layers=deepest + 1, width=4).check_size(size)
 
 
+def test_the_shorter_side_decides():
+    disc = PatchDiscriminator(3, layers=2, width=4)
+    disc.check_size([12, 40])
+    assert disc(torch.zeros(2, 3, 12, 40)).shape == (2, 1, 1, 8)
+    with pytest.raises(InputError, match=r"^layers=2 is too deep for images of 11 pixels; use 1 or fewer"):
+        disc.check_size([40, 11])
+
+
 def test_images_too_small_for_any():
     with pytest.raises(InputError, match="the least is 6 pixels"):
         PatchDiscriminator(1, layers=1).check_size(5)

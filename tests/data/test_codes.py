@@ -1,6 +1,7 @@
 """The token store: its content, and when it is made anew."""
 
 import errno
+import itertools
 import json
 import os
 import resource
@@ -17,8 +18,9 @@ from torch.utils.data import DataLoader
 
 from vqgen.data import codes as codes_module
 from vqgen.data.codes import TokenStore, encode_images
+from vqgen.data.crops import Versions
 from vqgen.data.images import ImageSet, load_images
-from vqgen.data.order import BatchOrder
+from vqgen.data.order import BatchOrder, Place, token_batches
 from vqgen.data.skipped import read_skipped
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
@@ -60,7 +62,12 @@ def encode(tmp_path, accelerator):
     """Encodes the training images of these data settings into a store below tmp_path / codes."""
 
     def encode(
-        data: DataConfig, model: VQModel | None = None, tokenizer_hash: str = "w", mirror: bool = False, skipped=None
+        data: DataConfig,
+        model: VQModel | None = None,
+        tokenizer_hash: str = "w",
+        mirror: bool = False,
+        skipped=None,
+        crops: int = 1,
     ):
         images = load_images(data)[0]
         store = encode_images(
@@ -71,6 +78,7 @@ def encode(tmp_path, accelerator):
             mirror=mirror,
             accelerator=accelerator,
             skipped=skipped,
+            crops=crops,
         )
         return store, images
 
@@ -112,6 +120,40 @@ def test_mirror_images_come_after_the_images(encode, folder):
     tokens, class_ids = everything(store)
     assert torch.equal(tokens, torch.cat([expected_tokens(images), expected_tokens(images, flip=True)]))
     assert class_ids.tolist() == images.class_ids.tolist() * 2
+
+
+@pytest.mark.parametrize("crops", [5, 10])
+def test_crops_come_one_after_another_and_images_that_do_not_load_have_none(encode, folder, tmp_path, capsys, crops):
+    name = load_images(settings(folder))[0].names[1]
+    (folder / name).write_bytes(b"")
+    store, images = encode(settings(folder, cache_gb=0.0), crops=crops)
+    good = [i for i in range(len(images)) if i != 1]
+    assert (store.crops, len(store)) == (crops, crops * len(good))
+    tokens, class_ids = everything(store)
+    versions, model = Versions(images, crops, mirror=False), tokenizer()
+    pixels = np.stack([versions.read(i) for i in good])  # (n, V, C, H, W)
+    for v in range(crops):
+        expected = model.code_layout(8).flatten(model.encode(from_uint8(torch.from_numpy(pixels[:, v].copy()))))
+        assert torch.equal(tokens[v * len(good) : (v + 1) * len(good)], expected)
+    assert len(tokens.unique(dim=0)) > 0.9 * len(tokens)
+    assert class_ids.tolist() == images.class_ids[good].tolist() * crops
+    said = capsys.readouterr().out
+    assert said.startswith(f"encoding {len(images)} images in {crops} crops each, which takes {crops} times as long")
+    made_from = json.loads((stores(tmp_path)[0] / "made_from.json").read_text())
+    assert (made_from["crops"], made_from["mirror"]) == (crops, crops == 10)
+    encode(settings(folder, cache_gb=0.0), crops=crops)
+    assert capsys.readouterr().out == ""
+
+
+def test_an_epoch_of_a_store_with_crops_takes_each_image_once(encode, folder):
+    store, images = encode(settings(folder), crops=5)
+    stream = token_batches(store, Place(0, 4, 1, 0), class_dropout=0.0, device=torch.device("cpu"))
+    taken = torch.cat([tokens for tokens, _ in itertools.islice(stream, len(images) * 3 // 4)])  # three epochs
+    everywhere = everything(store)[0]
+    rows = [int((everywhere == tokens).all(dim=1).nonzero()[0]) for tokens in taken]
+    for epoch in np.array(rows[: len(rows) // len(images) * len(images)]).reshape(-1, len(images)):
+        assert sorted(epoch % len(images)) == list(range(len(images)))
+    assert len({row // len(images) for row in rows}) == 5
 
 
 @pytest.mark.parametrize(("codebook_size", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])

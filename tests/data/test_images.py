@@ -356,6 +356,89 @@ def test_a_set_with_parts_comes_with_its_held_out_part():
     assert train.class_names == held_out.class_names
 
 
+# Shapes
+
+
+@pytest.mark.parametrize(("size", "scale"), [((20, 30), 2), ((30, 20), 2)])
+def test_images_that_are_no_squares_are_cropped_or_padded_to_their_shape(tmp_path, size, scale):
+    height, width = size
+    whole = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    pixels = whole.repeat(scale, axis=0).repeat(scale, axis=1)
+    for name in ("a", "b"):  # one becomes the held-out image
+        save(tmp_path / "photos" / f"{name}.png", Image.fromarray(pixels))
+    for resize in ("crop", "pad"):
+        train, held_out = load(tmp_path / "photos", image_size=[height, width], resize=resize)
+        assert (train.size, train.image_size, train.crop["image_size"]) == (size, [height, width], [height, width])
+        expected = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+        assert np.array_equal(train.read(0).transpose(1, 2, 0), np.asarray(expected))
+        assert held_out.__getitems__([0])[0].shape == (1, 3, height, width)
+    tall = load(tmp_path / "photos", image_size=[3 * height, width], resize="pad", background="red")[0].read(0)
+    assert np.array_equal(tall[:, height : 2 * height].transpose(1, 2, 0), np.asarray(expected))
+    assert (tall[:, :height] == np.array(RED)[:, None, None]).all()
+    wide = load(tmp_path / "photos", image_size=[height, width // 2])[0].read(0)  # crops left and right
+    half = Image.fromarray(pixels).resize(
+        (width // 2, height), Image.Resampling.BICUBIC, (width * scale / 4, 0, width * scale * 3 / 4, height * scale)
+    )
+    assert np.array_equal(wide.transpose(1, 2, 0), np.asarray(half))
+
+
+def test_a_size_is_a_side_or_height_and_width():
+    assert DataConfig(image_size=[16, 16]) == DataConfig(image_size=16) == DataConfig(image_size="16")
+    assert (DataConfig(image_size=(16, 24)).image_size, DataConfig(image_size=[16, 24]).size) == ([16, 24], (16, 24))
+    for wrong in ([16], [16, 16, 16], "large", 16.0, True, None, [16, "x"]):
+        with pytest.raises(InputError, match=r"^data\.image_size=.*: must be a number of pixels, or two as in \["):
+            DataConfig(image_size=wrong)
+
+
+def test_a_whole_set_of_one_shape_that_is_no_square_keeps_it(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (12, 20, 28, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", images=images)
+    whole, _ = load_set("images", DataConfig(source=f"{tmp_path}/images.npz"))
+    assert whole.image_size == [20, 28]
+    assert np.array_equal(whole.__getitems__(range(12))[0].permute(0, 2, 3, 1).numpy(), images)
+
+
+# A part of the images
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    """Three classes of 40, 4 and 1 images of their own brightness, and as many held out."""
+    for part in ("train", "val"):
+        for level, (name, count) in enumerate({"a": 40, "b": 4, "c": 1}.items()):
+            for i in range(count):
+                save(tmp_path / "uneven" / part / name / f"{i}.png", 100 * level + i)
+    return tmp_path / "uneven"
+
+
+def test_at_most_so_many_images_keep_every_class_and_are_always_the_same(uneven):
+    whole = load(uneven)
+    few, more = (load(uneven, max_images=count) for count in (8, 20))
+    for part in (0, 1):
+        assert (len(whole[part]), len(few[part]), len(more[part])) == (45, 8, 20)
+        assert set(few[part].class_ids) == {0, 1, 2}
+        assert set(few[part].names) < set(more[part].names) < set(whole[part].names)
+        assert few[part].names == load(uneven, max_images=8, cache_gb=0)[part].names
+        for i in range(8):
+            at = whole[part].names.index(few[part].names[i])
+            assert np.array_equal(few[part].read(i), whole[part].read(at))
+        assert len({part.fingerprint for part in (whole[part], few[part], more[part])}) == 3
+    places = [whole[0].names.index(name) for name in few[0].names]
+    assert places == sorted(places)
+    assert max(places[:6]) > 20  # a random part, not the first ones
+    assert few[0].notes == ["max_images=8: 8 of 45 training images and 8 of 45 held-out ones, chosen at random"]
+    assert load(uneven, max_images=1000)[0].names == whole[0].names
+    data = DataConfig(source=str(uneven), image_size=8, max_images=8)
+    assert [len(part) for part in load_set("images", data, 8)] == [8, 8]
+
+
+def test_fewer_images_than_classes_are_refused(uneven):
+    with pytest.raises(InputError, match=r"^max_images=2: is below the number of classes; give 3 or more$"):
+        load(uneven, max_images=2)
+    with pytest.raises(InputError, match=r"^data\.max_images=0: must be at least 1$"):
+        DataConfig(max_images=0)
+
+
 # From Python
 
 

@@ -167,6 +167,32 @@ def test_a_batch_may_be_larger_than_the_data_set():
     assert all(sorted(stream[i : i + 3]) == [0, 1, 2] for i in range(0, 24, 3))
 
 
+def test_each_epoch_has_one_version_of_each_example_drawn_anew():
+    stream = examples(BatchOrder(num_examples=100, micro_batch=10, first=0, seed=0, versions=5), 40)
+    epochs = np.array(stream).reshape(4, 100)
+    assert (np.sort(epochs % 100, axis=1) == np.arange(100)).all()
+    drawn = [dict(zip(epoch % 100, epoch // 100, strict=True)) for epoch in epochs]  # example: version
+    for version in drawn:
+        assert set(version.values()) == {0, 1, 2, 3, 4}
+        assert np.bincount(list(version.values())).min() > 8
+    assert all(a != b for a, b in itertools.combinations(drawn, 2))
+    other_seed = np.array(examples(BatchOrder(100, 10, first=0, seed=1, versions=5), 40)).reshape(4, 100)
+    assert len(np.unique(np.concatenate([epochs, other_seed]) // 100, axis=0)) == 8  # nor are they drawn by position
+    plain = np.array(examples(BatchOrder(100, 10, first=0, seed=0), 40)).reshape(4, 100)
+    assert np.array_equal(epochs % 100, plain)  # the images come in the same order as without versions
+
+
+def test_versions_are_the_same_from_any_place_on_and_for_any_number_of_processes(as_rank):
+    as_rank(0, 1)
+    alone = list(itertools.islice(BatchOrder(13, 8, 0, seed=0, versions=10), 6))
+    assert list(itertools.islice(BatchOrder(13, 8, 2, seed=0, versions=10), 4)) == alone[2:]
+    parts = []
+    for rank in range(2):
+        as_rank(rank, 2)
+        parts.append(list(itertools.islice(BatchOrder(13, 4, 0, seed=0, versions=10), 6)))
+    assert [a + b for a, b in zip(*parts, strict=True)] == alone
+
+
 # coin_flips and seeds
 
 

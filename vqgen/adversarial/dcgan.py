@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from vqgen.codes import shown, sides
 from vqgen.errors import InputError, require_size
 
 SETTLING_BATCH = 64
@@ -22,10 +23,12 @@ MAX_WIDTH = 1 << 14
 class DCGANGenerator(nn.Module, PyTorchModelHubMixin):
     """Turns noise, and a class if there are classes, into an image (DCGAN, Radford et al. 2016, section 3).
 
-    The noise becomes 4x4 pixels of many channels; each layer then doubles the side and halves the channels.
+    The noise becomes 4x4 pixels of many channels; each layer then doubles the side and halves the channels. Images that
+    are no squares begin with 4 pixels along their shorter side.
 
     Args:
-        image_size: side of the images, 8 pixels times a power of two.
+        image_size: side of the images, 8 pixels times a power of two; or height and width, of which the longer one is
+            a multiple of a quarter of the shorter one.
         channels: channels of the images.
         class_names: the classes in the order of their ids; empty if there are none.
         latent_dim: dimension of the noise z.
@@ -34,7 +37,7 @@ class DCGANGenerator(nn.Module, PyTorchModelHubMixin):
 
     def __init__(
         self,
-        image_size: int,
+        image_size: int | Sequence[int],
         channels: int,
         class_names: Sequence[str],
         latent_dim: int = 100,
@@ -45,8 +48,9 @@ class DCGANGenerator(nn.Module, PyTorchModelHubMixin):
         require_size("width", width, MAX_WIDTH)
         self.image_size, self.channels = image_size, channels
         self.class_names, self.latent_dim = list(class_names), latent_dim
-        widths = [*reversed(_widths(image_size, width)), channels]
-        self.first = nn.ConvTranspose2d(latent_dim, widths[0], 4, bias=False)
+        first, widths = _first_and_widths(image_size, width)
+        widths = [*reversed(widths), channels]
+        self.first = nn.ConvTranspose2d(latent_dim, widths[0], first, bias=False)
         self.norms = nn.ModuleList(ClassBatchNorm(before, len(class_names)) for before in widths[:-1])
         self.layers = nn.ModuleList(
             nn.ConvTranspose2d(before, after, 4, stride=2, padding=1) for before, after in itertools.pairwise(widths)
@@ -55,7 +59,7 @@ class DCGANGenerator(nn.Module, PyTorchModelHubMixin):
 
     def forward(self, z: Tensor, class_ids: Tensor) -> Tensor:
         """Maps noise (B, latent_dim) and class ids (B,), -1 for no class, to images (B, C, H, W) in [-1, 1]."""
-        h = self.first(rearrange(z, "b d -> b d 1 1"))  # (B, D, 4, 4)
+        h = self.first(rearrange(z, "b d -> b d 1 1"))  # (B, D, 4, 4), or a longer side
         for norm, layer in zip(self.norms, self.layers, strict=True):
             h = layer(F.relu(norm(h, class_ids)))  # twice the side
         return h.tanh()
@@ -89,29 +93,30 @@ class DCGANDiscriminator(nn.Module):
     It is the mirror image of the generator. The class enters by projection (Miyato and Koyama 2018, eq. 3).
 
     Args:
-        image_size: side of the images, 8 pixels times a power of two.
+        image_size: side of the images, or height and width, as for the generator.
         channels: channels of the images.
         num_classes: number of classes.
         width: channels after the first layer; each further layer has twice as many, up to 8 * width.
     """
 
-    def __init__(self, image_size: int, channels: int, num_classes: int, width: int = 32):
+    def __init__(self, image_size: int | Sequence[int], channels: int, num_classes: int, width: int = 32):
         super().__init__()
         require_size("width", width, MAX_WIDTH)
-        widths = _widths(image_size, width)
+        last, widths = _first_and_widths(image_size, width)
         net: list[nn.Module] = [nn.Conv2d(channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for before, after in itertools.pairwise(widths):
             net += [nn.Conv2d(before, after, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(after)]
             net += [nn.LeakyReLU(0.2)]
         self.net = nn.Sequential(*net)
-        self.to_logit = nn.Conv2d(widths[-1], 1, 4)
-        self.embedding = nn.Embedding(num_classes + 1, widths[-1] * 16)  # each class adds its row to the last weights
+        self.to_logit = nn.Conv2d(widths[-1], 1, last)
+        # Each class adds its row to the last weights.
+        self.embedding = nn.Embedding(num_classes + 1, widths[-1] * last[0] * last[1])
         self.apply(_initialise)
         nn.init.zeros_(self.embedding.weight)  # otherwise G would first learn to follow random directions
 
     def forward(self, x: Tensor, class_ids: Tensor) -> Tensor:
         """Maps images (B, C, H, W) in [-1, 1] and class ids (B,), -1 for no class, to logits (B,)."""
-        h = self.net(x)  # (B, D, 4, 4)
+        h = self.net(x)  # (B, D, 4, 4), or a longer side
         projected = (self.embedding(class_ids % self.embedding.num_embeddings) * h.flatten(1)).sum(dim=1)
         return self.to_logit(h).flatten() + projected
 
@@ -154,15 +159,23 @@ def load_gan(folder: Path) -> DCGANGenerator:
     return generator.eval().requires_grad_(False)
 
 
-def _widths(image_size: int, width: int) -> list[int]:
-    """The numbers of channels at half the side, at a quarter, and so on down to 4x4 pixels."""
-    halvings = (image_size // 4).bit_length() - 1
-    if image_size != 4 * 2**halvings or halvings < 1:
-        below = max(8, 4 * 2 ** max(halvings, 0))
+def _first_and_widths(image_size: int | Sequence[int], width: int) -> tuple[tuple[int, int], list[int]]:
+    """Height and width of the smallest map, and the numbers of channels at half the side, at a quarter, and so on."""
+    least = min(sides(image_size))
+    halvings = (least // 4).bit_length() - 1
+    scale = 2 ** max(halvings, 1)
+    first = (sides(image_size)[0] // scale, sides(image_size)[1] // scale)
+    if isinstance(image_size, int) and (image_size != 4 * scale):
         raise InputError(
-            f"image_size={image_size} does not suit a DCGAN, which needs 8, 16, 32, ...; use {below} or {2 * below}"
+            f"image_size={image_size} does not suit a DCGAN, which needs 8, 16, 32, ...; use {4 * scale} or {8 * scale}"
         )
-    return [width * min(2**i, 8) for i in range(halvings)]
+    if min(first) != 4 or any(side % scale for side in sides(image_size)):
+        fits = [4 * scale if side == least else max(4, side // scale) * scale for side in sides(image_size)]
+        raise InputError(
+            f"image_size={shown(image_size)} does not suit a DCGAN, whose shorter side is 8, 16, 32, ... and "
+            f"the longer one a multiple of {scale}; use {shown(fits)}"
+        )
+    return first, [width * min(2**i, 8) for i in range(halvings)]
 
 
 def _initialise(module: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """The patch discriminator, which judges which parts of an image look generated."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from vqgen.codes import sides
 from vqgen.errors import require, require_size
 
 
@@ -53,11 +55,12 @@ class PatchDiscriminator(nn.Module):
         """Maps images (B, C, H, W) in [-1, 1] to logits (B, 1, H / 2^layers - 2, W / 2^layers - 2)."""
         return self.net(x)
 
-    def check_size(self, image_size: int) -> None:
-        """Raises InputError if images of image_size pixels are too small to give a logit."""
-        deepest = (image_size // 3).bit_length() - 1  # after the layers, the side must be at least 3
+    def check_size(self, image_size: int | Sequence[int]) -> None:
+        """Raises InputError if images of image_size pixels, a side or height and width, are too small for a logit."""
+        least = min(sides(image_size))
+        deepest = (least // 3).bit_length() - 1  # after the layers, the side must be at least 3
         remedy = f"use {deepest} or fewer" if deepest > 0 else "the least is 6 pixels"
-        require(self.layers <= deepest, f"layers={self.layers} is too deep for images of {image_size} pixels; {remedy}")
+        require(self.layers <= deepest, f"layers={self.layers} is too deep for images of {least} pixels; {remedy}")
 
 
 class Blur(nn.Module):

@@ -11,7 +11,7 @@ import textwrap
 import typing
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field, fields, is_dataclass, make_dataclass
+from dataclasses import asdict, field, fields, is_dataclass, make_dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -40,6 +40,8 @@ def check_options(constructor: Constructor, options: Mapping[str, Any], where: s
         if key not in known and (key in inspect.signature(constructor).parameters or not takes_more(constructor)):
             raise InputError(no_such_key(f"{where}.{key}", [f"{where}.{k}" for k in known]))
     typed = merge(OmegaConf.structured(schema), {k: v for k, v in options.items() if k in known}, f"{where}.")
+    if is_dataclass(constructor):  # which checks and converts more than OmegaConf does
+        return asdict(typing.cast(Any, OmegaConf.to_object(typed)))
     return {**options, **plain(typed)}
 
 
@@ -98,6 +100,7 @@ def settings(
             yield from settings(typing.cast(Constructor, nested), sections, key + ".", own)
         else:
             kind = f.type.__name__ if isinstance(f.type, type) and not typing.get_args(f.type) else str(f.type)
+            kind = f.metadata.get("type", kind)  # a setting of several types checks them itself
             text = "null" if default is None else str(default)
             yield key, kind.replace("None", "null").replace("typing.", ""), text, meanings.get(f.name, "")
 

@@ -16,7 +16,7 @@ from vqgen.training.checkpoints import load_checkpoint
 from vqgen.yaml_file import WORKING_DIR, read_yaml
 
 BUILT_IN_SOURCES = ("digits",)  # values of data.source that are not paths
-UNSAID = ("channels", "cache_gb", "workers")  # data settings that say nothing about which images a run takes
+UNSAID = ("channels", "cache_gb", "workers", "augment")  # data settings that say nothing about which images a run takes
 
 
 class RunData(NamedTuple):

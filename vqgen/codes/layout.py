@@ -10,6 +10,17 @@ from einops import rearrange
 from torch import Tensor
 
 
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of an image size, which is the side of a square or the two."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def shown(size: int | Sequence[int]) -> str:
+    """An image size as the command line takes it: 64 or [64,96]."""
+    return str(size) if isinstance(size, int) else f"[{','.join(map(str, size))}]"
+
+
 @dataclass(frozen=True)
 class CodeLayout:
     """Converts code maps of given shapes to one sequence of N tokens, and back.

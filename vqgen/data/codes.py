@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqgen.codes import CodeLayout
+from vqgen.data.crops import ENLARGED, Versions
 from vqgen.data.images import MAX_THREADS, ImageSet
 from vqgen.data.skipped import SkippedFile, read_skipped
 from vqgen.distributed import cores_per_process, from_main, rank, world_size
@@ -35,12 +36,15 @@ class TokenStore:
 
     Args:
         folder: has tokens.npy (n, N), uint16 or uint32, class_ids.npy (n,), and skipped.txt if images did not load.
+        crops: number of versions of each image among the n, of which an epoch takes one; 1 if it takes all. Version v
+            of an image comes v * n / crops after the first one.
 
     Raises:
         OSError, EOFError, ValueError: a file is missing or damaged.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, crops: int = 1):
+        self.crops = crops
         self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         class_ids = np.load(folder / "class_ids.npy")
         if len(class_ids) != len(self.tokens):
@@ -67,6 +71,7 @@ def encode_images(
     accelerator: Accelerator,
     skipped: Path | None = None,
     order: str = "raster",
+    crops: int = 1,
 ) -> TokenStore:
     """The images as tokens: from the store on disk if it has them; otherwise encoded now, and stored.
 
@@ -81,12 +86,16 @@ def encode_images(
         accelerator: Accelerate's handle on the processes that share the work.
         skipped: the file that lists the images that do not load, now or when the store was made; see `SkippedFile`.
         order: name of the order of the codes in a sequence; see `CodeLayout`.
+        crops: versions of each image to store, of which an epoch takes one: see `Versions`. 1 stores the image, and
+            its mirror image with `mirror`; an epoch takes both.
 
     Raises:
         InputError: the store or that file cannot be written, or no image loads.
     """
-    made_from = {"tokenizer": tokenizer_hash, "data": images.fingerprint, "mirror": mirror, **images.crop}
+    versions = Versions(images, crops, mirror)
+    made_from = {"tokenizer": tokenizer_hash, "data": images.fingerprint, "mirror": versions.mirror, **images.crop}
     made_from |= {"order": order} if order != "raster" else {}  # older versions had no other order
+    made_from |= {"crops": crops, "enlarged": ENLARGED} if crops > 1 else {}  # nor crops
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     folder, beside = cache / key, cache / f"{key}.{from_main(os.getpid(), accelerator.device):.0f}.tmp"
     layout = dataclasses.replace(model.code_layout(images.image_size), order=order)
@@ -94,8 +103,14 @@ def encode_images(
     if not exists:
         try:
             if accelerator.is_main_process:
-                count = len(images) * (2 if mirror else 1)
+                count = len(images) * len(versions)
                 dtype = np.uint16 if layout.vocab_size <= 1 << 16 else np.uint32
+                if crops > 1:
+                    size = count * layout.num_tokens * np.dtype(dtype).itemsize / 2**20
+                    print(
+                        f"encoding {len(images):,} images in {crops} crops each, which takes {crops} times as long as "
+                        f"one crop, and {size:,.0f} MiB in {folder}"
+                    )
                 try:
                     if folder.exists():  # removes a damaged store
                         shutil.rmtree(folder)
@@ -110,7 +125,7 @@ def encode_images(
                     ) from error
             accelerator.wait_for_everyone()
             images.report_skipped(beside / "skipped.txt")
-            _encode_share(images, model, layout, beside, mirror)
+            _encode_share(versions, model, layout, beside)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 left_out = int((np.load(beside / "class_ids.npy")[: len(images)] == LEFT_OUT).sum())
@@ -132,7 +147,7 @@ def encode_images(
             SkippedFile(skipped).add(read_skipped(folder / "skipped.txt"))
         except OSError as error:
             raise InputError(f"{skipped} cannot be written ({error.strerror}); make room, or name another") from error
-    store = TokenStore(folder)
+    store = TokenStore(folder, crops)
     if len(store) == 0:
         raise InputError(f"none of {len(images)} images loads; repair them or give others")
     return store
@@ -166,8 +181,9 @@ def _reserve(path: Path, dtype: type, shape: tuple[int, ...]) -> None:
 
 
 @torch.no_grad()
-def _encode_share(images: ImageSet, model: VQModel, layout: CodeLayout, folder: Path, mirror: bool) -> None:
-    """Encodes this process's share of the images. The mirror image of row i is row i + len(images)."""
+def _encode_share(versions: Versions, model: VQModel, layout: CodeLayout, folder: Path) -> None:
+    """Encodes this process's share of the images. Version v of row i is row i + v * len(images)."""
+    images = versions.images
     tokens, class_ids = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("tokens", "class_ids"))
     device = next(model.parameters()).device
     share = np.array_split(np.arange(len(images)), world_size())[rank()]
@@ -178,17 +194,15 @@ def _encode_share(images: ImageSet, model: VQModel, layout: CodeLayout, folder: 
     ):
         for start in range(0, len(share), ENCODED_AT_ONCE):
             rows = share[start : start + ENCODED_AT_ONCE]
-            read = zip(rows, pool.map(images.read, rows), strict=True)
+            read = zip(rows, pool.map(versions.read, rows), strict=True)
             loaded = [(row, pixels) for row, pixels in read if pixels is not None]
-            class_ids[rows] = LEFT_OUT
-            if loaded:
-                kept = np.array([row for row, _ in loaded])
-                x = from_uint8(torch.from_numpy(np.stack([pixels for _, pixels in loaded])).to(device))
-                for i, version in enumerate([x, x.flip(-1)] if mirror else [x]):
-                    tokens[kept + i * len(images)] = layout.flatten(model.encode(version)).cpu().numpy()
-                    class_ids[kept + i * len(images)] = images.class_ids[kept]
-            if mirror:
-                class_ids[rows + len(images)] = class_ids[rows]
+            kept = np.array([row for row, _ in loaded], dtype=int)
+            for v in range(len(versions)):
+                class_ids[rows + v * len(images)] = LEFT_OUT
+                if loaded:
+                    x = from_uint8(torch.from_numpy(np.stack([pixels[v] for _, pixels in loaded])).to(device))
+                    tokens[kept + v * len(images)] = layout.flatten(model.encode(x)).cpu().numpy()
+                    class_ids[kept + v * len(images)] = images.class_ids[kept]
             bar.update(len(rows))
     tokens.flush()
     class_ids.flush()

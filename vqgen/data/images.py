@@ -1,4 +1,4 @@
-"""Images to train on and images held out, from any source, as squares of one size.
+"""Images to train on and images held out, from any source, all of one size.
 
 A source (see `vqgen.data.sources`) has the names, class ids and class names of its images, and opens any of them as a
 PIL image. An `ImageSet` turns those into uint8 (C, H, W) arrays, and keeps them in memory if there is room.
@@ -7,6 +7,7 @@ PIL image. An `ImageSet` turns those into uint8 (C, H, W) arrays, and keeps them
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 from collections import Counter
@@ -24,6 +25,7 @@ from PIL import Image, ImageColor
 from torch import Tensor
 from tqdm import tqdm
 
+from vqgen.codes import shown
 from vqgen.data.deep import Kind, Levels, deep_of, find_levels
 from vqgen.data.identity import fingerprint_of
 from vqgen.data.pixels import DECODE_ERRORS, opened, quiet_pillow, to_square
@@ -33,7 +35,7 @@ from vqgen.data.sources.arrays import ArraySource
 from vqgen.data.sources.index import hashes_of
 from vqgen.data.sources.tree import TreeSource
 from vqgen.distributed import computed_by_main, cores_per_process, object_from_main, rank
-from vqgen.errors import InputError, require_size
+from vqgen.errors import InputError
 from vqgen.settings import DataConfig
 
 logger = logging.getLogger("vqgen")
@@ -48,6 +50,7 @@ def load_images(data: DataConfig | str | Path, **options: Any) -> tuple[ImageSet
 
     The held-out images are those of `val_source` if it is given, or the source's own test part if it has one. Otherwise
     an image is held out if its name has a low hash, so other images can come and go without moving it to the other set.
+    With `max_images`, each set is a random part, which is always the same.
 
     All processes must call it at the same point, because the main process lists the files for all.
 
@@ -81,12 +84,22 @@ def load_images(data: DataConfig | str | Path, **options: Any) -> tuple[ImageSet
         train_rows, held_out_rows = _split(train, data.val_fraction)
     else:
         raise InputError(f"source={data.source} is only one image, so none can be held out; give val_source=")
+    of = [len(train_rows), len(held_out_rows)]
+    train_rows = _at_most(data.max_images, train_rows, train)
+    held_out_rows = _at_most(data.max_images, held_out_rows, held_out)
+    if data.max_images is not None:
+        notes.append(
+            f"max_images={data.max_images}: {len(train_rows):,} of {of[0]:,} training images and "
+            f"{len(held_out_rows):,} of {of[1]:,} held-out ones, chosen at random"
+        )
     train_set = ImageSet(train, train_rows, data)
     train_set.split, train_set.left_out, train_set.notes = split, left_out, notes + train_set.notes
     return train_set, ImageSet(held_out, held_out_rows, data, like=train_set, prefix=prefix)
 
 
-def load_set(key: str, data: DataConfig, image_size: int | None = None) -> tuple[ImageSet, ImageSet | None]:
+def load_set(
+    key: str, data: DataConfig, image_size: int | Sequence[int] | None = None
+) -> tuple[ImageSet, ImageSet | None]:
     """All images of `data.source` and None; or its training and its held-out part if it has both.
 
     All processes must call it at the same point, like `load_images`.
@@ -94,7 +107,7 @@ def load_set(key: str, data: DataConfig, image_size: int | None = None) -> tuple
     Args:
         key: the source's name in messages.
         data: the source's settings.
-        image_size: the side of the squares; None takes the images' own size, if they are squares of one size.
+        image_size: the side of the squares, or height and width; None takes the images' own size, if all have the same.
 
     Raises:
         InputError: a source or a setting cannot be used, or no image loads.
@@ -102,19 +115,20 @@ def load_set(key: str, data: DataConfig, image_size: int | None = None) -> tuple
     _check_settings(data)
     found = open_source(key, data.source, data)
     source, held_out = found.train, found.held_out
-    rows = np.arange(len(source.names))
+    rows = _at_most(data.max_images, np.arange(len(source.names)), source)
     if image_size is None:
         sizes = computed_by_main(lambda: _sizes(source, rows))
-        if len(sizes) != 1 or len(set(*sizes)) != 1:
-            shown = " and ".join(f"{width}x{height}" for width, height in sorted(sizes)[:2]) or "broken"
-            raise InputError(f"{key}={data.source}: holds {shown} images, not squares of one size; set image_size=")
-        image_size = sizes.pop()[0]
+        if len(sizes) != 1:
+            found_sizes = " and ".join(f"{width}x{height}" for width, height in sorted(sizes)[:2]) or "broken"
+            raise InputError(f"{key}={data.source}: holds {found_sizes} images, not one size; set image_size=")
+        image_size = sizes.pop()[::-1]
     data = dataclasses.replace(data, image_size=image_size)
     images = ImageSet(source, rows, data)
     if held_out is None:
         return images, None
     _match_classes(source, held_out)
-    return images, ImageSet(held_out, np.arange(len(held_out.names)), data, like=images)
+    held_out_rows = _at_most(data.max_images, np.arange(len(held_out.names)), held_out)
+    return images, ImageSet(held_out, held_out_rows, data, like=images)
 
 
 def some_rows(available: int, wanted: int | None) -> np.ndarray:
@@ -128,7 +142,7 @@ def some_rows(available: int, wanted: int | None) -> np.ndarray:
 
 
 class ImageSet:
-    """Square uint8 images of one size with their class ids, from memory or decoded on request.
+    """Uint8 images of one size with their class ids, from memory or decoded on request.
 
     It can be the dataset of a `DataLoader` whose `collate_fn` returns its argument, because it returns whole batches.
 
@@ -145,7 +159,8 @@ class ImageSet:
         class_ids: (N,) int64, -1 for an image without a class.
         class_names: the classes in the order of their ids; empty if there are none.
         channels: C, 1 or 3.
-        image_size: H and W, in pixels.
+        size: (H, W), in pixels.
+        image_size: the same as in the settings: the side of a square, or [H, W].
         levels: the black and the white level of images of more than 8 bits, by kind; empty if there are none.
         split, left_out, notes: of the training set, what `Found` says about its source and that of the held-out set.
 
@@ -160,7 +175,7 @@ class ImageSet:
     ):
         self.class_ids = source.class_ids[rows]
         self.class_names = source.class_names
-        self.image_size = data.image_size
+        self.image_size, self.size = data.image_size, data.size
         self.split, self.notes = "", list[str]()
         self.left_out = Counter[str]()
         self.levels: dict[Kind, Levels] = dict(like.levels) if like else {}
@@ -198,11 +213,19 @@ class ImageSet:
         return self._pixels is not None
 
     @property
-    def crop(self) -> dict[str, int | str]:
-        """The settings that say how the images became squares; the black and the white level only if they matter."""
+    def crop(self) -> dict[str, Any]:
+        """The settings that say how the images came to one size; the black and the white level only if they matter."""
         size, data = self.image_size, self._data
         crop = {"image_size": size, "channels": self.channels, "resize": data.resize, "background": data.background}
         return crop | {f"{kind}_levels": f"{each.black:g} {each.white:g}" for kind, each in sorted(self.levels.items())}
+
+    def resized(self, image_size: int | Sequence[int]) -> ImageSet:
+        """The same images, of another size, decoded on request."""
+        other = copy.copy(self)
+        other._data = dataclasses.replace(self._data, image_size=image_size)
+        other.image_size, other.size = other._data.image_size, other._data.size
+        other._rows, other._pixels, other._broken = self._kept, None, {}
+        return other
 
     def report_skipped(self, path: Path) -> None:
         """Writes the images that do not load to a file, with the reason; images found broken later are added.
@@ -420,9 +443,10 @@ def _check_settings(data: DataConfig) -> None:
         if getattr(data, key) not in choices:
             known = " or ".join("null" if choice is None else str(choice) for choice in choices)
             raise InputError(f"{key}={getattr(data, key)} is not known; use {known}")
-    if data.image_size < 1:
-        raise InputError(f"image_size={data.image_size} is not a number of pixels; use 32, for example")
-    require_size("image_size", data.image_size, MAX_SIDE)
+    if min(data.size) < 1:
+        raise InputError(f"image_size={shown(data.image_size)} is not a number of pixels; use 32, for example")
+    if max(data.size) > MAX_SIDE:
+        raise InputError(f"image_size={shown(data.image_size)}: must be at most {MAX_SIDE}")
     if not 0 <= data.val_fraction < 1:
         raise InputError(f"val_fraction={data.val_fraction} must be at least 0 and below 1; use 0.05, for example")
     try:
@@ -466,6 +490,21 @@ def _split(source: Source, val_fraction: float) -> tuple[np.ndarray, np.ndarray]
         if class_id >= 0 and held_out.sum() > 1:
             held_out[rows[np.argmax(hashes[rows])]] = False
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def _at_most(count: int | None, rows: np.ndarray, source: Source) -> np.ndarray:
+    """`count` random ones of the rows, sorted, with at least one of each class; a larger count adds to the same ones.
+
+    Raises:
+        InputError: there are more classes than that.
+    """
+    if count is None:
+        return rows
+    drawn = np.random.default_rng(0).permutation(rows)
+    firsts = np.unique(source.class_ids[drawn], return_index=True)[1]  # of each class, the one drawn first
+    if len(firsts) > count:
+        raise InputError(f"max_images={count}: is below the number of classes; give {len(firsts)} or more")
+    return np.sort(np.concatenate([drawn[firsts], np.delete(drawn, firsts)])[:count])
 
 
 def _sizes(source: Source, rows: np.ndarray) -> set[tuple[int, int]]:

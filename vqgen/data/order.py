@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vqgen.data.codes import TokenStore
+from vqgen.data.crops import random_crops
 from vqgen.data.images import ImageSet
 from vqgen.distributed import rank, world_size
+from vqgen.settings import DataConfig
 from vqgen.tokenizers.vqmodel import from_uint8
 
 # These signals ask a program to save and stop; they must not end a process that loads data.
@@ -30,10 +32,13 @@ class BatchOrder:
         micro_batch: examples per forward pass of one process.
         first: number of global micro-batches that were taken before.
         seed: seed of the shuffling.
+        versions: number of versions of each example. Each epoch has one of them, drawn at random; the index of version
+            v of example i is i + v * num_examples.
     """
 
-    def __init__(self, num_examples: int, micro_batch: int, first: int, seed: int):
+    def __init__(self, num_examples: int, micro_batch: int, first: int, seed: int, versions: int = 1):
         self.num_examples, self.micro_batch, self.first, self.seed = num_examples, micro_batch, first, seed
+        self.versions = versions
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, np.arange(0)
@@ -43,7 +48,10 @@ class BatchOrder:
             for position in range(start, start + self.micro_batch):
                 if position // self.num_examples != epoch:
                     epoch = position // self.num_examples
-                    order = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
+                    random = np.random.default_rng([self.seed, epoch])
+                    order = random.permutation(self.num_examples)
+                    if self.versions > 1:
+                        order += self.num_examples * random.integers(self.versions, size=self.num_examples)
                 batch.append(int(order[position % self.num_examples]))
             yield batch
 
@@ -69,6 +77,15 @@ class Place(NamedTuple):
             step, i = divmod(number, self.accumulation)
             yield coin_flips(probability, self.micro_batch, self.seed, step, i, self.accumulation)
 
+    def crops(self) -> Iterator[Tensor]:
+        """(micro_batch, 3) for each pass from here on: this process's part of each update's uniform numbers."""
+        for number in itertools.count(self.first):
+            step, i = divmod(number, self.accumulation)
+            # Four numbers give a seed that no other draw of a step has.
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, step, 0, 0))
+            draws = torch.rand(self.accumulation * world_size() * self.micro_batch, 3, generator=generator)
+            yield own_part(draws, self.micro_batch, i)
+
 
 def endless_batches(
     dataset: ImageSet | TokenStore, place: Place, *, workers: int, device: torch.device
@@ -77,9 +94,10 @@ def endless_batches(
 
     Call it before the loop: a `DataLoader` that starts draws a number from torch's random generator.
     """
+    versions = dataset.crops if isinstance(dataset, TokenStore) else 1
     loader: DataLoader[Any] = DataLoader(
         dataset,  # type: ignore[arg-type]  # it has what DataLoader uses, and is no subclass
-        batch_sampler=BatchOrder(len(dataset), place.micro_batch, place.first, place.seed),
+        batch_sampler=BatchOrder(len(dataset) // versions, place.micro_batch, place.first, place.seed, versions),
         collate_fn=_as_is,
         num_workers=workers,
         worker_init_fn=_ignore_signals,
@@ -89,27 +107,32 @@ def endless_batches(
 
 
 def image_batches(
-    images: ImageSet, place: Place, *, flip: bool, workers: int, device: torch.device
+    images: ImageSet, place: Place, *, data: DataConfig, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (B, C, H, W) in [-1, 1] and class ids (B,) on the device, from a place on, without end.
 
     Args:
         images: the images.
         place: the place in the stream of batches.
-        flip: whether to mirror half of the images left to right.
-        workers: number of processes that decode images, if these are not in memory.
+        data: says whether to mirror images and to crop them at random, and how many processes decode them if they are
+            not in memory.
         device: the models' device.
     """
-    batches = endless_batches(images, place, workers=0 if images.in_memory else workers, device=device)
+    batches = endless_batches(images, place, workers=0 if images.in_memory else data.workers, device=device)
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    shares = data.augment or [1.0, 1.0]
 
-    def as_input(batch: tuple[Tensor, Tensor], mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def as_input(batch: tuple[Tensor, Tensor], mirrored: Tensor | None, crops: Tensor | None) -> tuple[Tensor, Tensor]:
         x = from_uint8(batch[0].to(device, non_blocking=True, memory_format=memory_format))  # (B, C, H, W)
         if mirrored is not None:
             x = torch.where(mirrored.to(device, non_blocking=True)[:, None, None, None], x.flip(-1), x)
+        if crops is not None:
+            x = random_crops(x, crops.to(device, non_blocking=True), shares).contiguous(memory_format=memory_format)
         return x, batch[1].to(device, non_blocking=True)
 
-    return map(as_input, batches, place.flips(0.5)) if flip else map(as_input, batches)
+    flips = place.flips(0.5) if data.flip else itertools.repeat(None)
+    crops = place.crops() if data.augment else itertools.repeat(None)
+    return map(as_input, batches, flips, crops)
 
 
 def token_batches(

@@ -1,4 +1,4 @@
-"""Turns any image file into a square of uint8 pixels: opens, decodes, flattens to 8 bits, resizes."""
+"""Turns any image file into uint8 pixels of a given size: opens, decodes, flattens to 8 bits, resizes."""
 
 from __future__ import annotations
 

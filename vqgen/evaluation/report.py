@@ -236,7 +236,7 @@ def distances(
     real: Features | None,
     prefix: str = "",
 ) -> None:
-    """Adds the Frechet and the kernel distance between images and a reference.
+    """Adds the Frechet and the kernel distance between images and a reference, and says if the network distorts them.
 
     Args:
         report: the report to add them to.
@@ -247,6 +247,8 @@ def distances(
         real: features of other real images, whose distances are the floor.
         prefix: prefix of the figures' names: r for reconstructions.
     """
+    if isinstance(size := protocol.get("image_size"), list):  # every network makes a square map of an image
+        report.warnings.append(f"{network.name} sees the images, of {size[0]} x {size[1]} pixels, squeezed to squares")
     protocol = {**protocol, **network_protocol(network)}
     few = min(images.count.item(), reference.count.item()) <= len(images.total)
     floor: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from vqgen.codes import CodeLayout
+from vqgen.codes import CodeLayout, shown, sides
 from vqgen.errors import InputError, expanded, require, section
 from vqgen.quantizers import Quantizer, QuantizerOutput, build_quantizer, quantizer_options
 
@@ -65,20 +66,21 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         """The images (B, C, H, W) of code maps from `encode`."""
         return self.decoder(self.from_code(self.quantizer.decode_codes(codes[0])))
 
-    def code_layout(self, size: int) -> CodeLayout:
-        """The code layout of images of size x size pixels.
+    def code_layout(self, size: int | Sequence[int]) -> CodeLayout:
+        """The code layout of images of size x size pixels, or of another height and width.
 
         Raises:
-            InputError: the size is not divisible by the model's stride; the message calls the size image_size.
+            InputError: a side is not divisible by the model's stride; the message calls the size image_size.
         """
-        if size % self.stride or size < self.stride:
-            below = max(1, size // self.stride) * self.stride
+        if any(side % self.stride or side < self.stride for side in sides(size)):
+            below = [max(1, side // self.stride) * self.stride for side in sides(size)]
+            above = [fits + self.stride * (fits != side) for fits, side in zip(below, sides(size), strict=True)]
+            use = " or ".join(shown(fits[0] if isinstance(size, int) else fits) for fits in (below, above))
             raise InputError(
-                f"image_size={size} is not divisible by the model's stride {self.stride}; "
-                f"use {below} or {below + self.stride}"
+                f"image_size={shown(size)} is not divisible by the model's stride {self.stride}; use {use}"
             )
-        side = size // self.stride
-        return CodeLayout(((self.quantizer.num_codebooks, side, side),), (self.quantizer.codebook_size,))
+        height, width = (side // self.stride for side in sides(size))
+        return CodeLayout(((self.quantizer.num_codebooks, height, width),), (self.quantizer.codebook_size,))
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Writes model.safetensors, and config.json with the architecture's name and all options, to a folder."""

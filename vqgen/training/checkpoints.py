@@ -31,7 +31,11 @@ FREE_SETTINGS += ["train.accumulation"]  # changes rounding; `how_resumed` says 
 # The data and the tokenizer may have moved; `check_made_from` checks that they are the same.
 FREE_SETTINGS += ["data.source", "data.val_source", "data.cache_gb", "stage1", "codes_dir"]
 
-BEFORE = {"model.name": "light", "order": "raster"}  # what settings stood for before versions wrote them
+BEFORE = {
+    "model.name": "light",
+    "order": "raster",
+    "data.crops": 1,
+}  # what settings stood for before versions wrote them
 
 CHECKSUMS = "SHA256SUMS"  # a file in the format of sha256sum, which can check it
 
