@@ -90,7 +90,7 @@ def to_square(image: Image.Image, channels: int | None, data: DataConfig) -> np.
         image = deep.to_8_bits(find_levels(deep.kind, [deep.extremes()], data.white))
     _decode_smaller(image, data)
     image.load()
-    profile, orientation = image.info.get("icc_profile"), _orientation(image)
+    profile, orientation = image.info.get("icc_profile"), orientation_of(image)
     if image.has_transparency_data:
         image, profile = _opaque(to_srgb(image, profile), data.background), None
     if profile is None or image.mode != "CMYK":
@@ -113,14 +113,14 @@ def _decode_smaller(image: Image.Image, data: DataConfig) -> None:
     """Makes a JPEG that is not decoded yet come out at 1/2, 1/4 or 1/8 of its size if it is much larger than needed."""
     if image.format not in ("JPEG", "MPO"):
         return
-    height, width = data.size if _orientation(image) < 5 else data.size[::-1]
+    height, width = data.size if orientation_of(image) < 5 else data.size[::-1]
     shares = width / image.width, height / image.height
     most = 1 / (SPARE * (max(shares) if data.resize == "crop" else min(shares)))
     if factor := next((factor for factor in (8, 4, 2) if factor <= most), None):
         image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """The orientation in an image's EXIF data, from 1 (upright) to 8."""
     if image._exif is None and not any(key in image.info for key in ORIENTATION_KEYS) and image.format != "TIFF":
         return 1
