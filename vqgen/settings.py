@@ -305,6 +305,8 @@ class SampleConfig:
     """The same seed gives the same images, whatever num_images and batch_size are."""
     batch_size: int = 256
     """Images drawn at a time; fewer take less memory."""
+    out: str | None = None
+    """Folder for samples.npz and grid.png; null means RUN_DIR/samples, or RUN_DIR/samples/png with png=true."""
 
     def __post_init__(self) -> None:
         require(self.num_images > 0, f"num_images={self.num_images}: must be at least 1")
@@ -320,9 +322,7 @@ class SampleFilesConfig(SampleConfig):
     """Draw images from a stage-2 run, or from a GAN's run."""
 
     png: bool = False
-    """Also write each image as a file, OUT/CLASS/00017.png, or OUT/00017.png without classes; OUT must have none yet."""
-    out: str | None = None
-    """Folder for grid.png and samples.npz; null means RUN_DIR/samples, or RUN_DIR/samples/png with png=true."""
+    """Also write each image to OUT/CLASS/00017.png, or to OUT/00017.png without classes; OUT must hold no images."""
 
 
 @dataclass
