@@ -254,11 +254,12 @@ def _shape_hint(sizes: np.ndarray, ratio: float, side: int) -> list[str]:
     lost = 1 - math.exp(-abs(middle - math.log(ratio)))
     if alike.mean() < MOSTLY or lost < MUCH_LOST:
         return []
+    width, height = np.median(sizes[alike], axis=0).astype(int)
     step = math.gcd(side, 8)
-    longer = max(side, round(side * math.exp(abs(middle)) / step) * step)
+    longer = round(side * math.exp(abs(middle)) / step) * step
+    longer = max(side, min(longer, max(width, height) // step * step))  # enlarges nothing
     fits = str(side) if longer == side else f"[{longer},{side}]" if middle < 0 else f"[{side},{longer}]"
     shape = "square" if longer == side else "tall" if middle < 0 else "wide"
-    width, height = np.median(sizes[alike], axis=0).astype(int)
     return [
         f"most images are {shape}, like {width}x{height}, and lose {100 * lost:.0f} % in the crop; "
         f"data.image_size={fits} or data.resize=pad would keep it"
