@@ -79,7 +79,9 @@ def test_images_without_classes_small_grey_ones_and_large_ones(program, tmp_path
 def test_a_config_file_of_stage_1_is_read_as_training_reads_it(program, tmp_path):
     code, output, errors = program("stage1/preview.py", "configs/debug/stage1.yaml", f"out={tmp_path}")
     assert code == 0, errors
-    assert output.startswith("images: 20,000 to train on, 2,000 held out (test_images)\nclasses: 10: 0 (1,960), ")
+    assert output.startswith(
+        "images: 20,000 to train on, 2,000 held out (test images of the arrays)\nclasses: 10: 0 (1,960), "
+    )
     assert output.endswith("next: accelerate launch stage1/train.py configs/debug/stage1.yaml\n")
     assert Image.open(tmp_path / "preview.png").height > 10 * 64
 

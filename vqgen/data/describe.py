@@ -130,6 +130,9 @@ def describe(train: ImageSet, held_out: ImageSet | None, batch_size: int | None 
         batch_size: the images of a training step, for a hint; None if nothing is trained.
     """
     data = train.data
+    split = train.split or f"{100 * data.val_fraction:g} % by a hash of the names"
+    if data.val_source is not None:
+        split = f"data.val_source={data.val_source}"
     sizes = original_sizes(train)[:, 1:]
     left_out = dict(train.left_out)
     if broken := train.num_broken + (held_out.num_broken if held_out else 0):
@@ -149,7 +152,7 @@ def describe(train: ImageSet, held_out: ImageSet | None, batch_size: int | None 
         left_out=left_out,
         notes=notes,
         hints=_hints(len(train), classes, sizes, data, batch_size),
-        split=train.split,
+        split=split,
         channels_from="as data.channels says" if data.channels else colour,
         made_by="cropped" if data.resize == "crop" else f"padded with {data.background}",
     )

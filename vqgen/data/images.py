@@ -71,7 +71,7 @@ def load_images(data: DataConfig | str | Path, **options: Any) -> tuple[ImageSet
     if data.val_source is not None:
         prefix = f"{data.val_source}/"
         found = open_source("val_source", data.val_source, data)
-        held_out, split = found.held_out or found.train, f"data.val_source={data.val_source}"
+        held_out, split = found.held_out or found.train, data.val_source
         left_out.update(found.left_out)
         notes += found.notes
     if held_out is not None:
@@ -82,10 +82,8 @@ def load_images(data: DataConfig | str | Path, **options: Any) -> tuple[ImageSet
         train_rows, held_out_rows = _split(train, data.val_fraction)
     else:
         raise InputError(f"source={data.source} is only one image, so none can be held out; give val_source=")
-    notes += _drop_empty_classes(train, train_rows, held_out)
     train_set = ImageSet(train, train_rows, data)
-    train_set.split = split or f"{100 * data.val_fraction:g} % by a hash of the names"
-    train_set.left_out, train_set.notes = left_out, notes + train_set.notes
+    train_set.split, train_set.left_out, train_set.notes = split, left_out, notes + train_set.notes
     return train_set, ImageSet(held_out, held_out_rows, data, like=train_set, prefix=prefix)
 
 
@@ -152,8 +150,7 @@ class ImageSet:
         image_size: H and W, in pixels.
         levels: the black and the white level of images of more than 8 bits, by kind; empty if there are none.
         data: the settings by which the images were read.
-        split: of the training set, where the held-out set comes from, in words.
-        left_out, notes: of the training set, what `Found` says about its source and that of the held-out set.
+        split, left_out, notes: of the training set, what `Found` says about its source and that of the held-out set.
 
     Raises:
         InputError: an image does not load and data.on_error=raise, or none loads.
@@ -468,25 +465,6 @@ def _match_classes(train: Source, held_out: Source) -> None:
     else:  # -1, no class, indexes the -1 at the end
         held_out.class_ids = np.array([*found, -1])[held_out.class_ids]
     held_out.class_names = train.class_names
-
-
-def _drop_empty_classes(train: Source, train_rows: np.ndarray, held_out: Source) -> list[str]:
-    """Takes the classes without a training image out of both parts; returns a note that names them, if there are any.
-
-    Nobody could draw such a class, and no figure could compare it.
-    """
-    used = np.zeros(len(train.class_names) + 1, bool)  # the last entry is that of -1, no class
-    used[train.class_ids[train_rows]] = True
-    if used[:-1].all():
-        return []
-    new_ids = np.where(used, np.cumsum(used) - 1, -1)
-    new_ids[-1] = -1
-    empty = [one_line(name) for name, kept in zip(train.class_names, used, strict=False) if not kept]
-    class_names = [name for name, kept in zip(train.class_names, used, strict=False) if kept]
-    for source in [train] if held_out is train else [train, held_out]:
-        source.class_ids, source.class_names = new_ids[source.class_ids], class_names
-    more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
-    return [f"{', '.join(empty[:3])}{more}: named as a class, but without a training image, so no class"]
 
 
 def _split(source: Source, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
