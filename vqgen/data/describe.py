@@ -127,7 +127,7 @@ def describe(train: ImageSet, held_out: ImageSet | None, batch_size: int | None 
     Args:
         train: the training set, or all images.
         held_out: the held-out set, if there is one.
-        batch_size: the images of a training step, for a hint; None if nothing is trained.
+        batch_size: the images of a training step; None if nothing is trained, so that no hint about training is due.
     """
     data = train.data
     split = train.split or f"{100 * data.val_fraction:g} % by a hash of the names"
@@ -226,7 +226,9 @@ def _hints(count: int, classes: Mapping[str, int], sizes: np.ndarray, data: Any,
             )
         if data.resize == "crop":
             hints += _shape_hint(sizes, width / height, side)
-    if batch_size is not None and count < batch_size:
+    if batch_size is None:
+        return hints
+    if count < batch_size:
         hints.append(
             f"{count:,} images are fewer than a batch of {batch_size:,}, so a step sees some of them twice; "
             f"train.batch_size={1 << max(0, count.bit_length() - 2)}, for example"
