@@ -25,16 +25,16 @@ from vqgen.adversarial.losses import (
     r1_penalty,
 )
 from vqgen.cli.program import run_program
-from vqgen.cli.reflect import Sections, complete_options
+from vqgen.cli.reflect import complete_options
+from vqgen.cli.sections import STAGE1_SECTIONS as SECTIONS
 from vqgen.data.images import ImageSet, load_images
 from vqgen.data.order import image_batches
 from vqgen.distributed import all_reduce_sum, rank, world_size
 from vqgen.errors import require, section
 from vqgen.evaluation.metrics import CodeUsage, psnr
 from vqgen.evaluation.perceptual import PerceptualDistance
-from vqgen.quantizers import BASES, QUANTIZERS
 from vqgen.settings import Stage1Config
-from vqgen.tokenizers import ARCHITECTURES, build_tokenizer
+from vqgen.tokenizers import build_tokenizer
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, to_uint8
 from vqgen.training.average import WeightEMA
 from vqgen.training.launchers import refuse_compiled
@@ -44,12 +44,6 @@ from vqgen.training.schedule import lr_at, num_parameters, parameter_groups, ram
 from vqgen.training.state import TrainState
 from vqgen.training.tracking import image_grid
 
-SECTIONS: Sections = {
-    "model": ARCHITECTURES,
-    "model.quantizer": QUANTIZERS,
-    "model.quantizer.base": BASES,
-    "discriminator": PatchDiscriminator,
-}
 REC_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
 DISC_BETAS = (0.5, 0.9)  # VQGAN's
 # This is 100 times Adam's default. Real and generated images pull D's last bias equally hard in opposite directions, so
@@ -164,7 +158,7 @@ def discriminator_pass(
 
 def train(config: Stage1Config, run: Run) -> None:
     adversarial = config.loss.adversarial
-    train_set, val_set = load_data(config)
+    train_set, val_set = load_data(config, run)
     nets = build(config, run)
     run.open(train_set, val_set)
     usage = CodeUsage(nets.tokenizer.code_layout(config.data.image_size), run.device)
@@ -232,11 +226,12 @@ def train(config: Stage1Config, run: Run) -> None:
     run.close("the tokenizer", then)
 
 
-def load_data(config: Stage1Config) -> tuple[ImageSet, ImageSet]:
+def load_data(config: Stage1Config, run: Run) -> tuple[ImageSet, ImageSet]:
     """The training and the held-out images; completes the configuration with settings that follow from the images."""
     config.data.channels = config.data.channels or config.model.get("channels")
     with section("data"):
         train_set, val_set = load_images(config.data)
+    run.show_data(train_set, val_set)
     config.data.channels = train_set.channels
     same = config.model.setdefault("channels", train_set.channels) == train_set.channels
     require(same, f"model.channels={config.model['channels']} and data.channels={train_set.channels} must be the same")

@@ -68,7 +68,7 @@ def generator_pass(nets: Nets, z: Tensor, class_ids: Tensor, name: str, run: Run
 
 
 def train(config: GANConfig, run: Run) -> None:
-    train_set = load_data(config)
+    train_set = load_data(config, run)
     nets = build(config, run, train_set)
     run.open(train_set)
     generator, disc, optimizer, disc_optimizer = run.prepare(
@@ -142,10 +142,11 @@ def train(config: GANConfig, run: Run) -> None:
     run.close("the generator", then)
 
 
-def load_data(config: GANConfig) -> ImageSet:
+def load_data(config: GANConfig, run: Run) -> ImageSet:
     """The training images; completes the configuration with settings that follow from them."""
     with section("data"):
-        train_set, _ = load_images(config.data)
+        train_set, held_out = load_images(config.data)
+    run.show_data(train_set, held_out)
     config.data.channels = train_set.channels
     config.generator = check_options(DCGANGenerator, config.generator, "generator")
     config.discriminator = check_options(DCGANDiscriminator, config.discriminator, "discriminator")

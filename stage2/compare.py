@@ -25,10 +25,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqgen.adversarial.dcgan import DCGANDiscriminator, DCGANGenerator
-from vqgen.adversarial.discriminators import PatchDiscriminator
 from vqgen.cli.parse import load_config
 from vqgen.cli.program import run_program
-from vqgen.cli.reflect import Sections, check_options
+from vqgen.cli.reflect import check_options
+from vqgen.cli.sections import STAGE1_SECTIONS
 from vqgen.data.images import ImageSet, load_images, some_rows
 from vqgen.errors import InputError, need, require, section
 from vqgen.evaluation.features import FeatureNetwork, cached_features, load_feature_network
@@ -37,9 +37,8 @@ from vqgen.evaluation.report import Report, cache_folder, evaluation_device, sam
 from vqgen.generator import Generator
 from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import classes_in_turn
-from vqgen.quantizers import BASES, QUANTIZERS
+from vqgen.samples import load_samples, save_samples
 from vqgen.settings import CompareConfig, DataConfig, GANConfig, SampleConfig, Stage1Config, Stage2Config
-from vqgen.tokenizers import ARCHITECTURES
 from vqgen.tokenizers.vqmodel import from_uint8, load_tokenizer, to_uint8
 from vqgen.training.checkpoints import load_checkpoint
 from vqgen.training.tracking import image_grid
@@ -50,12 +49,6 @@ BATCH = 256  # images drawn at a time
 SPEED_ROUNDS = 5
 SHARED = ("run_dir", "seed", "stage1", "train.max_steps", "train.max_seconds")  # the same for all, as data.* is
 REMEDY = "set seconds=, seed=, run_dir= or data.*= of the comparison"
-TOKENIZER_SECTIONS: Sections = {
-    "model": ARCHITECTURES,
-    "model.quantizer": QUANTIZERS,
-    "model.quantizer.base": BASES,
-    "discriminator": PatchDiscriminator,
-}
 LOWER_IS_BETTER = ("perceptual", "rF", "FD", "FID", "KD", "KID")  # beginnings of figures' names
 UNRANKED = ("usage", "parameters", "training seconds")
 ROWS, GAP = 6, 28  # rows of images in a panel of the picture; pixels between panels, enough for a title
@@ -78,7 +71,7 @@ def main(config: CompareConfig) -> None:
             PerceptualDistance(config.perceptual)
     for cls, sections, given in (
         (GANConfig, {"generator": DCGANGenerator, "discriminator": DCGANDiscriminator}, config.gan),
-        (Stage1Config, TOKENIZER_SECTIONS, [*config.tokenizer, *config.vqgan]),
+        (Stage1Config, STAGE1_SECTIONS, [*config.tokenizer, *config.vqgan]),
         (Stage2Config, {"model": Prior, "data": DataConfig}, config.prior),
     ):
         load_config(cls, given, sections)
@@ -219,11 +212,10 @@ def samples(name: str, generator: Generator, config: CompareConfig, folder: Path
             part = class_ids[start : start + BATCH].to(generator.device)
             images.append(generator.draw(part, seed=config.seed, first=start, **options).cpu())
         array = rearrange(torch.cat(images), "n c h w -> n h w c").numpy()
-        np.savez_compressed(path, images=array, class_ids=class_ids.numpy())
+        save_samples(path, array, class_ids.numpy())
 
     cached(folder / name / "samples.json", made_from, draw)
-    with np.load(path) as arrays:
-        return Drawn(arrays["images"], arrays["class_ids"], json.dumps(made_from))
+    return Drawn(*load_samples(path), json.dumps(made_from))
 
 
 def sample_report(

@@ -23,6 +23,7 @@ from vqgen.cli.runs import codes_folder, run_images, run_tracking
 from vqgen.codes import shown
 from vqgen.data.codes import TokenStore, encode_images
 from vqgen.data.crops import Versions
+from vqgen.data.describe import describe
 from vqgen.data.images import ImageSet, load_set, some_rows
 from vqgen.distributed import all_reduce_sum, rank, world_size
 from vqgen.errors import need, require, section
@@ -218,6 +219,9 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
         a, b = getattr(images, what), getattr(reference, what)
         remedy = f"give data.{what}= to bring both to the same"
         require(a == b, f"images={config.images} has {what} {a}, reference={config.reference} {b}; {remedy}")
+    if accelerator.is_main_process:
+        print(*describe(images, None).short_lines("images"), sep="\n")
+        print(*describe(reference, held_out).short_lines("reference"), sep="\n", flush=True)
     network = load_feature_network(
         config.features, config.feature_weights, reference, seed=config.seed, cache=cache, accelerator=accelerator
     )

@@ -1,8 +1,9 @@
 """Draw images from a trained prior, or from a GAN.
 
-python stage2/sample.py RUN_DIR [num_images=64 class_ids=[3,7] cfg_scale=2.0 ... out=DIR]
+python stage2/sample.py RUN_DIR [num_images=64 class_ids=[3,cat] cfg_scale=2.0 png=true ... out=DIR]
 """
 
+import json
 from pathlib import Path
 from shlex import quote
 
@@ -13,24 +14,31 @@ from einops import rearrange
 from tqdm import tqdm
 
 from vqgen.cli.program import run_program
+from vqgen.data.describe import SHOWN_CLASSES
+from vqgen.data.skipped import one_line
 from vqgen.errors import InputError
 from vqgen.generator import Generator
 from vqgen.priors.sampling import classes_in_turn
-from vqgen.settings import SampleConfig
+from vqgen.samples import check_free, save_samples, save_single_files
+from vqgen.settings import SampleFilesConfig
 from vqgen.training.tracking import image_grid
 from vqgen.yaml_file import read_yaml
 
 
-def main(run_dir: str, config: SampleConfig) -> None:
+def main(run_dir: str, config: SampleFilesConfig) -> None:
     state = Accelerator()
     device = state.device
     generator = Generator.from_pretrained(run_dir).to(device)
     choices, options = generator.choices(config.class_ids), generator.options(config)
-    out = Path(config.out or Path(run_dir) / "samples")
+    out = Path(config.out or Path(run_dir) / ("samples/png" if config.png else "samples"))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"out={out} cannot be written ({error.strerror}); name another folder") from error
+    if config.png:
+        check_free(out)
+    if state.is_main_process:
+        print(class_list(generator.class_names, Path(run_dir)))
 
     class_ids = classes_in_turn(config.num_images, choices)
     starts = range(0, config.num_images, config.batch_size)[state.process_index :: state.num_processes]
@@ -44,12 +52,31 @@ def main(run_dir: str, config: SampleConfig) -> None:
     if not state.is_main_process:
         return
     array = np.concatenate([images for _, images in sorted(drawn, key=lambda part: part[0])])
-    np.savez_compressed(out / "samples.npz", images=array, class_ids=class_ids.numpy())
-    columns = len(choices) if 1 < len(choices) <= 16 else 8
-    image_grid(array[: 16 * columns], min(columns, len(array))).save(out / "grid.png")
+    save_samples(out / "samples.npz", array, class_ids.numpy())
     print(f"{config.num_images} images by {state.num_processes} x {device.type}: {out / 'samples.npz'}")
-    print(f"the first of them as a picture: {out / 'grid.png'}")
+    with_classes = config.png and save_single_files(out, array, class_ids.numpy(), generator.class_names)
+    if config.png:
+        print(f"single files{', a folder for each class' if with_classes else ''}: data.source={quote(str(out))}")
+    if with_classes or not config.png:  # beside single files without folders the picture would be one of the images
+        columns = len(choices) if 1 < len(choices) <= 16 else 8
+        image_grid(array[: 16 * columns], min(columns, len(array))).save(out / "grid.png")
+        print(f"the first of them as a picture: {out / 'grid.png'}")
     print(f"next: {next_command(run_dir, out, generator)}")
+
+
+def class_list(class_names: list[str], run: Path) -> str:
+    """A line with the first classes: their ids, names, and numbers of training images if the run's data.json says."""
+    try:
+        counts = json.loads((run / "data.json").read_text("utf-8"))["classes"]
+    except (OSError, ValueError, KeyError):  # an older run, or a model/ alone
+        counts = {}
+    listed = []
+    for class_id, name in enumerate(class_names[:SHOWN_CLASSES]):
+        count = f" ({counts[name]:,})" if name in counts else ""
+        listed.append((name if name == str(class_id) else f"{class_id} = {one_line(name)}") + count)
+    more = len(class_names) - len(listed)
+    listed += [f"... and {more:,} more"] if more > 0 else []
+    return f"classes: {', '.join(listed) or 'none'}"
 
 
 def next_command(run_dir: str, out: Path, generator: Generator) -> str:
@@ -62,4 +89,4 @@ def next_command(run_dir: str, out: Path, generator: Generator) -> str:
 
 
 if __name__ == "__main__":
-    run_program(main, SampleConfig, {}, "python stage2/sample.py RUN_DIR [key=value ...]", run_dir="required")
+    run_program(main, SampleFilesConfig, {}, "python stage2/sample.py RUN_DIR [key=value ...]", run_dir="required")

@@ -130,7 +130,9 @@ def load_data(config: Stage2Config, run: Run, tokenizer: VQModel) -> tuple[Image
         run.accelerator.print(taken)
     config.data = asdict(data)
     with section("data"):
-        return load_images(data)
+        train_images, val_images = load_images(data)
+    run.show_data(train_images, val_images)
+    return train_images, val_images
 
 
 def build(config: Stage2Config, run: Run, tokenizer: VQModel, class_names: list[str]) -> Nets:

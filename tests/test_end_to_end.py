@@ -1,6 +1,7 @@
 """The three commands from end to end with tiny settings, and their messages for bad input."""
 
 import itertools
+import json
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,11 @@ from programs import ENVIRONMENT, ROOT, shell, untimed_metrics
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+import vqgen
 from vqgen.codes import ORDERS
+from vqgen.data.images import load_set
 from vqgen.quantizers import QUANTIZERS
+from vqgen.settings import DataConfig
 from vqgen.yaml_file import read_yaml
 
 DEBUG = {stage: f"configs/debug/{stage}.yaml" for stage in ("stage1", "stage2")}
@@ -50,7 +54,9 @@ def test_sampling_writes_a_picture_and_arrays_and_cycles_through_the_classes(run
     run = shutil.copytree(runs / "stage2", tmp_path / "alone")  # the stage-2 folder is enough
     shell(f"python stage2/sample.py {run} num_images=25 out={tmp_path}/out")
     samples = np.load(tmp_path / "out/samples.npz")
-    assert samples["images"].shape == (25, 32, 32, 1)
+    assert samples["images"].shape == (25, 32, 32)
+    assert np.array_equal(samples["arr_0"], samples["images"])  # the name that other evaluators read
+    Image.fromarray(samples["images"][0])
     assert samples["images"].dtype == np.uint8
     assert samples["class_ids"].tolist() == [i % 10 for i in range(25)]
     assert samples["class_ids"].dtype == np.int64
@@ -68,8 +74,63 @@ def test_the_same_seed_gives_the_same_images_whatever_the_batch_size(runs, progr
 
 
 def test_class_ids_and_no_class(runs, program, tmp_path):
-    program("stage2/sample.py", runs / "stage2", "num_images=5", "class_ids=[3,-1]", f"out={tmp_path}")
+    _, output, _ = program("stage2/sample.py", runs / "stage2", "num_images=5", "class_ids=[3,-1]", f"out={tmp_path}")
     assert np.load(tmp_path / "samples.npz")["class_ids"].tolist() == [3, -1, 3, -1, 3]
+    assert output.startswith("classes: 0 (1,960), 1 (2,184), 2 (2,010), ")  # with the numbers of training images
+
+
+def test_what_the_model_s_card_says_is_so(runs, monkeypatch):
+    for stage, said, made in (
+        ("stage1", "An image tokenizer (architecture light, quantizer ema, 0.05 M parameters)", "codes[0].shape"),
+        (
+            "stage2",
+            "an autoregressive prior (llama, 0.03 M parameters) over the codes of",
+            "len(images), images[0].size",
+        ),
+    ):
+        card = (runs / stage / "model/README.md").read_text()
+        assert said in card
+        assert "- Images: grey, 32x32 pixels, of which 20,000 were trained on." in card
+        assert "- Classes: 10: 0 (1,960), 1 (2,184), " in card
+        assert f"- Training: 40 steps, with vqgen {vqgen.__version__}." in card
+        for name, value in untimed_metrics(runs / stage)[-1].items():
+            if name.startswith("val/"):
+                assert f"{name.removeprefix('val/')} {value:.4g}" in card
+        monkeypatch.chdir(runs / stage / "model")
+        scope: dict = {}
+        exec(card.partition("```python\n")[2].partition("```")[0], scope)
+        assert eval(made, scope) == {"stage1": (1, 1, 4, 4), "stage2": (16, (32, 32))}[stage]
+    monkeypatch.chdir(runs / "stage2/model/tokenizer")
+    card = Path("README.md").read_text()
+    assert "Hub" not in card
+    exec(card.partition("```python\n")[2].partition("```")[0], scope)
+    assert scope["tokenizer"].channels == 1
+
+
+def test_single_files_are_a_source_of_images_again(runs, program, tmp_path):
+    arguments = ["stage2/sample.py", runs / "stage2", "num_images=7", "png=true"]
+    code, output, errors = program(*arguments, "class_ids=[3,7]", f"out={tmp_path}/out")
+    assert code == 0, errors
+    assert f"single files, a folder for each class: data.source={tmp_path}/out" in output
+    assert sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").glob("*/*.png")) == [
+        "3/00000.png", "3/00002.png", "3/00004.png", "3/00006.png", "7/00001.png", "7/00003.png", "7/00005.png",
+    ]  # fmt: skip
+    samples = np.load(tmp_path / "out/samples.npz")
+    images, held_out = load_set("images", DataConfig(source=str(tmp_path / "out")))
+    assert (held_out, images.class_names, images.channels) == (None, ["3", "7"], 1)
+    for i, name in enumerate(images.names):
+        number = int(Path(name).stem)
+        assert np.array_equal(images.read(i)[0], samples["images"][number])
+        assert int(images.class_names[images.class_ids[i]]) == samples["class_ids"][number]
+
+    code, _, errors = program(*arguments, f"out={tmp_path}/out")
+    assert code == 2
+    assert errors.startswith(f"error: out={tmp_path}/out has images already, such as 3/00000.png: ")
+    assert errors.count("\n") == 1
+    code, _, errors = program(*arguments, "class_ids=-1", f"out={tmp_path}/flat")
+    assert code == 0, errors
+    assert sorted(p.name for p in (tmp_path / "flat").glob("**/*.png")) == [f"{i:05d}.png" for i in range(7)]
+    assert len(load_set("images", DataConfig(source=str(tmp_path / "flat")))[0]) == 7
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
@@ -85,6 +146,10 @@ def test_the_same_seed_gives_the_same_bits_and_repeating_the_command_changes_not
     code, output, _ = program(*arguments)
     assert code == 0
     assert "finished" in output
+    assert (
+        "images: 20,000 to train on, 2,000 held out (test images of the arrays), grey, 32x32, as they are\n" in output
+    )
+    assert "classes: 10: 0 (1,960), 1 (2,184), " in output
     assert before == ((tmp_path / "run/metrics.jsonl").read_text(), (tmp_path / "run" / inside).stat().st_mtime_ns)
 
 
@@ -155,7 +220,7 @@ def test_several_codes_a_position_from_images_to_images(program, tmp_path):
     assert prior.config.vocab_size == 3 * 32 + 1 + 10
     code, _, errors = program("stage2/sample.py", tmp_path / "2", "num_images=4", f"out={tmp_path}/out")
     assert code == 0, errors
-    assert np.load(tmp_path / "out/samples.npz")["images"].shape == (4, 32, 32, 1)
+    assert np.load(tmp_path / "out/samples.npz")["images"].shape == (4, 32, 32)
 
 
 def test_images_that_are_no_squares_and_crops_through_both_stages_and_on_after_a_stop(program, tmp_path):
@@ -182,7 +247,7 @@ def test_images_that_are_no_squares_and_crops_through_both_stages_and_on_after_a
             assert "encoding" not in resumed
     settings = read_yaml(tmp_path / "2/config.yaml")["data"]
     assert (settings["image_size"], settings["crops"], settings["max_images"]) == ([16, 24], 10, 120)
-    figures = lines(tmp_path / "2")[-1]
+    figures = untimed_metrics(tmp_path / "2")[-1]
     assert figures["val/code_bits_per_dim"] == pytest.approx(figures["val/nll"] / np.log(2) * 6 / (16 * 24))
     for name in ("2", "gan"):
         code, _, errors = program("stage2/sample.py", tmp_path / name, "num_images=4", f"out={tmp_path}/out")

@@ -150,7 +150,7 @@ def test_a_gans_run_has_what_the_others_have_and_is_sampled_like_them(made, prog
         )
         assert code == 0, errors
     samples, fewer = (np.load(tmp_path / f"{count}/samples.npz") for count in (25, 12))
-    assert samples["images"].shape == (25, 32, 32, 1)
+    assert samples["images"].shape == (25, 32, 32)
     assert samples["images"].dtype == np.uint8
     assert samples["class_ids"].tolist() == [i % 10 for i in range(25)]
     assert np.array_equal(samples["images"][:12], fewer["images"])  # the same with any batch size
@@ -163,13 +163,17 @@ def test_a_gan_of_colour_images_without_classes(program, tmp_path):
     arguments = [f"data.source={tmp_path}/images.npz", "data.image_size=64", "train.max_steps=3", "train.batch_size=8"]
     arguments += ["train.log_every=1", "generator.width=4", "discriminator.width=4", "train.accumulation=2", QUIET]
     for loss in ("minimax", "hinge"):
-        code, _, errors = program("stage1/train_gan.py", f"run_dir={tmp_path}/{loss}", f"loss={loss}", *arguments)
+        code, output, errors = program("stage1/train_gan.py", f"run_dir={tmp_path}/{loss}", f"loss={loss}", *arguments)
         assert code == 0, errors
+        assert output.startswith(
+            "images: 39 to train on, 1 held out (5 % by a hash of the names), RGB, 64x64, as they are\n"
+        )
         assert all(np.isfinite(value) for line in untimed_metrics(tmp_path / loss) for value in line.values())
-    code, _, errors = program("stage2/sample.py", tmp_path / "hinge", "num_images=5")
+    code, output, errors = program("stage2/sample.py", tmp_path / "hinge", "num_images=5")
     assert code == 0, errors
+    assert output.startswith("classes: none\n")
     samples = np.load(tmp_path / "hinge/samples/samples.npz")
-    assert samples["images"].shape == (5, 64, 64, 3)
+    assert samples["images"].shape == samples["arr_0"].shape == (5, 64, 64, 3)
     assert samples["class_ids"].tolist() == [-1] * 5
 
 

@@ -1,5 +1,6 @@
 """The library from outside: the cost and effects of importing it, the Generator, and messages about missing extras."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -137,7 +138,7 @@ def test_a_run_or_its_model_draws_what_sample_py_draws(runs, program, tmp_path, 
         generator = Generator.from_pretrained(as_type(folder))
         images = generator.sample(num_images=12, seed=3)
         assert all(isinstance(image, Image.Image) for image in images)
-        assert np.array_equal(pixels(images), np.load(tmp_path / "samples.npz")["images"][..., 0])
+        assert np.array_equal(pixels(images), np.load(tmp_path / "samples.npz")["images"])
     assert generator.class_names == [str(i) for i in range(10)]
     assert (generator.image_size, generator.channels, generator.is_gan) == (32, 1, False)
 
@@ -165,6 +166,25 @@ def test_classes_by_id_and_by_name(small):
     others = pixels(small.sample([0, 2, -1], 6, seed=1))
     assert not np.array_equal(by_id[0], others[0])
     assert np.array_equal(by_id[2], others[2])
+
+
+def test_a_text_is_a_name_before_it_is_an_id(small):
+    numbered = Generator(copy.copy(small.model), small.tokenizer)
+    numbered.class_names = ["1", "2", "10", "007", "yes"]
+    assert numbered.choices(["1", "2", "10", "007", "yes", "0", "-1"]) == [0, 1, 2, 3, 4, 0, -1]
+    assert numbered.choices([1, 2]) == [1, 2]  # numbers are ids
+
+
+def test_the_command_line_takes_names_and_ids(gan, program, tmp_path):
+    for asked, drawn in (("[dog,0]", [1, 0, 1]), ("dog", [1, 1, 1]), ("1", [1, 1, 1]), ("null", [0, 1, 0])):
+        code, output, errors = program("stage2/sample.py", gan, "num_images=3", f"class_ids={asked}", f"out={tmp_path}")
+        assert code == 0, errors
+        assert output.startswith("classes: 0 = cat, 1 = dog\n")
+        assert np.load(tmp_path / "samples.npz")["class_ids"].tolist() == drawn
+    for asked in ("[dgo]", "[2]", "[]", "", "[{a: 1}]"):
+        code, _, errors = program("stage2/sample.py", gan, f"class_ids={asked}", f"out={tmp_path}")
+        assert (code, errors.count("\n")) == (2, 1)
+        assert errors.startswith("error: class_ids")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -135,7 +136,8 @@ class Generator:
         """Draws images; the same seed gives the same images, whatever num_images and batch_size.
 
         Args:
-            class_ids: classes to cycle through, by id or by name; None takes all classes, -1 means no class.
+            class_ids: classes to cycle through; None takes all classes, -1 means no class. A text is the name of a
+                class, or else an id in digits; a number is an id.
             num_images: number of images.
             seed: random seed, 0 or more.
             cfg_scale: strength of classifier-free guidance (Ho and Salimans 2022); 1 turns it off. This and the next
@@ -238,6 +240,8 @@ class Generator:
     def _id_of(self, name: str) -> int:
         if name in self.class_names:
             return self.class_names.index(name)
+        if re.fullmatch(r"-?\d+", name):
+            return self._checked_id(int(name))
         near = difflib.get_close_matches(name, self.class_names, n=3, cutoff=0.0)
         known = f"the nearest are {', '.join(near)}" if near else "it was trained without classes"
         raise InputError(f"class_ids: {name} is not a class of this model; {known}")

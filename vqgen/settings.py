@@ -263,6 +263,14 @@ class Stage1Config:
 
 
 @dataclass
+class PreviewConfig(Stage1Config):
+    """See a source of images as stage 1 would, without training; only the data settings and `out` matter."""
+
+    out: str = "."
+    """Folder for preview.png and preview.json."""
+
+
+@dataclass
 class Stage2Config:
     """Stage 2: fit the prior, an autoregressive transformer over the tokenizer's codes."""
 
@@ -318,12 +326,13 @@ class GANConfig:
 
 @dataclass
 class SampleConfig:
-    """Draw images from a stage-2 run, or from a GAN's run."""
+    """How images are drawn from a stage-2 run, or from a GAN's run."""
 
     num_images: int = 64
     """Number of images to draw."""
-    class_ids: list[int] | None = None
-    """Classes to cycle through; null takes all classes, -1 means no class."""
+    class_ids: list[int | str] | None = None
+    """Classes to cycle through, by name or id, as in [cat,3]: the name of a class means that class, other numbers are
+    ids. null takes all classes, -1 means no class."""
     cfg_scale: float = 1.5
     """Classifier-free guidance: 1 turns it off; larger values give more typical and less varied images of a class."""
     temperature: float = 1.0
@@ -337,7 +346,7 @@ class SampleConfig:
     batch_size: int = 256
     """Images drawn at a time; fewer take less memory."""
     out: str | None = None
-    """Folder for grid.png and samples.npz; null means RUN_DIR/samples."""
+    """Folder for samples.npz and grid.png; null means RUN_DIR/samples, or RUN_DIR/samples/png with png=true."""
 
     def __post_init__(self) -> None:
         require(self.num_images > 0, f"num_images={self.num_images}: must be at least 1")
@@ -346,6 +355,14 @@ class SampleConfig:
         require(self.top_k >= 0, f"top_k={self.top_k}: must be 0 (all) or more")
         require(0 < self.top_p <= 1, f"top_p={self.top_p}: must be above 0 and at most 1")
         require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
+
+
+@dataclass
+class SampleFilesConfig(SampleConfig):
+    """Draw images from a stage-2 run, or from a GAN's run."""
+
+    png: bool = False
+    """Also write each image to OUT/CLASS/00017.png, or to OUT/00017.png without classes; OUT must hold no images."""
 
 
 @dataclass

@@ -94,7 +94,7 @@ def test_a_run_whose_output_no_one_reads_is_saved_and_ends_quietly(tmp_path, lau
     # The program only has to see a launcher; what the launcher does with the exit code is not tested.
     environment = {"TORCHELASTIC_RUN_ID": "test"} if launched else {}
     code, line = read_one_line(command, tmp_path / "errors", **environment)
-    assert line.startswith(f"{run}: 20000 training")
+    assert line.startswith("images: 20,000 to train on")
     assert code == (0 if launched else 141)
     assert (tmp_path / "errors").read_text() == ""
     assert newest_checkpoint(run) is not None  # the step whose line could not be written

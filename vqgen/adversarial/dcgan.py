@@ -4,11 +4,12 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
@@ -18,6 +19,19 @@ from vqgen.errors import InputError, require_size
 
 SETTLING_BATCH = 64
 MAX_WIDTH = 1 << 14
+
+
+CARD = """---
+library_name: vqgen
+---
+
+# The generator of a plain GAN of vqgen
+
+```python
+from vqgen import Generator
+generator = Generator.from_pretrained("..")  # the path of the folder that holds this folder, generator/
+```
+"""
 
 
 class DCGANGenerator(nn.Module, PyTorchModelHubMixin):
@@ -63,6 +77,10 @@ class DCGANGenerator(nn.Module, PyTorchModelHubMixin):
         for norm, layer in zip(self.norms, self.layers, strict=True):
             h = layer(F.relu(norm(h, class_ids)))  # twice the side
         return h.tanh()
+
+    def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
+        """The README.md of save_pretrained, instead of huggingface_hub's, which says what is not so."""
+        return ModelCard(CARD)
 
 
 class ClassBatchNorm(nn.Module):

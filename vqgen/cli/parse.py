@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -64,9 +65,10 @@ def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C
         try:
             layer = plain(OmegaConf.from_dotlist([argument]))
             if known.get(key, "").startswith("str") and text not in ("null", "???"):
-                layer = text  # YAML would turn some texts into numbers or dates
-                for part in reversed(key.split(".")):
-                    layer = {part: layer}
+                layer = _nested(key, text)  # YAML would turn some texts into numbers or dates
+            elif known.get(key, "").startswith("list[int | str]") and text not in ("null", "???"):
+                texts = yaml.load(text, yaml.BaseLoader) or text  # texts only, because a class may be called 007 or yes
+                layer = _nested(key, [texts] if isinstance(texts, str) else texts)
             layers.append(layer)
         except (*YAML_ERRORS, OmegaConfBaseException) as error:
             raise InputError(f"{argument}: {first_line(error)}; write key=value, lists as [1,2]") from error
@@ -89,6 +91,13 @@ def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C
             given = plain(config[name])
             config[name] = _typed(given, complete_options(sections, name, given))
     return typing.cast(C, OmegaConf.to_object(config))
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """The layer that sets one key, such as `section.key`."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return typing.cast(dict[str, Any], value)
 
 
 def _typed(given: Mapping[str, Any], complete: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -124,6 +125,7 @@ def load_set(
         image_size = sizes.pop()[::-1]
     data = dataclasses.replace(data, image_size=image_size)
     images = ImageSet(source, rows, data)
+    images.split, images.left_out, images.notes = found.split, Counter(found.left_out), [*found.notes, *images.notes]
     if held_out is None:
         return images, None
     _match_classes(source, held_out)
@@ -162,6 +164,7 @@ class ImageSet:
         size: (H, W), in pixels.
         image_size: the same as in the settings: the side of a square, or [H, W].
         levels: the black and the white level of images of more than 8 bits, by kind; empty if there are none.
+        data: the settings by which the images were read.
         split, left_out, notes: of the training set, what `Found` says about its source and that of the held-out set.
 
     Raises:
@@ -179,6 +182,7 @@ class ImageSet:
         self.split, self.notes = "", list[str]()
         self.left_out = Counter[str]()
         self.levels: dict[Kind, Levels] = dict(like.levels) if like else {}
+        self.data = data
         self._source, self._rows, self._data, self._prefix = source, rows, data, prefix
         self._kept = rows  # without the images that are known not to load
         self._broken: dict[int, str] = {}  # index among `rows`: reason
@@ -226,6 +230,25 @@ class ImageSet:
         other.image_size, other.size = other._data.image_size, other._data.size
         other._rows, other._pixels, other._broken = self._kept, None, {}
         return other
+
+    @property
+    def num_broken(self) -> int:
+        """Number of images that were found not to load, so far."""
+        return len(self._broken)
+
+    def original(self, i: int) -> AbstractContextManager[Image.Image]:
+        """Image i as its source holds it, not decoded yet, for a `with` statement, which may raise any exception."""
+        return opened(self._source, self._kept[i])
+
+    def uncut(self, i: int, side: int) -> np.ndarray:
+        """Image i as uint8 (C, side, side), shrunk to fit and padded, so that nothing is cut off.
+
+        Raises:
+            Exception: it does not load; see `DECODE_ERRORS`.
+        """
+        with self.original(i) as image:
+            data = dataclasses.replace(self._data, image_size=side, resize="pad")
+            return to_square(self._of_8_bits(i, image), self.channels, data)
 
     def report_skipped(self, path: Path) -> None:
         """Writes the images that do not load to a file, with the reason; images found broken later are added.

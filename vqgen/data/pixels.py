@@ -103,7 +103,7 @@ def to_square(image: Image.Image, channels: int | None, data: DataConfig) -> np.
         image = deep.to_8_bits(find_levels(deep.kind, [deep.extremes()], data.white))
     extent = _decode_smaller(image, data)
     image.load()
-    profile, orientation = image.info.get("icc_profile"), _orientation(image)
+    profile, orientation = image.info.get("icc_profile"), orientation_of(image)
     if image.has_transparency_data:
         image, profile = _opaque(to_srgb(image, profile), data.background), None
     if profile is None or image.mode != "CMYK":
@@ -138,7 +138,7 @@ def _decode_smaller(image: Image.Image, data: DataConfig) -> tuple[float, float]
     """
     extent = across, down = image.size
     if image.format in ("JPEG", "MPO"):
-        orientation = _orientation(image)
+        orientation = orientation_of(image)
         height, width = data.size if orientation < 5 else data.size[::-1]
         share = (max if data.resize == "crop" else min)(width / across, height / down)
         for factor, times in SPARE.items():
@@ -150,7 +150,7 @@ def _decode_smaller(image: Image.Image, data: DataConfig) -> tuple[float, float]
     return extent
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """The orientation in an image's EXIF data, from 1 (upright) to 8."""
     if image._exif is None and not any(key in image.info for key in ORIENTATION_KEYS) and image.format != "TIFF":
         return 1

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
@@ -14,6 +14,18 @@ from torch import Tensor, nn
 from vqgen.codes import CodeLayout, shown, sides
 from vqgen.errors import InputError, expanded, require, section
 from vqgen.quantizers import Quantizer, QuantizerOutput, build_quantizer, quantizer_options
+
+CARD = """---
+library_name: vqgen
+---
+
+# An image tokenizer of vqgen
+
+```python
+from vqgen import VQModel
+tokenizer = VQModel.from_pretrained(".")  # the path of this folder
+```
+"""
 
 
 class VQModel(nn.Module, PyTorchModelHubMixin):
@@ -91,6 +103,10 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         options: Any = self._hub_mixin_config  # the constructor's arguments, defaults included
         quantizer = quantizer_options(**(options["quantizer"] or {}))
         super().save_pretrained(folder, config={**options, "name": name, "quantizer": quantizer})
+
+    def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
+        """The README.md of save_pretrained, instead of huggingface_hub's, which says what is not so."""
+        return ModelCard(CARD)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "VQModel":

@@ -18,11 +18,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 import vqgen
+from vqgen.data.describe import Description, describe
+from vqgen.data.images import ImageSet
 from vqgen.data.order import Place, seed_step
 from vqgen.data.skipped import count_skipped
 from vqgen.distributed import rank, world_size
 from vqgen.errors import InputError
 from vqgen.training.average import WeightEMA
+from vqgen.training.card import model_card
 from vqgen.training.checkpoints import (
     check_made_from,
     how_resumed,
@@ -150,6 +153,9 @@ class Run:
         self.diverged: Diverged | None = None
         self.means = Means(self.device)
         self.step = self.evaluated = self.saved = 0
+        self._found: Description | None = None
+        self._num_parameters = 0
+        self._figures: dict[str, float] = {}  # of the newest evaluation
         self._guards: dict[str, FiniteGuard] = {}
         self._waited = 0.0  # seconds for batches since the last line of the log
         self._terms: dict[str, Tensor] = {}  # means over the passes since the last update
@@ -190,6 +196,13 @@ class Run:
         return self._tracker
 
     # Before the first step
+
+    def show_data(self, train: ImageSet, held_out: ImageSet) -> None:
+        """Says what the images are, on the main process; a run that went back to a checkpoint has said it before."""
+        if self.is_main:
+            self._found = describe(train, held_out, self.config.train.batch_size)
+            if not self.rollbacks:
+                print(*self._found.short_lines(), sep="\n", flush=True)
 
     def open(self, *image_sets: Any) -> None:
         """Makes the run's folder, or checks that an existing one has the same settings; reports skipped images.
@@ -262,6 +275,9 @@ class Run:
             by_process: the part whose numbers depend on the number of processes, in words.
         """
         saved, self._state = self._state, None  # frees memory: the state is as large as the models and optimizers
+        self._num_parameters = num_parameters
+        if self._found is not None:
+            (self.dir / "data.json").write_text(self._found.as_json(), "utf-8")
         self._tracker = Tracker(
             self.dir,
             self.config,
@@ -383,7 +399,7 @@ class Run:
 
     def report(self, now: Now, figures: Mapping[str, float], **pictures: Image.Image | None) -> None:
         """Logs and prints an evaluation's figures and saves its pictures; only the main process needs the pictures."""
-        self.evaluated = now.step
+        self.evaluated, self._figures = now.step, dict(figures)
         if figures:
             named = {f"val/{name}": value for name, value in figures.items()}
             self.tracker.log(now.step, named)
@@ -429,6 +445,10 @@ class Run:
                 with written_whole(self.dir / "model") as folder:
                     for name, part in whole.items():
                         part.save_pretrained(folder / name)
+                    if self._found is not None:
+                        figures = self._figures if self.evaluated == now.step else {}
+                        card = model_card(folder, now.step, self._num_parameters, self._found, figures)
+                        (folder / "README.md").write_text(card, "utf-8")
                 saved["logged"] = self.tracker.flush()
                 save_checkpoint(self.dir, now.step, saved, train.keep_checkpoints, train.milestone_every)
 
