@@ -30,7 +30,7 @@ try:
 except ImportError:  # Windows: two processes may make the same copy at the same time
     fcntl = None  # type: ignore[assignment]
 
-PARQUET, ARROW_FILE, LFS_POINTER = b"PAR1", b"ARROW1", b"version https://git-lfs"
+PARQUET, ARROW_FILE, ARROW_STREAM, LFS_POINTER = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff", b"version https://git-lfs"
 BATCH_BYTES = 1 << 26  # of images that are in memory at a time while they are copied
 MAX_BATCH_ROWS = 1024
 
@@ -56,6 +56,8 @@ def schema_of(path: Path) -> pa.Schema:
         begin = _begin(path)
         if begin.startswith(LFS_POINTER):
             raise InputError(f"{path} is only Git LFS's pointer to the file; run `git lfs pull` in its folder")
+        if not begin.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
+            raise ValueError("neither a Parquet nor an Arrow file")
         return pq.read_schema(path) if begin.startswith(PARQUET) else _mapped(path)[0].schema
 
 
@@ -131,8 +133,12 @@ def copy_images(path: Path, column: str, store: Path) -> None:
             beside.unlink(missing_ok=True)
 
 
-def as_file(value: pa.Scalar) -> bytes | None:
+def as_file(value: pa.Scalar, shape: tuple[int, ...] = ()) -> bytes | None:
     """An image file from a value: the bytes of one, or the pixels of a nested list of numbers from 0 to 255.
+
+    Args:
+        value: the value; None is returned for null.
+        shape: the shape of the pixels, if the value is a flat list of them.
 
     Raises:
         ValueError: the value is no image.
@@ -141,21 +147,20 @@ def as_file(value: pa.Scalar) -> bytes | None:
         return None
     kind = value.type
     if isinstance(kind, pa.BaseExtensionType):
-        return as_file(value.value)
+        return as_file(value.value, tuple(kind.shape) if isinstance(kind, pa.FixedShapeTensorType) else ())
     if not pa.types.is_nested(kind):
         return value.as_py()
-    shape: list[int] = []
-    values = value.values
+    values, lengths = value.values, [len(value.values)]  # of all lists on each level, from the outermost inwards
     while pa.types.is_nested(values.type):
-        shape.append(len(values) // max(1, int(np.prod(shape))))
         values = values.flatten()
+        lengths.append(len(values))
     pixels = values.to_numpy(zero_copy_only=False)
-    if pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() > 255:
+    if pixels.dtype.kind not in "iu" or not pixels.size or pixels.min() < 0 or pixels.max() > 255:
         raise ValueError("no numbers from 0 to 255")
     pixels = pixels.astype(np.uint8)
-    if not shape:
+    if len(lengths) == 1 and not shape:
         return pixels.tobytes()  # a list of the bytes of a file
-    pixels = pixels.reshape(*shape, -1)
+    pixels = pixels.reshape(shape or [inner // outer for outer, inner in zip([1, *lengths], lengths, strict=False)])
     if pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4) and pixels.shape[2] not in (1, 3, 4):
         pixels = np.moveaxis(pixels, 0, -1)  # (C, H, W) -> (H, W, C)
     if pixels.ndim == 3 and pixels.shape[2] == 1:
@@ -320,7 +325,8 @@ def _column_bytes(metadata: pq.FileMetaData, column: str) -> int:
 
 def _as_files(array: pa.Array) -> pa.Array:
     """A column's values in a type whose bytes lie in an Arrow file as they are."""
-    array = array.storage if isinstance(array, pa.ExtensionArray) else array
+    if isinstance(array, pa.ExtensionArray) and not isinstance(array, pa.FixedShapeTensorArray):
+        array = array.storage
     kind = array.type
     if pa.types.is_struct(kind):
         fields = [field for field in kind if field.name in ("bytes", "path")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -261,9 +262,13 @@ def _offline(datasets: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
     """Keeps the warnings of `datasets` off the screen: what matters, vqgen says itself."""
-    level = datasets.logging.get_verbosity()
+    level, shows_bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         yield
     finally:
         datasets.logging.set_verbosity(level)
+        if shows_bars:
+            datasets.enable_progress_bars()

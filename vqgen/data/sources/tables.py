@@ -122,6 +122,8 @@ def open_tables(
     *,
     remedy: str,
     features: Mapping[str, Any] | None = None,
+    left_out: Mapping[str, int] | None = None,
+    notes: Sequence[str] = (),
     explicit: bool = False,
 ) -> Found:
     """The images of tables.
@@ -133,6 +135,8 @@ def open_tables(
         data: the settings.
         remedy: what the user can do if it is not clear which part is for training.
         features: the columns' meaning as Hugging Face's `datasets` writes it; None takes it from the files.
+        left_out: number of other files that are not used, by extension.
+        notes: what else to say.
         explicit: whether the user has named these files and no others, so that it is no surprise that they are used.
 
     Raises:
@@ -154,7 +158,7 @@ def open_tables(
         sources.append(TableSource(part["tables"], part["stores"], index, part["class_names"]))
     train, held_out = (*sources, None)[:2]
     assert train is not None
-    return Found(train, held_out, facts["split"], facts["left_out"], facts["notes"])
+    return Found(train, held_out, facts["split"], {**(left_out or {}), **facts["left_out"]}, [*notes, *facts["notes"]])
 
 
 def _state(files: Sequence[str]) -> list[list[Any]] | None:
@@ -176,7 +180,8 @@ def _index(
     train, held_out, others = _choose(list(splits), remedy)
     left_out: Counter[str] = Counter()
     for name in others:
-        count = sum(num_rows(table.path) for table in splits[name].tables)
+        rows = splits[name].rows
+        count = sum(num_rows(table.path) for table in splits[name].tables) if rows is None else len(rows)
         left_out[f"of the split {name}" if name else "of no split"] += count
         notes.append(f"{one_line(name) or 'files of no split'}: {count:,} images, not used")
     if len(splits) == 1 and not explicit and (word := split_word(train)) is not None and word[0] not in TRAIN:
@@ -189,11 +194,12 @@ def _index(
         index, part, num_empty = _index_split(splits[name], image, label, features)
         indices.append(index)
         parts.append(part)
+        where = f" of {one_line(name)}" if name else ""
         if num_empty:
             left_out["no image"] += num_empty
-            notes.append(
-                f"{one_line(image)}: {num_empty:,} rows{f' of {name}' if name else ''} have no image: left out"
-            )
+            notes.append(f"{one_line(image)}: empty in {num_empty:,} rows{where}, which are left out")
+        if label is not None and (count := int((index.class_ids < 0).sum())):
+            notes.append(f"{one_line(label)}: empty for {count:,} of {len(index.class_ids):,} images{where}: no class")
     copies = sorted({store for part in parts for store in part["stores"]} - {t for p in parts for t in p["tables"]})
     facts = {"parts": parts, "image": image, "split": held_out or "", "left_out": dict(left_out), "notes": notes}
     return indices, facts, _state([*(file for part in parts for file in part["tables"]), *copies])
@@ -293,6 +299,17 @@ def _names_of_numbers(features: Mapping[str, Any], label: str | None) -> dict[st
     return {str(number): str(name) for number, name in enumerate(names)} if isinstance(names, list) else None
 
 
+def holds_images(path: Path) -> bool:
+    """Whether a table has a column of images, and not only of their paths.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    schema = schema_of(path)
+    named = [field.name for field in schema if not _is_text(field.type)]
+    return any(_holds_images(path, schema, _features(schema), name) for name in named)
+
+
 def _image_column(
     path: Path, schema: pa.Schema, features: Mapping[str, Any], wanted: str | None
 ) -> tuple[str, list[str]]:
@@ -354,7 +371,7 @@ def _label_column(
     Raises:
         InputError: there is no such column as the user wants, or it cannot be classes.
     """
-    others = [name for name in schema.names if name != image]
+    others = [name for name in schema.names if name != image and not name.startswith("__")]  # pandas adds an index
     if wanted is not None:
         if wanted not in others:
             shown = ", ".join(map(one_line, others)) or "none beside the images"
@@ -369,7 +386,12 @@ def _label_column(
         name for name in others if name.lower() not in SPLIT_COLUMNS and _is_label(schema.field(name).type)
     ]
     named = [name for word in CLASS_COLUMNS for name in candidates if name.lower() == word]
-    notes, usable = [], []
+    notes = [
+        f"{one_line(field.name)}: holds {field.type}, so no classes"
+        for field in schema
+        if field.name.lower() in CLASS_COLUMNS[:4] and field.name in others and not _is_label(field.type)
+    ]
+    usable = []
     for name in named[:1] or candidates:
         values = [value for value in _labels(split.tables, name) if value is not None]
         repeated = name in known or len(values) < 10 or len(set(values)) <= len(values) / 2
@@ -379,9 +401,7 @@ def _label_column(
             count = f"{len(set(values)):,} values for {len(values):,} images"
             notes.append(f"{one_line(name)}: {count}, so no classes (data.label_column={one_line(name)} takes them)")
     if len(usable) == 1:
-        rest = ", ".join(one_line(name) for name in candidates if name not in usable and name in candidates)
-        more = f"; not used: {rest} (data.label_column=)" if rest else ""
-        return usable[0], [f"{one_line(usable[0])}: the column of the classes{more}", *notes]
+        return usable[0], [f"{one_line(usable[0])}: the column of the classes", *notes]
     if usable:
         shown = ", ".join(map(one_line, usable))
         notes.append(f"{shown}: columns that may be classes; none is used, data.label_column= takes one of them")
@@ -447,7 +467,8 @@ def _is_file(kind: pa.DataType) -> bool:
     if not pa.types.is_struct(kind):
         return False
     fields = {field.name: field.type for field in kind.fields}
-    return _is_bytes(fields.get("bytes", pa.null())) or (set(fields) == {"path"} and _is_text(fields["path"]))
+    content, path = fields.pop("bytes", pa.null()), fields.pop("path", pa.null())
+    return _is_bytes(content) or (pa.types.is_null(content) and _is_text(path) and not fields)
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
