@@ -50,15 +50,10 @@ def schema_of(path: Path) -> pa.Schema:
     """The columns of a file.
 
     Raises:
-        InputError: the file is damaged, or only Git LFS's pointer to it.
+        InputError: the file is damaged.
     """
     with reading_table(path):
-        begin = _begin(path)
-        if begin.startswith(LFS_POINTER):
-            raise InputError(f"{path} is only Git LFS's pointer to the file; run `git lfs pull` in its folder")
-        if not begin.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
-            raise ValueError("neither a Parquet nor an Arrow file")
-        return pq.read_schema(path) if begin.startswith(PARQUET) else _mapped(path)[0].schema
+        return pq.read_schema(path) if _is_parquet(path) else _mapped(path)[0].schema
 
 
 def num_rows(path: Path) -> int:
@@ -170,13 +165,19 @@ def as_file(value: pa.Scalar, shape: tuple[int, ...] = ()) -> bytes | None:
     return file.getvalue()
 
 
-def _begin(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(32)
-
-
 def _is_parquet(path: Path) -> bool:
-    return _begin(path).startswith(PARQUET)
+    """Whether a table is a Parquet file, and no Arrow file.
+
+    Raises:
+        ValueError: it is neither, and perhaps only Git LFS's pointer to the file.
+    """
+    with path.open("rb") as file:
+        begin = file.read(32)
+    if begin.startswith(LFS_POINTER):
+        raise InputError(f"{path} is only Git LFS's pointer to the file; run `git lfs pull` in its folder")
+    if not begin.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
+        raise ValueError("neither a Parquet nor an Arrow file")
+    return begin.startswith(PARQUET)
 
 
 def _mapped(path: Path) -> tuple[pa.Table, pa.Buffer]:

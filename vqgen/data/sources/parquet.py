@@ -11,9 +11,9 @@ from pathlib import Path
 
 from vqgen.data.formats import EXTENSIONS
 from vqgen.data.skipped import one_line
+from vqgen.data.sources.archive import find_shards
 from vqgen.data.sources.base import Found
 from vqgen.data.sources.splits import split_word
-from vqgen.data.sources.archive import find_shards
 from vqgen.distributed import computed_by_main
 from vqgen.errors import need
 from vqgen.settings import DataConfig

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from vqgen.data.sources.base import Found, reading
 from vqgen.errors import InputError, need
 from vqgen.settings import DataConfig
@@ -29,8 +31,8 @@ def open_saved(source: str, path: Path, data: DataConfig) -> Found | None:
     from vqgen.data.sources.tables import open_tables
 
     names = [str(name) for name in _json(path / DICT, "splits")] if is_dict else [""]
-    if not names:
-        raise InputError(f"{path / DICT} lists no splits; save the data set again")
+    if not names or any(Path(name).name != name for name in names if is_dict):
+        raise InputError(f"{path / DICT} lists no splits, or splits elsewhere; save the data set again")
     folder = next((path / name for name in names if (path / name / INFO).is_file()), path / names[0])
     features = _json(folder / INFO, "features") or {}
     splits = {name: _split(path / name, f"{name}/" if name else "") for name in names}
@@ -43,8 +45,6 @@ def _split(folder: Path, prefix: str) -> Split:
 
     If rows were selected or shuffled in the data set before it was saved, some versions keep a list of those rows.
     """
-    import numpy as np
-
     from vqgen.data.sources.arrow import num_rows, read_column
     from vqgen.data.sources.tables import Split, Table
 

@@ -234,9 +234,7 @@ def _index_split(
         raise InputError(f"{split.tables[0].path.parent} lists rows that it does not have; save the data set again")
     filled = rows[taken[rows, 1] >= 0]
     if not len(filled):
-        raise InputError(
-            f"no image in {_shown(split.tables)}: {len(rows):,} rows, and {one_line(image)} is empty in all"
-        )
+        raise InputError(f"no image in {_shown(split.tables)}: all {len(rows):,} rows are without one")
     labels: Sequence[str | None] = [None] * len(taken)
     if label is not None:
         labels = _labels(split.tables, label)
