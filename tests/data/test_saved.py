@@ -121,6 +121,7 @@ def test_rows_that_older_versions_list(tmp_path):
 
 def test_files_of_the_cache(tmp_path):
     """A user may give the folder in which `datasets` keeps what it has loaded."""
+    (tmp_path / "pets").mkdir()
     file = io.BytesIO()
     Image.new("L", (8, 8), 9).save(file, "PNG")
     for name, count in (("pets-train-00000-of-00002", 4), ("pets-train-00001-of-00002", 3), ("pets-test", 2)):

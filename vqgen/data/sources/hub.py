@@ -91,8 +91,9 @@ def parse(source: str) -> Address | None:
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
         return Address(folder, None, split or None)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+){0,2}", name):
-        raise InputError(f"{name or 'nothing'} is no name on the Hub; give {PREFIX}NAME, {PREFIX}USER/NAME or a folder")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*){0,2}", name):
+        shown = one_line(name) or "nothing"
+        raise InputError(f"{shown} is neither a folder nor a name on the Hub; give {PREFIX}NAME or {PREFIX}USER/NAME")
     user_and_name, config = "/".join(name.split("/")[:2]), name.split("/")[2:]
     return Address(user_and_name, config[0] if config else None, split or None)
 

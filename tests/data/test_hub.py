@@ -1,0 +1,164 @@
+"""Data sets of the Hugging Face Hub by name: a small Hub on this machine, local folders, and no Hub at all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data.files import greys, save, write_table
+from programs import ROOT
+
+from vqgen.data.sources import hub
+from vqgen.data.sources.hub import Address, HubStream, parse
+from vqgen.errors import InputError
+from vqgen.settings import DataConfig
+
+# Reads sources in a process of its own, because `datasets` looks at the environment only when it is imported.
+READ = """
+import json, sys, time
+from vqgen.data.sources import open_source
+from vqgen.data.sources.hub import HubStream
+from vqgen.errors import InputError
+from vqgen.settings import DataConfig
+
+for source in sys.argv[1:]:
+    start, kind = time.monotonic(), source.partition(" ")[0]
+    try:
+        if kind == "stream":
+            stream = HubStream(source.partition(" ")[2], DataConfig())
+            shown = {"rows": [(name, len(content), class_id) for name, content, class_id in stream]}
+        else:
+            found = open_source("source", source, DataConfig())
+            parts = [part for part in (found.train, found.held_out) if part is not None]
+            greys = [[part.open(row).getpixel((0, 0)) for row in range(len(part.names))] for part in parts]
+            shown = {"greys": greys, "names": list(found.train.names), "split": found.split, "notes": found.notes}
+            shown |= {"class_names": found.train.class_names, "left_out": found.left_out}
+    except InputError as error:
+        shown = {"error": str(error)}
+    print(json.dumps(shown | {"seconds": time.monotonic() - start}))
+"""
+
+
+def read(folder: Path, *sources: str, hub: Path | None = None) -> dict[str, dict]:
+    """What a process finds in each source, with a Hub of these data sets or with one that does not answer."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    env |= {"HF_HOME": str(folder / "hf"), "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+    env["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody answers at this port
+    program = [sys.executable, "-c", READ, *sources]
+    if hub is not None:
+        program = [sys.executable, str(ROOT / "tests" / "data" / "hub.py"), str(hub), *program]
+    done = subprocess.run(program, env=env, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return dict(zip(sources, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Data sets of a Hub in sets/, and two folders that `datasets` understands."""
+    root = tmp_path_factory.mktemp("hub")
+    for user_and_name in ("ann/pets", "ann/gated", "ann/private"):
+        data = root / "sets" / user_and_name / "data"
+        write_table(data / "train-00000-of-00001.parquet", {"image": greys(8), "label": ["cat", "dog"] * 4})
+        write_table(data / "test-00000-of-00001.parquet", {"image": greys(3, 50), "label": ["dog", "cat", "dog"]})
+    for part, count in (("train", 6), ("test", 2)):
+        for k in range(count):
+            save(root / "photos" / part / ("cat" if k % 2 else "dog") / f"{k}.png", 40 + k)
+    write_table(root / "table" / "train.parquet", {"image": greys(4)})
+    return root
+
+
+@pytest.fixture(scope="module")
+def online(folder) -> dict[str, dict]:
+    """What is found with a Hub."""
+    known = ("hf:ann/pets", "hf:ann/pets:test", "stream hf:ann/pets", "hf:ann/pets:dev", "hf:ann/pets/big")
+    return read(folder, *known, "hf:ann/gated", "hf:ann/private", "hf:bob/pets:train", hub=folder / "sets")
+
+
+@pytest.fixture(scope="module")
+def offline(folder, online) -> dict[str, dict]:
+    """What is found afterwards without a Hub."""
+    known = ("hf:ann/pets", "hf:ann/none", "stream hf:ann/pets")
+    return read(folder, *known, "hf:photos", "hf:./table:train", "hf:./nowhere")
+
+
+def test_a_data_set_of_the_hub(online):
+    whole = online["hf:ann/pets"]
+    assert "error" not in whole, whole
+    assert whole["greys"] == [list(range(8)), [50, 51, 52]]
+    assert whole["names"] == [f"train/{k}" for k in range(8)]
+    assert (whole["split"], whole["class_names"], whole["left_out"]) == ("test", ["cat", "dog"], {})
+    assert online["hf:ann/pets:test"]["greys"] == [[50, 51, 52]]
+    assert [row[0] for row in online["stream hf:ann/pets"]["rows"]] == [f"train/0-{k}" for k in range(8)]
+
+
+def test_what_the_hub_does_not_have(online):
+    gated, private, unknown = (online[source]["error"] for source in [*online][5:])
+    assert "ann/gated needs a permission; ask for it at https://huggingface.co/datasets/ann/gated" in gated
+    assert gated.endswith("then log in with `hf auth login`, or set HF_TOKEN")
+    for message, name in ((private, "ann/private"), (unknown, "bob/pets")):
+        assert f"the Hub has no data set {name} that you may read; check its name" in message
+    assert 'Unknown split "dev"' in online["hf:ann/pets:dev"]["error"]
+    assert "'big' not found" in online["hf:ann/pets/big"]["error"]
+    assert not any("\n" in found.get("error", "") for found in online.values())
+
+
+def test_the_cache_serves_without_a_hub(online, offline):
+    assert {**offline["hf:ann/pets"], "seconds": 0} == {**online["hf:ann/pets"], "seconds": 0}
+    missing = offline["hf:ann/none"]["error"]
+    assert "ann/none is not in the cache" in missing
+    assert "and the Hub cannot be reached; connect to the network" in missing
+    assert "the Hub cannot be reached, so ann/pets cannot be streamed" in offline["stream hf:ann/pets"]["error"]
+    assert max(found["seconds"] for found in offline.values()) < 15  # datasets alone would try for 23 seconds
+
+
+def test_folders_that_datasets_understands(offline):
+    assert sorted(offline["hf:photos"]["greys"][0]) == [40, 41, 42, 43, 44, 45]
+    assert (offline["hf:photos"]["class_names"], offline["hf:photos"]["split"]) == (["cat", "dog"], "test")
+    assert offline["hf:./table:train"]["greys"] == [[0, 1, 2, 3]]
+    message = "./nowhere is neither a folder nor a name on the Hub; give hf:NAME or hf:USER/NAME"
+    assert offline["hf:./nowhere"]["error"].endswith(message)
+
+
+def test_a_program_ends_with_one_line_and_code_2(tmp_path, program, monkeypatch):
+    monkeypatch.setattr(hub, "_answers", lambda address: False)
+    code, _, errors = program("stage1/train.py", "data.source=hf:ann/pets", f"run_dir={tmp_path}/run")
+    assert code == 2
+    assert errors.count("\n") == 1
+    assert "data.source=hf:ann/pets: ann/pets is not in the cache" in errors
+
+
+def test_names(tmp_path):
+    assert parse("hf:cifar10") == Address("cifar10", None, None)
+    assert parse("hf:cifar10:train") == Address("cifar10", None, "train")
+    assert parse("hf:ann/pets:train") == Address("ann/pets", None, "train")
+    assert parse("hf:ann/pets/large:train") == Address("ann/pets", "large", "train")
+    assert parse(f"hf:{tmp_path}:test") == Address(str(tmp_path), None, "test")
+    assert parse("hf://datasets/ann/pets/a.tar") is None
+    assert parse("photos") is None
+    for wrong in ("hf:", "hf:a/b/c/d", "hf:a b", "hf:../x", "hf:x:train[:10%]", "hf:x:train+test"):
+        with pytest.raises(InputError, match=r"; give "):
+            parse(wrong)
+
+
+def test_a_stream_goes_on_where_it_was(tmp_path):
+    for number in range(2):
+        columns = {"image": greys(6, 6 * number), "kind": ["a", "b", "c"] * 2}
+        write_table(tmp_path / "pets" / f"train-{number}.parquet", columns)
+    stream = HubStream(f"hf:{tmp_path}/pets", DataConfig())
+    assert (stream.class_names, stream.notes) == ([], ["image: the column of the images"])
+    rows = iter(stream)
+    first = [next(rows) for _ in range(4)]
+    state = json.loads(json.dumps(stream.state_dict()))
+    rest = list(rows)
+    assert [name for name, *_ in first + rest] == [f"train/0-{k}" for k in range(12)]
+    assert [content for _, content, _ in first + rest] == greys(12)
+    again = HubStream(f"hf:{tmp_path}/pets", DataConfig())
+    again.load_state_dict(state)
+    assert list(again) == rest
+    halves = [list(HubStream(f"hf:{tmp_path}/pets", DataConfig(), part, 2)) for part in range(2)]
+    assert sorted(content for half in halves for _, content, _ in half) == sorted(greys(12))
+    with pytest.raises(InputError, match="label_column=kind: a stream's classes must be declared; the"):
+        HubStream(f"hf:{tmp_path}/pets", DataConfig(label_column="kind"))
