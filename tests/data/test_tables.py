@@ -85,6 +85,22 @@ def test_compressed_arrow_files_are_copied(tmp_path, cache):
     assert len([*(cache / "tables").glob("*.arrow")]) == 1
 
 
+def test_a_null_struct_has_no_image_whatever_its_fields_hold(tmp_path):
+    image = pa.StructArray.from_arrays([pa.array(greys(4))], ["bytes"], mask=pa.array([False, True, False, False]))
+    with pa.ipc.new_file(tmp_path / "x.arrow", pa.schema([("image", image.type)])) as writer:
+        writer.write_batch(pa.record_batch([image], names=["image"]))
+    found = opened(tmp_path / "x.arrow")
+    assert (values(found.train), found.left_out) == ([0, 2, 3], {"no image": 1})
+
+
+def test_held_out_images_need_no_labels(tmp_path):
+    write_table(tmp_path / "train.parquet", {"image": greys(COUNT), "label": LABELS})
+    write_table(tmp_path / "test.parquet", {"image": greys(3)})
+    train, held_out = load(tmp_path)
+    assert (train.class_names, held_out.class_ids.tolist()) == (["cat", "dog", "eel"], [-1] * 3)
+    assert "label: empty for 3 of 3 images of test: no class" in train.notes
+
+
 def test_images_beside_a_table(tmp_path):
     for k in range(COUNT):
         save(tmp_path / "data" / "pics" / f"{k}.png", k)
@@ -278,6 +294,12 @@ def test_large_indices_are_kept_and_follow_changes(tmp_path, cache, monkeypatch)
     assert values(opened(path).train) == list(range(COUNT))
     write_table(path, {"image": greys(COUNT, 30), "label": LABELS})
     assert values(opened(path).train) == list(range(30, 30 + COUNT))
+    assert opened(path, label_column="label").notes != opened(path).notes
+
+    monkeypatch.chdir(tmp_path)
+    relative = opened("x.parquet").train
+    monkeypatch.chdir("/")
+    assert values(relative) == list(range(30, 30 + COUNT))
 
 
 def test_another_machine_makes_its_own_copies(tmp_path, cache, monkeypatch):

@@ -240,7 +240,8 @@ def _ranges(array: pa.Array, whole: pa.Buffer) -> np.ndarray | None:
     filled = array.is_valid().to_numpy(zero_copy_only=False)
     if not filled.any() or bounds is None or content is None:
         return ranges
-    ends = np.frombuffer(bounds, np.int64 if wide else np.int32)[array.offset :][: len(array) + 1].astype(np.int64)
+    assert array.offset == 0, "what is read from a file is no slice"
+    ends = np.frombuffer(bounds, np.int64 if wide else np.int32)[: len(array) + 1].astype(np.int64)
     start = content.address - whole.address
     if start < 0 or start + content.size > whole.size:
         return None

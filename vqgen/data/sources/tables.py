@@ -142,9 +142,9 @@ def open_tables(
     Raises:
         InputError: no column holds images, a setting names no column, or a file cannot be read.
     """
-    paths = [str(table.path) for split in splits.values() for table in split.tables]
-    rows = hashlib.sha256(repr([s.rows.tobytes() for s in splits.values() if s.rows is not None]).encode()).hexdigest()
-    key = ["tables", *paths, *splits, rows, repr(data.image_column), repr(data.label_column)]
+    meaning = json.dumps([features, data.image_column, data.label_column, list(splits)])
+    rows = [hashlib.sha256(split.rows.tobytes()).hexdigest() for split in splits.values() if split.rows is not None]
+    key = ["tables", *_paths(splits), *rows, meaning]
     indices, facts = kept_index(
         key,
         lambda state: state == _state([file for file, *_ in state]),
@@ -161,6 +161,10 @@ def open_tables(
     return Found(train, held_out, facts["split"], {**(left_out or {}), **facts["left_out"]}, [*notes, *facts["notes"]])
 
 
+def _paths(splits: Mapping[str, Split]) -> list[str]:
+    return [os.path.abspath(table.path) for split in splits.values() for table in split.tables]
+
+
 def _state(files: Sequence[str]) -> list[list[Any]] | None:
     """Size and time of modification of files; None if one is missing."""
     with contextlib.suppress(OSError):
@@ -171,13 +175,13 @@ def _state(files: Sequence[str]) -> list[list[Any]] | None:
 def _index(
     splits: Mapping[str, Split], data: DataConfig, features: Mapping[str, Any] | None, remedy: str, explicit: bool
 ) -> tuple[list[Index], dict[str, Any], Any]:
-    first = next(table.path for split in splits.values() for table in split.tables)
+    splits, notes = _split_by_column(splits, features, data.label_column)
+    train, held_out, others = _choose(list(splits), remedy)
+    first = splits[train].tables[0].path
     schema = schema_of(first)
     features = _features(schema) if features is None else features
-    image, notes = _image_column(first, schema, features, data.image_column)
-    if len(splits) == 1:
-        splits = _split_by_column(splits, schema, features, data, notes)
-    train, held_out, others = _choose(list(splits), remedy)
+    image, said = _image_column(first, schema, features, data.image_column)
+    notes += said
     left_out: Counter[str] = Counter()
     for name in others:
         rows = splits[name].rows
@@ -191,7 +195,8 @@ def _index(
     notes += said
     indices, parts = [], []
     for name in [train] if held_out is None else [train, held_out]:
-        index, part, num_empty = _index_split(splits[name], image, label, features)
+        known = label if label in schema_of(splits[name].tables[0].path).names else None
+        index, part, num_empty = _index_split(splits[name], image, known, features)
         indices.append(index)
         parts.append(part)
         where = f" of {one_line(name)}" if name else ""
@@ -200,9 +205,8 @@ def _index(
             notes.append(f"{one_line(image)}: empty in {num_empty:,} rows{where}, which are left out")
         if label is not None and (count := int((index.class_ids < 0).sum())):
             notes.append(f"{one_line(label)}: empty for {count:,} of {len(index.class_ids):,} images{where}: no class")
-    copies = sorted({store for part in parts for store in part["stores"]} - {t for p in parts for t in p["tables"]})
     facts = {"parts": parts, "image": image, "split": held_out or "", "left_out": dict(left_out), "notes": notes}
-    return indices, facts, _state([*(file for part in parts for file in part["tables"]), *copies])
+    return indices, facts, _state([*_paths(splits), *(store for part in parts for store in part["stores"])])
 
 
 def _choose(names: list[str], remedy: str) -> tuple[str, str | None, list[str]]:
@@ -225,7 +229,7 @@ def _index_split(
     places, names, stores = [], [], []
     for number, table in enumerate(tqdm(split.tables, "indexing", unit=" files", leave=False, disable=None)):
         store, spans = located(table.path, image)
-        stores.append(str(store))
+        stores.append(os.path.abspath(store))
         places.append(np.insert(spans, 0, number, axis=1))
         names += [f"{table.prefix}{row}" for row in range(table.first_row, table.first_row + len(spans))]
     taken = np.concatenate(places)  # (N, 3): table, offset, size
@@ -240,7 +244,7 @@ def _index_split(
         labels = _labels(split.tables, label)
     class_ids, class_names = class_ids_of([labels[row] for row in filled], _names_of_numbers(features, label))
     index = Index.of([names[row] for row in filled], taken[filled], class_ids)
-    part = {"tables": [str(table.path) for table in split.tables], "stores": stores, "class_names": class_names}
+    part = {"tables": _paths({"": split}), "stores": stores, "class_names": class_names}
     return index, part, len(rows) - len(filled)
 
 
@@ -407,26 +411,26 @@ def _label_column(
 
 
 def _split_by_column(
-    splits: Mapping[str, Split],
-    schema: pa.Schema,
-    features: Mapping[str, Any],
-    data: DataConfig,
-    notes: list[str],
-) -> Mapping[str, Split]:
-    """The parts that a column called split or the like tells apart; the same single part if there is no such column."""
-    (split,) = splits.values()
-    columns = (name for word in SPLIT_COLUMNS for name in schema.names if name.lower() == word)
+    splits: Mapping[str, Split], features: Mapping[str, Any] | None, label: str | None
+) -> tuple[Mapping[str, Split], list[str]]:
+    """The parts that a column called split or the like tells apart in a single split, and what to say about it.
+
+    Without such a column the splits are as before.
+    """
+    (split, *others), first = splits.values(), next(iter(splits.values())).tables[0].path
+    schema = schema_of(first)
+    columns = [name for word in SPLIT_COLUMNS for name in schema.names if name.lower() == word and name != label]
     column = next((name for name in columns if _is_label(schema.field(name).type)), None)
-    if column is None or column == data.label_column:
-        return splits
-    names = _names_of_numbers(features, column) or {}
+    if others or column is None or split.rows is not None:
+        return splits, []
+    names = _names_of_numbers(_features(schema) if features is None else features, column) or {}
     values = [names.get(value, value) if value is not None else None for value in _labels(split.tables, column)]
     found = {value for value in values if value is not None}
-    if split.rows is not None or None in values or len(found) < 2 or find_split(sorted(found)) is None:
-        return splits
-    notes.append(f"{one_line(column)}: the column of the parts, {', '.join(map(one_line, sorted(found)))}")
+    if None in values or len(found) < 2 or find_split(sorted(found)) is None:
+        return splits, []
     array = np.array(values)
-    return {name: Split(split.tables, np.flatnonzero(array == name)) for name in dict.fromkeys(values) if name}
+    parts = {name: Split(split.tables, np.flatnonzero(array == name)) for name in dict.fromkeys(values) if name}
+    return parts, [f"{one_line(column)}: the column of the parts, {', '.join(map(one_line, sorted(found)))}"]
 
 
 def _labels(tables: Sequence[Table], column: str) -> list[str | None]:
