@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data.files import greys, load, png, save, write_table
 from PIL import Image
@@ -149,6 +150,7 @@ def test_empty_images_are_left_out_and_broken_ones_skipped(tmp_path):
         ([-1, 5, 3], ["3", "5"], [-1, 1, 0]),
         ([-1, 1, None], ["1", "-1"], [1, 0, -1]),
         ([2.0, 10.0, None], ["2", "10"], [0, 1, -1]),
+        ([float("nan"), 1.0, 0.0], ["0", "1"], [-1, 1, 0]),
         ([True, False, None], ["0", "1"], [1, 0, -1]),
         (["", "b", "a"], ["a", "b"], [-1, 1, 0]),
         (pa.array(["b", "a", "a"]).dictionary_encode(), ["a", "b"], [1, 0, 0]),
@@ -185,6 +187,7 @@ def test_which_column_is_the_class(tmp_path):
         "beside captions": ({"text": captions, "kind": LABELS}, {}, ["cat", "dog", "eel"], "kind: the column"),
         "sizes": ({"width": [8] * COUNT, "kind": LABELS}, {}, ["cat", "dog", "eel"], "kind: the column"),
         "lists": ({"label": [[0, 1]] * COUNT}, {}, [], "label: holds list<.*>, so no classes"),
+        "fractions": ({"label": [0.5, 1.0] * 6}, {}, [], "label: holds fractions, so no classes"),
         "pandas": ({"kind": LABELS, "__index_level_0__": range(COUNT)}, {}, ["cat", "dog", "eel"], "kind: the column"),
     }
     for name, (columns, settings, class_names, note) in cases.items():
@@ -238,6 +241,11 @@ def test_refused_tables(tmp_path):
         ),
         "alone": ({"image": files}, {"label_column": "x"}, "label_column=x: no such column; .* none beside the images"),
         "lists": ({"image": files, "x": [[1]] * COUNT}, {"label_column": "x"}, "label_column=x: holds list<.*; give a"),
+        "fractions": (
+            {"image": files, "x": [0.5] * COUNT},
+            {"label_column": "x"},
+            "label_column=x: holds double;",
+        ),
         "no rows": ({"image": pa.array([], pa.struct({"bytes": pa.binary()}))}, {}, "no image in .*: all 0 rows"),
         "empty": (
             {"image": pa.array([None] * 3, pa.struct({"bytes": pa.binary()}))},
@@ -250,6 +258,11 @@ def test_refused_tables(tmp_path):
         with pytest.raises(InputError, match=pattern) as error:
             opened(tmp_path / f"{name}.parquet", **settings)
         assert str(error.value).startswith(f"source={tmp_path / name}.parquet: ")
+    names = ["image", "label", "label"]
+    twice = pa.Table.from_arrays([pa.array(files), pa.array(LABELS), pa.array(LABELS)], names=names)
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(InputError, match=r"twice\.parquet has two columns called label; rename one"):
+        opened(tmp_path / "twice.parquet")
 
 
 def test_threads_and_processes_read_a_table(tmp_path):

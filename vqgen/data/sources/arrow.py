@@ -53,7 +53,10 @@ def schema_of(path: Path) -> pa.Schema:
         InputError: the file is damaged.
     """
     with reading_table(path):
-        return pq.read_schema(path) if _is_parquet(path) else _mapped(path)[0].schema
+        schema = pq.read_schema(path) if _is_parquet(path) else _mapped(path)[0].schema
+    if twice := [name for name in schema.names if schema.names.count(name) > 1]:
+        raise InputError(f"{path} has two columns called {one_line(twice[0])}; rename one of them")
+    return schema
 
 
 def num_rows(path: Path) -> int:

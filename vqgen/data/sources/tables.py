@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -378,10 +379,9 @@ def _label_column(
         if wanted not in others:
             shown = ", ".join(map(one_line, others)) or "none beside the images"
             raise InputError(f"label_column={wanted}: no such column; the columns are {shown}")
-        if not _is_label(schema.field(wanted).type):
-            raise InputError(
-                f"label_column={wanted}: holds {schema.field(wanted).type}; give a column of names or numbers"
-            )
+        kind = schema.field(wanted).type
+        if not _is_label(kind) or (pa.types.is_floating(kind) and _has_fractions(_labels(split.tables, wanted))):
+            raise InputError(f"label_column={wanted}: holds {kind}; give a column of names or whole numbers")
         return wanted, [f"{one_line(wanted)}: the column of the classes (data.label_column)"]
     known = [name for name in others if _is(features.get(name), "ClassLabel")]
     candidates = known or [
@@ -396,6 +396,9 @@ def _label_column(
     usable = []
     for name in named[:1] or candidates:
         values = [value for value in _labels(split.tables, name) if value is not None]
+        if pa.types.is_floating(schema.field(name).type) and _has_fractions(values):
+            notes.append(f"{one_line(name)}: holds fractions, so no classes")
+            continue
         repeated = name in known or len(values) < 10 or len(set(values)) <= len(values) / 2
         if values and repeated and (len(set(values)) > 1 or name in known or name in named):
             usable.append(name)
@@ -443,11 +446,16 @@ def _labels(tables: Sequence[Table], column: str) -> list[str | None]:
     for table in tables:
         for chunk in read_column(table.path, column).chunks:
             encoded = chunk if isinstance(chunk, pa.DictionaryArray) else chunk.dictionary_encode()
-            known = [as_label(value) for value in encoded.dictionary.to_pylist()]
+            # A number that is none, which pandas writes for nothing, is not equal to itself.
+            known = [as_label(value) if value == value else None for value in encoded.dictionary.to_pylist()]
             labels += [None if row is None else known[row] for row in encoded.indices.to_pylist()]
     if "-1" in (distinct := set(labels)) and distinct - {None} != {"-1", "1"}:  # -1 means no class
         labels = [None if label == "-1" else label for label in labels]
     return labels
+
+
+def _has_fractions(labels: Sequence[str | None]) -> bool:
+    return any(label is not None and not re.fullmatch(r"[+-]?\d+", label) for label in labels)
 
 
 def _is_label(kind: pa.DataType) -> bool:
