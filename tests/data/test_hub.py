@@ -52,6 +52,7 @@ def read(folder: Path, *sources: str, hub: Path | None = None) -> dict[str, dict
     done = subprocess.run(program, env=env, cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+    assert "examples/s" not in done.stderr  # no bars where nobody sees them
     return dict(zip(sources, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
