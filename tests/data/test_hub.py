@@ -11,7 +11,7 @@ from data.files import greys, save, write_table
 from programs import ROOT
 
 from vqgen.data.sources import hub
-from vqgen.data.sources.hub import Address, HubStream, parse
+from vqgen.data.sources.hub import Address, hub_shards, parse
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
 
@@ -19,7 +19,7 @@ from vqgen.settings import DataConfig
 READ = """
 import json, sys, time
 from vqgen.data.sources import open_source
-from vqgen.data.sources.hub import HubStream
+from vqgen.data.sources.hub import hub_shards
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
 
@@ -27,8 +27,9 @@ for source in sys.argv[1:]:
     start, kind = time.monotonic(), source.partition(" ")[0]
     try:
         if kind == "stream":
-            stream = HubStream(source.partition(" ")[2], DataConfig())
-            shown = {"rows": [(name, len(content), class_id) for name, content, class_id in stream]}
+            shards, names, notes = hub_shards(source.partition(" ")[2], DataConfig())
+            rows = [(name, len(file), label) for shard in shards for name, file, label in shard.rows(lambda name: True)]
+            shown = {"rows": rows, "head": shards[0].head(9).decode()}
         else:
             found = open_source("source", source, DataConfig())
             parts = [part for part in (found.train, found.held_out) if part is not None]
@@ -92,7 +93,11 @@ def test_a_data_set_of_the_hub(online):
     assert whole["names"] == [f"train/{k}" for k in range(8)]
     assert (whole["split"], whole["class_names"], whole["left_out"]) == ("test", ["cat", "dog"], {})
     assert online["hf:ann/pets:test"]["greys"] == [[50, 51, 52]]
-    assert [row[0] for row in online["stream hf:ann/pets"]["rows"]] == [f"train/0-{k}" for k in range(8)]
+    stream = online["stream hf:ann/pets"]
+    assert [(row[0], row[2]) for row in stream["rows"]] == [
+        (f"train-00000-of-00001/{k}", ["cat", "dog"][k % 2]) for k in range(8)
+    ]
+    assert stream["head"] == "a" * 9  # the commit
 
 
 def test_what_the_hub_does_not_have(online):
@@ -144,22 +149,32 @@ def test_names(tmp_path):
             parse(wrong)
 
 
-def test_a_stream_goes_on_where_it_was(tmp_path):
+def test_shards_of_a_stream(tmp_path):
     for number in range(2):
-        columns = {"image": greys(6, 6 * number), "kind": ["a", "b", "c"] * 2}
-        write_table(tmp_path / "pets" / f"train-{number}.parquet", columns)
-    stream = HubStream(f"hf:{tmp_path}/pets", DataConfig())
-    assert (stream.class_names, stream.notes) == ([], ["image: the column of the images"])
-    rows = iter(stream)
-    first = [next(rows) for _ in range(4)]
-    state = json.loads(json.dumps(stream.state_dict()))
-    rest = list(rows)
-    assert [name for name, *_ in first + rest] == [f"train/0-{k}" for k in range(12)]
-    assert [content for _, content, _ in first + rest] == greys(12)
-    again = HubStream(f"hf:{tmp_path}/pets", DataConfig())
-    again.load_state_dict(state)
-    assert list(again) == rest
-    halves = [list(HubStream(f"hf:{tmp_path}/pets", DataConfig(), part, 2)) for part in range(2)]
-    assert sorted(content for half in halves for _, content, _ in half) == sorted(greys(12))
-    with pytest.raises(InputError, match="label_column=kind: a stream's classes must be declared; the"):
-        HubStream(f"hf:{tmp_path}/pets", DataConfig(label_column="kind"))
+        images = greys(6, 6 * number)
+        write_table(tmp_path / "pets" / f"train-{number}.parquet", {"image": images, "kind": ["a", "b", "c"] * 2})
+    shards, names, notes = hub_shards(f"hf:{tmp_path}/pets", DataConfig())
+    assert ([shard.name for shard in shards], names) == (["train-00000-of-00002", "train-00001-of-00002"], {})
+    assert notes[1] == "kind: not used for classes; data.label_column= takes one of them"
+    for _ in range(2):
+        rows = [row for shard in shards for row in shard.rows(lambda name: True)]
+        assert [name for name, *_ in rows] == [f"train-0000{n}-of-00002/{k}" for n in range(2) for k in range(6)]
+        assert [content for _, content, _ in rows] == greys(12)
+    some = [content for _, content, _ in shards[1].rows(lambda name: name.endswith(("/0", "/4")))]
+    assert some == [greys(1, 6)[0], None, None, None, greys(1, 10)[0], None]
+    assert shards[0].head(99) != shards[1].head(99)
+
+    shards, names, notes = hub_shards(f"hf:{tmp_path}/pets", DataConfig(label_column="kind"))
+    assert [label for *_, label in shards[0].rows(lambda name: False)] == ["a", "b", "c"] * 2
+    with pytest.raises(InputError, match="label_column=x: no column of names or numbers; such columns are kind"):
+        hub_shards(f"hf:{tmp_path}/pets", DataConfig(label_column="x"))
+
+
+def test_a_stream_of_declared_classes_and_of_files(tmp_path):
+    for k in range(6):
+        save(tmp_path / "photos" / "train" / ("cat" if k % 2 else "dog") / f"{k}.png", 40 + k)
+    shards, names, _ = hub_shards(f"hf:{tmp_path}/photos", DataConfig())
+    assert names == {"0": "cat", "1": "dog"}
+    rows = [row for shard in shards for row in shard.rows(lambda name: True)]
+    assert sorted(content for _, content, _ in rows) == sorted(greys(6, 40))
+    assert sorted(label for *_, label in rows) == ["0"] * 3 + ["1"] * 3

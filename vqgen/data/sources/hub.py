@@ -6,12 +6,13 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vqgen.data.skipped import one_line, reason
 from vqgen.data.sources.base import Found
+from vqgen.data.sources.labels import as_label
 from vqgen.distributed import computed_by_main
 from vqgen.errors import InputError, need
 from vqgen.settings import DataConfig
@@ -98,71 +99,83 @@ def parse(source: str) -> Address | None:
     return Address(user_and_name, config[0] if config else None, split or None)
 
 
-class HubStream:
-    """The rows of a data set of the Hub one after another, without downloading it as a whole first.
-
-    Iterating yields an image's name, the bytes of its file and its class id, -1 for none. After `load_state_dict` it
-    goes on behind the row that was yielded last before `state_dict`.
+class HubShard:
+    """A part of a data set of the Hub, read from its beginning without fetching the whole data set first.
 
     Args:
-        source: the data set, as in `data.source=`; it must name a split, or have one called train.
-        data: the settings, of which `image_column` and `label_column` matter.
-        part, parts: which part of the rows to read, of how many; for processes that share the work.
-
-    Attributes:
-        class_names: the classes in the order of their ids; empty if there are none.
-        notes: what was assumed, one line each.
-
-    Raises:
-        InputError: as `open_hub`.
+        rows: the rows, an `IterableDataset`.
+        name: the part's name.
+        image: the column with the images.
+        label: the column with the classes; None if there is none.
+        version: what changes with the content.
     """
 
-    def __init__(self, source: str, data: DataConfig, part: int = 0, parts: int = 1):
-        datasets = need("datasets", "datasets", f"a data set {source}")
-        need("pyarrow", "datasets", f"a data set {source}")
-        from datasets.distributed import split_dataset_by_node
+    size = None  # in bytes; unknown
 
-        from vqgen.data.sources.tables import stream_columns
+    def __init__(self, rows: Any, name: str, image: str, label: str | None, version: str):
+        self._rows, self.name, self._image, self._label, self._version = rows, name, image, label, version
 
-        address = parse(source)
-        if address is None:
-            raise InputError(f"{source} is no data set of the Hub; give {PREFIX}NAME")
-        with _hub_errors(address), _quiet(datasets):
-            if not address.is_local and not _answers(address):
-                raise InputError(
-                    f"the Hub cannot be reached, so {address.name} cannot be streamed; read it from the cache"
-                )
-            rows = datasets.load_dataset(address.name, address.config, split=address.split or "train", streaming=True)
-            features = rows._resolve_features().features
-        schema = features.arrow_schema
-        self._image, label, self.class_names, self.notes = stream_columns(schema, features.to_dict(), data)
-        self._label = label
-        self._split = address.split or "train"
-        kept = rows.select_columns([self._image, *([label] if label is not None else [])])
-        if isinstance(features[self._image], datasets.Image):
-            kept = kept.cast_column(self._image, datasets.Image(decode=False))
-        self._rows = split_dataset_by_node(kept, rank=part, world_size=parts) if parts > 1 else kept
-        self._part, self._count = part, 0
-        self._address = address
+    def head(self, num_bytes: int) -> bytes:
+        """What changes with the content, in place of the first bytes."""
+        return self._version.encode()[:num_bytes]
 
-    def __iter__(self) -> Iterator[tuple[str, bytes, int]]:
-        with _hub_errors(self._address):
-            for row in self._rows:
+    def rows(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes | None, str | None]]:
+        """Name, file and label of each image, always in the same order; a row without an image is passed over.
+
+        Args:
+            wanted: whether an image is wanted, by its name; the file of one that is not is None.
+
+        Raises:
+            InputError: the Hub does not answer any more.
+        """
+        with _hub_errors(self.name):
+            for number, row in enumerate(self._rows):
                 value = row[self._image]
                 content = value.get("bytes") if isinstance(value, dict) else value
-                if content is None and isinstance(value, dict) and value.get("path"):
-                    content = Path(value["path"]).read_bytes()
-                number, self._count = self._count, self._count + 1
-                class_id = row.get(self._label) if self._label is not None else None
-                yield f"{self._split}/{self._part}-{number}", content or b"", -1 if class_id is None else int(class_id)
+                path = value.get("path") if isinstance(value, dict) else None
+                if content is None and not path:
+                    continue
+                name = f"{self.name}/{number}"
+                is_wanted = wanted(name)
+                if content is None and path and is_wanted:
+                    content = Path(path).read_bytes()
+                yield name, content if is_wanted else None, as_label(row[self._label]) if self._label else None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the next iteration goes on."""
-        return {"count": self._count, "rows": self._rows.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._count = state["count"]
-        self._rows.load_state_dict(state["rows"])
+def hub_shards(source: str, data: DataConfig) -> tuple[list[HubShard], Mapping[str, str], list[str]]:
+    """The parts of a data set of the Hub that is to be streamed, the names of classes that are numbers, and notes.
+
+    Args:
+        source: as in `data.source=hf:NAME:SPLIT`; without a split, it is `train`.
+        data: the settings, of which `image_column` and `label_column` matter.
+
+    Raises:
+        InputError: as of `open_hub`.
+    """
+    datasets = need("datasets", "datasets", f"a data set {source}")
+    need("pyarrow", "datasets", f"a data set {source}")
+    from vqgen.data.sources.tables import stream_columns
+
+    address = parse(source)
+    if address is None:
+        raise InputError(f"{source} is no data set of the Hub; give {PREFIX}NAME")
+    split = address.split or "train"
+    with _hub_errors(address.name), _quiet(datasets):
+        if not address.is_local and not _answers(address):
+            raise InputError(f"the Hub cannot be reached, so {address.name} cannot be streamed; connect to the network")
+        builder = datasets.load_dataset_builder(address.name, address.config)
+        rows = builder.as_streaming_dataset(split=split)
+        features = rows._resolve_features().features
+    image, label, names, notes = stream_columns(features.arrow_schema, features.to_dict(), data)
+    rows = rows.select_columns([image, *([label] if label is not None else [])])
+    if isinstance(features[image], datasets.Image):
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+    count = rows.num_shards
+    shards = [
+        HubShard(rows.shard(count, i), f"{split}-{i:05}-of-{count:05}", image, label, f"{builder.hash} {i}")
+        for i in range(count)
+    ]
+    return shards, names, notes
 
 
 def _download(address: Address) -> _Rows:
@@ -172,7 +185,7 @@ def _download(address: Address) -> _Rows:
         InputError: this is not possible; see `open_hub`.
     """
     datasets = need("datasets", "datasets", "a data set of the Hub")
-    with _hub_errors(address), contextlib.ExitStack() as stack:
+    with _hub_errors(address.name), contextlib.ExitStack() as stack:
         stack.enter_context(_quiet(datasets))
         if not address.is_local and not _answers(address):
             stack.enter_context(_offline(datasets))
@@ -194,7 +207,7 @@ def _answers(address: Address) -> bool:
     try:
         HfApi().dataset_info(address.name, timeout=TIMEOUT)
     except errors.RepositoryNotFoundError as error:
-        raise InputError(_not_found(address, gated=isinstance(error, errors.GatedRepoError))) from error
+        raise InputError(_not_found(address.name, gated=isinstance(error, errors.GatedRepoError))) from error
     except errors.HFValidationError as error:
         raise InputError(f"{address.name} is no name on the Hub; give {PREFIX}NAME or {PREFIX}USER/NAME") from error
     except (errors.HTTPError, OSError):  # no network, offline mode, or a Hub that is out of order
@@ -202,15 +215,15 @@ def _answers(address: Address) -> bool:
     return True
 
 
-def _not_found(address: Address, gated: bool) -> str:
+def _not_found(name: str, gated: bool) -> str:
     if gated:
-        page = f"https://huggingface.co/datasets/{address.name}"
-        return f"{address.name} needs a permission; ask for it at {page}, then {LOGIN}"
-    return f"the Hub has no data set {address.name} that you may read; check its name and, if it is private, {LOGIN}"
+        page = f"https://huggingface.co/datasets/{name}"
+        return f"{name} needs a permission; ask for it at {page}, then {LOGIN}"
+    return f"the Hub has no data set {name} that you may read; check its name and, if it is private, {LOGIN}"
 
 
 @contextlib.contextmanager
-def _hub_errors(address: Address) -> Iterator[None]:
+def _hub_errors(name: str) -> Iterator[None]:
     """Turns the errors of `datasets` that its user can correct into an InputError of one line."""
     import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
@@ -221,20 +234,20 @@ def _hub_errors(address: Address) -> Iterator[None]:
     except InputError:
         raise
     except DatasetNotFoundError as error:
-        raise InputError(_not_found(address, gated="gated" in str(error))) from error
+        raise InputError(_not_found(name, gated="gated" in str(error))) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403):
-            raise InputError(_not_found(address, gated=isinstance(error, errors.GatedRepoError))) from error
-        raise InputError(f"{address.name}: the Hub answers {status or reason(error)}; try again later") from error
+            raise InputError(_not_found(name, gated=isinstance(error, errors.GatedRepoError))) from error
+        raise InputError(f"{name}: the Hub answers {status or reason(error)}; try again later") from error
     except (ConnectionError, errors.HTTPError) as error:
         cache = datasets.config.HF_DATASETS_CACHE
         raise InputError(
-            f"{address.name} is not in the cache {cache}, and the Hub cannot be reached; connect to the network, "
+            f"{name} is not in the cache {cache}, and the Hub cannot be reached; connect to the network, "
             "or load it once where there is one and copy that cache"
         ) from error
     except (DatasetsError, OSError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise InputError(f"{address.name}: {_first_words(error)}") from error
+        raise InputError(f"{name}: {_first_words(error)}") from error
 
 
 def _first_words(error: BaseException) -> str:

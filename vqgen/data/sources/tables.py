@@ -255,30 +255,29 @@ def _shown(tables: Sequence[Table]) -> str:
 
 def stream_columns(
     schema: pa.Schema, features: Mapping[str, Any], data: DataConfig
-) -> tuple[str, str | None, list[str], list[str]]:
-    """The columns of rows that come one after another: images, classes or None, the classes' names, what to say.
+) -> tuple[str, str | None, dict[str, str], list[str]]:
+    """The columns of rows that come one after another: images, classes or None, names of numbers, and what to say.
+
+    Without a look at the rows, only a column that is declared to be classes, or is called so, is taken as the class.
 
     Raises:
         InputError: no column is declared to hold images, or there is no such column as a setting names.
     """
-    files = {field.name: _is_file(_plain(field.type)) or _is_bytes(field.type) for field in schema}
     images = [name for name in schema.names if _is(features.get(name), "Image")]
-    images = images or [name for name in schema.names if files[name]]
+    images = images or [field.name for field in schema if _is_file(_plain(field.type)) or _is_bytes(field.type)]
     image, notes = _chosen_image("the data set", schema, images, data.image_column)
-    labels = {name: names for name in schema.names if (names := _names_of_numbers(features, name)) is not None}
-    wanted = data.label_column
-    if wanted is not None and wanted not in labels:
+    labels = [field.name for field in schema if field.name != image and _is_label(field.type)]
+    if data.label_column is not None and data.label_column not in labels:
         shown = ", ".join(map(one_line, labels)) or "none"
-        raise InputError(
-            f"label_column={wanted}: a stream's classes must be declared; the columns of classes are {shown}"
-        )
-    named = [name for word in CLASS_COLUMNS for name in labels if name.lower() == word]
-    label = wanted or (named[0] if named else next(iter(labels)) if len(labels) == 1 else None)
+        raise InputError(f"label_column={data.label_column}: no column of names or numbers; such columns are {shown}")
+    declared = [name for name in labels if _is(features.get(name), "ClassLabel")]
+    named = [name for word in CLASS_COLUMNS for name in declared or labels if name.lower() == word]
+    label = data.label_column or next(iter(named or (declared if len(declared) == 1 else [])), None)
     if label is not None:
-        return image, label, list(labels[label].values()), [*notes, f"{one_line(label)}: the column of the classes"]
-    if labels:
-        notes.append(f"{', '.join(map(one_line, labels))}: columns of classes; data.label_column= takes one of them")
-    return image, None, [], notes
+        notes.append(f"{one_line(label)}: the column of the classes")
+    elif labels:
+        notes.append(f"{', '.join(map(one_line, labels))}: not used for classes; data.label_column= takes one of them")
+    return image, label, _names_of_numbers(features, label) or {}, notes
 
 
 # Columns
