@@ -26,6 +26,8 @@ class DataConfig:
     """Share of the images to hold out, chosen by a hash of the file's name, if there are no held-out images."""
     label_column: str | None = None
     """Column of the label file or table that is the class; null takes the only one, or one called label or class."""
+    image_column: str | None = None
+    """Column of a table that has the images; null takes the only one, or one called image or img."""
     label_key: str | None = None
     """Key of the class in the .json file beside each image, or `txt` for its .txt file; null takes label or class."""
     image_size: Any = field(default=32, metadata={"type": "int | list[int]"})  # OmegaConf has no such union

@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 from PIL import Image
 
 from vqgen.data.images import ImageSet, load_images
@@ -62,3 +63,15 @@ def write_shard(path: Path, samples: dict[str, tuple[int, bytes | None]]) -> Non
 def write_idx(path: Path, array: np.ndarray) -> None:
     content = struct.pack(f">3sB{array.ndim}I", b"\0\0\x08", array.ndim, *array.shape) + array.tobytes()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def write_table(path: Path, columns: dict[str, object], **options) -> Path:
+    """Writes a Parquet file; `options` are those of pyarrow."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, **options)
+    return path
+
+
+def greys(count: int, start: int = 0) -> list[bytes]:
+    """PNG files of one grey each: `start`, `start` + 1, ..."""
+    return [png(start + k) for k in range(count)]

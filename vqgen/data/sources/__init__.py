@@ -11,6 +11,9 @@ from vqgen.data.sources.archive import open_archives
 from vqgen.data.sources.arrays import open_digits, open_idx, open_npz
 from vqgen.data.sources.base import Found, NoImages, Source
 from vqgen.data.sources.folder import open_folder
+from vqgen.data.sources.hub import open_hub
+from vqgen.data.sources.parquet import open_parquet
+from vqgen.data.sources.saved import open_saved
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
 
@@ -22,6 +25,9 @@ __all__ = ["SOURCES", "Found", "Source", "open_source"]
 SOURCES: dict[str, Callable[[str, Path, DataConfig], Found | None]] = {
     "digits": open_digits,
     "idx": open_idx,
+    "hub": open_hub,
+    "saved": open_saved,
+    "parquet": open_parquet,
     "folder": open_folder,
     "npz": open_npz,
     "archives": open_archives,
