@@ -151,8 +151,8 @@ MUTANTS = [
     Mutant(
         "data.flip is ignored",
         "vqgen/data/order.py",
-        "if flip else map(as_input, batches)",
-        "if False else map(as_input, batches)",
+        "place.flips(0.5) if data.flip else",
+        "place.flips(0.5) if False else",
         LOOPS,
         "vqgan",
     ),
