@@ -124,7 +124,7 @@ def to_square(image: Image.Image, channels: int | None, data: DataConfig) -> np.
 def _planes(image: Image.Image) -> np.ndarray:
     """An L or RGB image as uint8 (C, H, W)."""
     if image.mode == "L":
-        return np.asarray(image)[None]
+        return np.array(image)[None]  # np.asarray would not be writable
     # Each row as one line of red, one of green and one of blue: moving whole lines takes much less time than pixels.
     lines = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8)
     return np.ascontiguousarray(lines.reshape(image.height, 3, image.width).transpose(1, 0, 2))
