@@ -18,7 +18,7 @@ from vqgen.adversarial.dcgan import DCGANGenerator
 from vqgen.codes import CodeLayout
 from vqgen.data.pixels import to_square
 from vqgen.errors import InputError, need
-from vqgen.generator import Generator
+from vqgen.generator import Generator, _training_data
 from vqgen.priors.prior import Prior
 from vqgen.settings import DataConfig, SampleConfig
 from vqgen.tokenizers.vqmodel import from_uint8, load_tokenizer, to_uint8
@@ -250,6 +250,14 @@ def test_without_classes_no_class_is_all_there_is(small):
             generator.sample(asked)
 
 
+def test_the_white_level_that_a_run_was_given_is_that_of_its_reconstructions(tmp_path):
+    path = tmp_path / "config.yaml"
+    for white in ("white: 4095.0", ""):  # older versions had no such setting
+        path.write_text(f"data:\n  resize: pad\n  background: red\n  {white}\n")
+        data = _training_data(path)
+        assert (data.resize, data.background, data.white) == ("pad", "red", 4095 if white else None)
+
+
 def test_reconstructions_are_the_tokenizer_s_of_images_resized_as_in_training(runs, tmp_path):
     generator = Generator.from_pretrained(runs / "stage2")
     rng = np.random.default_rng(0)
@@ -434,10 +442,12 @@ def test_the_extras_that_messages_name_exist_and_dev_has_them_all():
     text = (ROOT / "pyproject.toml").read_text()
     extras = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     assert [line.split(" = ")[0] for line in extras.splitlines() if " = [" in line] == [
-        "perceptual", "evaluation", "tracking", "dev",
+        "perceptual", "evaluation", "tracking", "tiff", "datasets", "dev",
     ]  # fmt: skip
     needed = text.partition("\ndependencies = [")[2].partition("]\n\n")[0]
-    assert not [name for name in ("wandb", "torchmetrics", "efficientnet", "stlpips") if name in needed]
+    assert not [
+        name for name in ("wandb", "torchmetrics", "efficientnet", "stlpips", "tifffile", "pyarrow") if name in needed
+    ]
 
 
 # The last line

@@ -263,7 +263,8 @@ def _training_data(path: Path) -> DataConfig | None:
     """The settings by which images come to one size, from a run's config.yaml; None if the file has none."""
     try:
         section = read_yaml(path)["data"]
-        return DataConfig(resize=section["resize"], background=section["background"])
+        white = section.get("white")  # runs of older versions have none
+        return DataConfig(resize=section["resize"], background=section["background"], white=white)
     except (InputError, KeyError, TypeError):
         return None
 

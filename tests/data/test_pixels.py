@@ -104,15 +104,23 @@ def test_cmyk_jpeg(tmp_path):
     np.testing.assert_allclose(read[:, 4, 4], RED, atol=3)
 
 
-@pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
-def test_exif_orientation_is_applied(tmp_path, extension):
-    image = Image.new("RGB", (8, 8), "blue")
-    image.paste("red", (0, 0, 8, 4))  # red above
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("width", [8, 16])
+def test_exif_orientation_is_applied(tmp_path, extension, width):
+    image = Image.new("RGB", (width, 8), "blue")
+    image.paste("red", (0, 0, width, 4))  # red above
     exif = Image.Exif()
     exif[0x0112] = 6  # this orientation means a quarter turn clockwise: red on the right
     read = read_one(save(tmp_path / "a" / f"turned.{extension}", image, exif=exif, quality=100))
     assert (read[0, :, 7] > 200).all()
     assert (read[2, :, 0] > 200).all()
+
+
+def test_the_first_of_the_pictures_of_a_phone_s_jpeg_is_read(tmp_path):
+    first, second = scene(300, 200), Image.new("RGB", (300, 200), "red")
+    path = save(tmp_path / "a" / "x.jpg", first, format="MPO", save_all=True, append_images=[second], quality=95)
+    expected = to_square(first, 3, DataConfig(image_size=8)).astype(int)
+    assert np.abs(read_one(path) - expected).mean() < 2
 
 
 def test_first_frame_of_an_animation(tmp_path):

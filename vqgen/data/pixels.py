@@ -101,8 +101,9 @@ def to_square(image: Image.Image, channels: int | None, data: DataConfig) -> np.
     size = data.size
     if (deep := deep_of(image)) is not None:
         image = deep.to_8_bits(find_levels(deep.kind, [deep.extremes()], data.white))
-    extent = _decode_smaller(image, data)
+    drafted = _decode_smaller(image, data)
     image.load()
+    extent = drafted or image.size
     profile, orientation = image.info.get("icc_profile"), orientation_of(image)
     if image.has_transparency_data:
         image, profile = _opaque(to_srgb(image, profile), data.background), None
@@ -124,20 +125,21 @@ def to_square(image: Image.Image, channels: int | None, data: DataConfig) -> np.
 def _planes(image: Image.Image) -> np.ndarray:
     """An L or RGB image as uint8 (C, H, W)."""
     if image.mode == "L":
-        return np.asarray(image)[None]
+        return np.array(image)[None]  # np.asarray would not be writable
     # Each row as one line of red, one of green and one of blue: moving whole lines takes much less time than pixels.
     lines = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8)
     return np.ascontiguousarray(lines.reshape(image.height, 3, image.width).transpose(1, 0, 2))
 
 
-def _decode_smaller(image: Image.Image, data: DataConfig) -> tuple[float, float]:
+def _decode_smaller(image: Image.Image, data: DataConfig) -> tuple[float, float] | None:
     """Makes a JPEG that is not decoded yet come out at 1/2, 1/4 or 1/8 of its size if it is much larger than needed.
 
     Returns:
-        Width and height of what the image shows, in pixels; a part of a pixel if the size is not divisible.
+        Then the width and height of what the image shows, in pixels, with a part of a pixel if the size is not
+        divisible; otherwise None.
     """
-    extent = across, down = image.size
     if image.format in ("JPEG", "MPO"):
+        across, down = image.size
         orientation = orientation_of(image)
         height, width = data.size if orientation < 5 else data.size[::-1]
         share = (max if data.resize == "crop" else min)(width / across, height / down)
@@ -146,8 +148,8 @@ def _decode_smaller(image: Image.Image, data: DataConfig) -> tuple[float, float]
             # The last pixels would be parts of pixels, and be the first ones after a turn.
             if share * times <= 1 and (whole or orientation == 1):
                 drafted = image.draft(None, (across // factor, down // factor))
-                return drafted[1][2:] if drafted else extent
-    return extent
+                return drafted[1][2:] if drafted else None
+    return None
 
 
 def orientation_of(image: Image.Image) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
@@ -90,7 +91,10 @@ def _files(root: Path) -> Iterator[Path]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            is_folder = False
+            with contextlib.suppress(OSError):  # a link that leads to itself
+                is_folder = entry.is_dir()
+            if is_folder:
                 folders.append(Path(entry))
             else:
                 yield Path(entry)
