@@ -79,7 +79,8 @@ def main(config: CompareConfig) -> None:
             require(setting.split("=")[0] not in SHARED, f"{setting}: is the same for all three; {REMEDY}")
 
     # Trains by the usual programs, each of which resumes where it stopped.
-    settings = [f"data.{key}={json.dumps(value)}" for key, value in config.data.items() if value is not None]
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in config.data.items()}
+    settings = [f"data.{key}={text}" for key, text in texts.items() if text != "null"]
     tracking = [f"tracking.{key}={value}" for key, value in asdict(config.tracking).items()]
     images = [train_set.fingerprint, train_set.crop]
     for name in MODELS:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vqgen.codes import sides
 from vqgen.data.images import MAX_THREADS, ImageSet, some_rows
 from vqgen.data.pixels import DECODE_ERRORS, orientation_of
 from vqgen.data.skipped import one_line
@@ -61,7 +62,7 @@ class Description:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images that the model sees."""
-        return _sides(self.image_size)
+        return sides(self.image_size)
 
     def as_json(self) -> str:
         """The content of preview.json: the numbers, and the notes with the hints."""
@@ -185,13 +186,8 @@ def _counted(classes: Mapping[str, int], most: int) -> str:
 
 def shown_size(size: int | Sequence[int]) -> str:
     """An image size in words, width first as is usual: 64x64."""
-    height, width = _sides(size)
+    height, width = sides(size)
     return f"{width}x{height}"
-
-
-def _sides(size: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
@@ -212,7 +208,7 @@ def _spread(sizes: np.ndarray) -> dict[str, dict[str, int]]:
 def _hints(count: int, classes: Mapping[str, int], sizes: np.ndarray, data: Any, batch_size: int | None) -> list[str]:
     """What a user would want to change before training; sizes are widths and heights (n, 2)."""
     hints = []
-    height, width = _sides(data.image_size)
+    height, width = data.size
     if len(sizes):
         side = min(height, width)
         small = (sizes < (width, height)).any(axis=1)
