@@ -30,6 +30,7 @@ from vqgen.cli.program import run_program
 from vqgen.cli.reflect import check_options
 from vqgen.cli.sections import STAGE1_SECTIONS
 from vqgen.data.images import ImageSet, load_images, some_rows
+from vqgen.data.samples import load_samples, save_samples
 from vqgen.errors import InputError, need, require, section
 from vqgen.evaluation.features import FeatureNetwork, cached_features, load_feature_network
 from vqgen.evaluation.perceptual import PerceptualDistance
@@ -37,7 +38,6 @@ from vqgen.evaluation.report import Report, cache_folder, evaluation_device, sam
 from vqgen.generator import Generator
 from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import classes_in_turn
-from vqgen.samples import load_samples, save_samples
 from vqgen.settings import CompareConfig, DataConfig, GANConfig, SampleConfig, Stage1Config, Stage2Config
 from vqgen.tokenizers.vqmodel import from_uint8, load_tokenizer, to_uint8
 from vqgen.training.checkpoints import load_checkpoint

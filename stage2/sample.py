@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from vqgen.cli.program import run_program
 from vqgen.data.describe import SHOWN_CLASSES
+from vqgen.data.samples import check_free, save_samples, save_single_files
 from vqgen.data.skipped import one_line
 from vqgen.errors import InputError
 from vqgen.generator import Generator
 from vqgen.priors.sampling import classes_in_turn
-from vqgen.samples import check_free, save_samples, save_single_files
 from vqgen.settings import SampleFilesConfig
 from vqgen.training.tracking import image_grid
 from vqgen.yaml_file import read_yaml

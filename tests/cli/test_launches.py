@@ -76,15 +76,17 @@ def test_a_backend_that_compiles_nothing_takes_every_loss(program, monkeypatch, 
     assert code == 0, errors
 
 
-def read_one_line(command: list[str], errors: Path, **environment: str) -> tuple[int, str]:
-    """Runs a command, and reads only the first line of its output; returns its exit code and that line."""
+def read_until(start: str, command: list[str], errors: Path, **environment: str) -> tuple[int, str]:
+    """Runs a command, and reads its output only until a line starts so; returns its exit code and the first line."""
     with errors.open("w") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=file, text=True
         )
-    line = process.stdout.readline()
+    first = line = process.stdout.readline()
+    while line and not line.startswith(start):
+        line = process.stdout.readline()
     process.stdout.close()
-    return process.wait(timeout=300), line
+    return process.wait(timeout=300), first
 
 
 @pytest.mark.parametrize("launched", [False, True])
@@ -93,7 +95,7 @@ def test_a_run_whose_output_no_one_reads_is_saved_and_ends_quietly(tmp_path, lau
     command = [sys.executable, *STAGE1, f"run_dir={run}", "train.max_steps=1000000", "train.checkpoint_every=1000000"]
     # The program only has to see a launcher; what the launcher does with the exit code is not tested.
     environment = {"TORCHELASTIC_RUN_ID": "test"} if launched else {}
-    code, line = read_one_line(command, tmp_path / "errors", **environment)
+    code, line = read_until(f"{run}: 20000 training", command, tmp_path / "errors", **environment)
     assert line.startswith("images: 20,000 to train on")
     assert code == (0 if launched else 141)
     assert (tmp_path / "errors").read_text() == ""

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vqgen.data.samples import check_free, folder_names, load_samples, save_samples, save_single_files
 from vqgen.errors import InputError
-from vqgen.samples import check_free, folder_names, load_samples, save_samples, save_single_files
 
 
 @pytest.mark.parametrize("channels", [1, 3])
