@@ -14,9 +14,8 @@ from einops import rearrange
 from tqdm import tqdm
 
 from vqgen.cli.program import run_program
-from vqgen.data.describe import SHOWN_CLASSES
+from vqgen.data.describe import SHOWN_CLASSES, short_name
 from vqgen.data.samples import check_free, save_samples, save_single_files
-from vqgen.data.skipped import one_line
 from vqgen.errors import InputError
 from vqgen.generator import Generator
 from vqgen.priors.sampling import classes_in_turn
@@ -73,7 +72,7 @@ def class_list(class_names: list[str], run: Path) -> str:
     listed = []
     for class_id, name in enumerate(class_names[:SHOWN_CLASSES]):
         count = f" ({counts[name]:,})" if name in counts else ""
-        listed.append((name if name == str(class_id) else f"{class_id} = {one_line(name)}") + count)
+        listed.append((name if name == str(class_id) else f"{class_id} = {short_name(name)}") + count)
     more = len(class_names) - len(listed)
     listed += [f"... and {more:,} more"] if more > 0 else []
     return f"classes: {', '.join(listed) or 'none'}"

@@ -16,6 +16,7 @@ WIDTH = 1200  # pixels that a row of images may take
 SMALL, LARGE = 64, 256  # images below and above these sides are shown larger or smaller
 MAX_COLUMNS, ROWS_WITHOUT_CLASSES = 12, 5
 GAP, TEXT, LINE = 6, 16, 22
+SHEET = "#e6e6e6"  # so that white borders of the images can be seen
 LABEL = 200  # width of the column of class names
 CROPS, CROP_SIDE = 6, 160  # crops that lose most; the side of the square that an original is shown in
 LEAST_LOSS = 0.02  # share of an image's area
@@ -35,7 +36,7 @@ def contact_sheet(images: ImageSet, found: Description) -> tuple[Image.Image, li
     strips = [_text(f"As the model sees them: {shown_size(found.image_size)}{cell.said}")]
     numbered = []
     for class_id, rows in _rows(images, columns):
-        picture = Image.new("RGB", (label + columns * (cell.width + GAP), max(cell.height + GAP, 2 * LINE)), "white")
+        picture = Image.new("RGB", (label + columns * (cell.width + GAP), max(cell.height + GAP, 2 * LINE)), SHEET)
         if found.classes:
             name = one_line(images.class_names[class_id])
             if not _has_letters(name):
@@ -49,7 +50,7 @@ def contact_sheet(images: ImageSet, found: Description) -> tuple[Image.Image, li
         strips.append(picture)
     if len(found.classes) > SHOWN_CLASSES:
         strips.append(_text(f"... and {len(found.classes) - SHOWN_CLASSES:,} more classes"))
-    strips += _crops(images, found, cell)
+    strips += _crops(images, found)
     notes = [f"the picture's font has not all letters of: {', '.join(numbered)}"] if numbered else []
     return _stacked(strips), notes
 
@@ -57,14 +58,14 @@ def contact_sheet(images: ImageSet, found: Description) -> tuple[Image.Image, li
 class Cell:
     """How images of a height and width are shown: small ones enlarged by a whole number, large ones shrunk."""
 
-    def __init__(self, height: int, width: int):
+    def __init__(self, height: int, width: int, largest: int = LARGE):
         long = max(height, width)
         enlarged = max(1, SMALL // long)
         self.width, self.height, self.said = width * enlarged, height * enlarged, ""
         if enlarged > 1:
             self.said = f", shown {enlarged} times as large"
-        if long > LARGE:
-            self.width, self.height = max(1, width * LARGE // long), max(1, height * LARGE // long)
+        if long > largest:
+            self.width, self.height = max(1, width * largest // long), max(1, height * largest // long)
             self.said = f", shown as {self.width}x{self.height}"
 
     def show(self, pixels: np.ndarray) -> Image.Image:
@@ -91,11 +92,12 @@ def _loaded(images: ImageSet, rows: np.ndarray, count: int) -> list[np.ndarray]:
     return [pixels for i in spread if (pixels := images.read(i)) is not None]
 
 
-def _crops(images: ImageSet, found: Description, cell: Cell) -> list[Image.Image]:
+def _crops(images: ImageSet, found: Description) -> list[Image.Image]:
     """The originals that lose most in the crop, the kept part framed, each beside what the model sees of it."""
     if images.data.resize != "crop":
         return []
     height, width = found.size
+    cell = Cell(height, width, CROP_SIDE)
     sizes = original_sizes(images)
     ratios = sizes[:, 1] / sizes[:, 2] * (height / width)  # above 1: the left and right ends are cut off
     losses = 1 - np.minimum(ratios, 1 / ratios)
@@ -120,7 +122,7 @@ def _crop(images: ImageSet, i: int, width: int, height: int, *, loss: float, cel
     kept = min(shown[0], shown[1] * ratio), min(shown[1], shown[0] / ratio)
     box = [round((shown[k] - kept[k]) / 2) for k in (0, 1)]
     box += [min(shown[k] - 1, box[k] + round(kept[k]) - 1) for k in (0, 1)]
-    dimmed = Image.blend(original, Image.new("RGB", original.size, "white"), 0.6)
+    dimmed = Image.blend(original, Image.new("RGB", original.size, SHEET), 0.6)
     inner = (box[0], box[1], box[2] + 1, box[3] + 1)
     dimmed.paste(original.crop(inner), inner[:2])
     ImageDraw.Draw(dimmed).rectangle(tuple(box), outline="red", width=2)
@@ -128,7 +130,7 @@ def _crop(images: ImageSet, i: int, width: int, height: int, *, loss: float, cel
     pixels = images.read(i)
     assert pixels is not None, "it has just been decoded"
     y = max(shown[1], cell.height)
-    picture = Image.new("RGB", (CROP_SIDE + cell.width + 3 * GAP, y + LINE + GAP), "white")
+    picture = Image.new("RGB", (CROP_SIDE + cell.width + 3 * GAP, y + LINE + GAP), SHEET)
     picture.paste(dimmed, (0, 0))
     picture.paste(cell.show(pixels), (shown[0] + GAP, 0))
     ImageDraw.Draw(picture).text((0, y + 2), f"{width}x{height}, {100 * loss:.0f} % lost", "dimgray", _font())
@@ -141,14 +143,14 @@ def _picture(pixels: np.ndarray) -> Image.Image:
 
 
 def _text(text: str) -> Image.Image:
-    picture = Image.new("RGB", (round(_font().getlength(text)) + 2 * GAP, LINE + GAP), "white")
+    picture = Image.new("RGB", (round(_font().getlength(text)) + 2 * GAP, LINE + GAP), SHEET)
     ImageDraw.Draw(picture).text((GAP, 2), text, "black", _font())
     return picture
 
 
 def _stacked(strips: Iterable[Image.Image]) -> Image.Image:
     strips = list(strips)
-    sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), SHEET)
     y = 0
     for strip in strips:
         sheet.paste(strip, (0, y))
@@ -157,7 +159,7 @@ def _stacked(strips: Iterable[Image.Image]) -> Image.Image:
 
 
 def _side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
-    sheet = Image.new("RGB", (sum(p.width + GAP for p in pictures), max(p.height for p in pictures)), "white")
+    sheet = Image.new("RGB", (sum(p.width + GAP for p in pictures), max(p.height for p in pictures)), SHEET)
     x = GAP
     for picture in pictures:
         sheet.paste(picture, (x, 0))

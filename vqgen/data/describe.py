@@ -21,6 +21,7 @@ from vqgen.distributed import cores_per_process
 LOOKED_AT = 1000  # images whose headers are read for their sizes
 SHOWN_CLASSES, SHOWN_CLASSES_SHORT = 12, 6
 SHOWN_NOTES_SHORT, SHOWN_FEW = 5, 3
+LONG_NAME = 40
 FEW = 10  # images of a class that are too few to learn it
 UPSCALED = 0.01  # share of images smaller than image_size that is worth a hint
 ALIKE, MOSTLY = 1.1, 0.75  # aspect ratios are alike up to this factor; the share of images that is most of them
@@ -181,7 +182,14 @@ def listed_classes(classes: Mapping[str, int], most: int) -> str:
 
 
 def _counted(classes: Mapping[str, int], most: int) -> str:
-    return ", ".join(f"{one_line(name)} ({count:,})" for name, count in itertools.islice(classes.items(), most))
+    some = itertools.islice(classes.items(), most)
+    return ", ".join(f"{short_name(name)} ({count:,})" for name, count in some)
+
+
+def short_name(name: str) -> str:
+    """A class's name for a line of text."""
+    name = one_line(name)
+    return name if len(name) <= LONG_NAME else f"{name[: LONG_NAME - 3]}..."
 
 
 def shown_size(size: int | Sequence[int]) -> str:
@@ -237,7 +245,7 @@ def _hints(count: int, classes: Mapping[str, int], sizes: np.ndarray, data: Any,
             f"under {FEW} images in {names} {_counted(few, SHOWN_FEW)}{more}; so few are learned by heart or not at all"
         )
     if len(classes) == 1:
-        hints.append(f"all images have one class, {one_line(next(iter(classes)))}, so it tells a model nothing")
+        hints.append(f"all images have one class, {short_name(next(iter(classes)))}, so it tells a model nothing")
     return hints
 
 
