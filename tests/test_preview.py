@@ -1,5 +1,6 @@
 """stage1/preview.py: what it prints, its picture and its numbers."""
 
+import itertools
 import json
 
 import numpy as np
@@ -8,16 +9,17 @@ from PIL import Image
 from programs import ROOT
 
 RED = (255, 0, 0)
+BLUES = (0, 80, 160)
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """Twelve green images of each of three classes, one of them very wide; the held-out image is one of a hash."""
-    for name in ("ant", "żółw", "猫"):
+    """Twelve images of each of three classes, one of them very wide; a class has one blue and several greens."""
+    for blue, name in zip(BLUES, ("ant", "żółw", "猫"), strict=True):
         for i in range(12):
             size = (80, 20) if (name, i) == ("ant", 3) else (32, 32)
             (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", size, (0, 100 + i, 0)).save(tmp_path / "photos" / name / f"{i}.png")
+            Image.new("RGB", size, (0, 100 + i, blue)).save(tmp_path / "photos" / name / f"{i}.png")
     return tmp_path / "photos"
 
 
@@ -46,9 +48,14 @@ def test_a_folder_is_said_and_shown(program, photos, tmp_path):
     picture = Image.open(tmp_path / "out/preview.png")
     assert has(picture, (0, 103, 0))  # the wide one
     assert has(picture, RED)  # the frame around its kept part
-    column = np.asarray(picture)[:, 300]
-    green = (column[:, 0] == 0) & (column[:, 1] >= 100) & (column[:, 2] == 0)
-    assert np.diff(green).sum() == 2 * 3  # one row of images for each class
+    pixels = np.asarray(picture).astype(int)
+    seen = (pixels[..., 0] == 0) & (pixels[..., 1] >= 100)
+    classes = [set(line[mask, 2]) for line, mask in zip(pixels[:220], seen, strict=False) if mask.any()]
+    assert [blues for blues, _ in itertools.groupby(classes)] == [{blue} for blue in BLUES]  # a row for each class
+    rows, columns = np.nonzero((pixels == RED).all(axis=2))
+    middle = (rows.min() + rows.max()) // 2, (columns.min() + columns.max()) // 2
+    assert tuple(pixels[middle]) == (0, 103, 0)  # the kept part is as it is, and what is cut off is dimmed
+    assert 103 < pixels[middle[0], columns.min() - 5][1] < 230
 
 
 @pytest.mark.parametrize("settings", [["data.resize=pad"], ["data.image_size=8"]])

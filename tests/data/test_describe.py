@@ -139,6 +139,7 @@ def test_a_hint_is_given_where_it_is_due(tmp_path, case):
         ([(16, 16)], {"batch_size": 8}),
         ([(9, 8)], {}),  # hardly anything is lost
         ([(16, 8), (8, 16)], {}),  # no shape is that of most
+        ([(32, 8), (24, 8), (8, 8)], {}),
         ([(6, 6)], {"resize": "pad"}),  # nothing is enlarged
         ([(16, 8)], {"resize": "pad"}),
     ],
