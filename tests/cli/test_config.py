@@ -434,6 +434,14 @@ def test_check_options_takes_a_dataclass_too():
 # --help
 
 
+def test_classes_are_read_as_they_are_written():
+    asked = load_config(SampleConfig, ["class_ids=[3,007,yes,null,1e3,猫,'a, b',-1]"], {}).class_ids
+    assert asked == ["3", "007", "yes", "null", "1e3", "猫", "a, b", "-1"]
+    assert load_config(SampleConfig, ["class_ids=cat"], {}).class_ids == ["cat"]
+    assert load_config(SampleConfig, ["class_ids=null"], {}).class_ids is None
+    assert error_of(load_config, SampleConfig, ["class_ids=[a"], {}).startswith("class_ids=[a: ")
+
+
 @pytest.mark.parametrize(
     ("cls", "sections"),
     [
