@@ -29,6 +29,7 @@ def program(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
 
     def run(script: str, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.chdir(ROOT)
+        monkeypatch.setenv("OMP_NUM_THREADS", str(THREADS))  # a busy machine's first line would be about threads
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
         code = 0
