@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from data.files import greys, save, write_table
 from programs import ROOT
+from torch.utils.data import DataLoader, IterableDataset
 
 from vqgen.data.sources import hub
 from vqgen.data.sources.hub import Address, hub_shards, parse
@@ -163,11 +164,23 @@ def test_shards_of_a_stream(tmp_path):
     some = [content for _, content, _ in shards[1].rows(lambda name: name.endswith(("/0", "/4")))]
     assert some == [greys(1, 6)[0], None, None, None, greys(1, 10)[0], None]
     assert shards[0].head(99) != shards[1].head(99)
+    loader = DataLoader(_Rows(shards), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    assert sorted(content for _, content, _ in loader) == sorted(2 * greys(12))  # each worker reads what it is told to
 
     shards, names, notes = hub_shards(f"hf:{tmp_path}/pets", DataConfig(label_column="kind"))
     assert [label for *_, label in shards[0].rows(lambda name: False)] == ["a", "b", "c"] * 2
     with pytest.raises(InputError, match="label_column=x: no column of names or numbers; such columns are kind"):
         hub_shards(f"hf:{tmp_path}/pets", DataConfig(label_column="x"))
+
+
+class _Rows(IterableDataset):
+    """All rows of some shards, in each worker of a `DataLoader`."""
+
+    def __init__(self, shards):
+        self.shards = shards
+
+    def __iter__(self):
+        return (row for shard in self.shards for row in shard.rows(lambda name: True))
 
 
 def test_a_stream_of_declared_classes_and_of_files(tmp_path):

@@ -146,6 +146,7 @@ def test_damaged_files_are_refused(tmp_path):
         with pytest.raises(InputError, match=pattern) as error:
             opened(tmp_path / f"{name}.parquet")
         assert "\n" not in str(error.value)
+    assert not [*(tmp_path / "cache").rglob("*.tmp")]
     write_table(tmp_path / "two" / "a.parquet", {"image": greys(2), "label": ["a", "b"]})
     write_table(tmp_path / "two" / "b.parquet", {"image": greys(2)})
     with pytest.raises(InputError, match=r"b\.parquet has no column label, which other files have"):

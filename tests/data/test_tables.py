@@ -195,6 +195,7 @@ def test_which_column_is_the_class(tmp_path):
         found = opened(tmp_path / f"{name}.parquet", **settings)
         assert found.train.class_names == class_names, name
         assert any(re.match(note, line) for line in found.notes), found.notes
+        assert not any("__index" in line for line in found.notes)
 
 
 def test_which_column_has_the_images(tmp_path):
@@ -312,6 +313,7 @@ def test_large_indices_are_kept_and_follow_changes(tmp_path, cache, monkeypatch)
     monkeypatch.chdir(tmp_path)
     relative = opened("x.parquet").train
     monkeypatch.chdir("/")
+    assert relative.files == [str(path)]
     assert values(relative) == list(range(30, 30 + COUNT))
 
 

@@ -129,7 +129,9 @@ class HubShard:
             InputError: the Hub does not answer any more.
         """
         with _hub_errors(self.name):
-            for number, row in enumerate(self._rows):
+            # Iterating over the rows themselves would yield only some of them in a worker of a `DataLoader`.
+            for number, batch in enumerate(self._rows.iter(batch_size=1)):
+                row = {column: values[0] for column, values in batch.items()}
                 value = row[self._image]
                 content = value.get("bytes") if isinstance(value, dict) else value
                 path = value.get("path") if isinstance(value, dict) else None
