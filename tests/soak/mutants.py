@@ -374,6 +374,37 @@ MUTANTS = [
         TRAINING,
         "paused",
     ),
+    # Crops and parts
+    Mutant(
+        "random crops are all in the upper left corner",
+        "vqgen/data/crops.py",
+        "+ place * (1 - share) * side - 0.5",
+        "- 0.5",
+        "tests/data/test_crops.py",
+    ),
+    Mutant(
+        "all steps have the same random crops",
+        "vqgen/data/order.py",
+        "mixed_seed(self.seed, step, 0, 0)",
+        "mixed_seed(self.seed, 0, 0, 0)",
+        "tests/data/test_crops.py",
+    ),
+    Mutant(
+        "the versions of images are drawn alike in each epoch",
+        "vqgen/data/order.py",
+        "random.integers(self.versions",
+        "np.random.default_rng(0).integers(self.versions",
+        "tests/training/test_training.py",
+        "version",
+    ),
+    Mutant(
+        "a part of the images leaves classes out",
+        "vqgen/data/images.py",
+        "np.concatenate([drawn[firsts], np.delete(drawn, firsts)])",
+        "drawn",
+        "tests/data/test_images.py",
+        "at_most",
+    ),
     # Stage 2 and the GAN
     Mutant(
         "class dropout is never applied",
