@@ -10,6 +10,7 @@ from vqgen.errors import InputError, require, require_choice, require_size
 # The last part of the key of each setting that is a path; the programs expand `~` in these.
 PATHS = {"run_dir", "source", "val_source", "stage1", "codes_dir", "weights", "out"}
 PATHS |= {"cache_dir", "feature_weights", "perceptual_weights", "compare", "images", "reference"}
+ADDRESSES = {"source", "val_source", "images", "reference"}  # those of them that may also be an address
 VQGAN_SETTINGS = ["loss.perceptual.name=alex", "loss.adversarial.name=non_saturating"]
 
 
@@ -19,7 +20,8 @@ class DataConfig:
 
     source: str = "digits"
     """The images: `digits` (built in), a folder (each subfolder is a class), an .npz, tar shards such as
-    `train-{00000..00009}.tar`, or a folder of MNIST-style IDX files."""
+    `train-{00000..00009}.tar`, or a folder of MNIST-style IDX files; or any of these at an address that begins with
+    `https://`, `s3://` or `hf://`, which is fetched once into the user's cache folder."""
     val_source: str | None = None
     """Held-out images, in any of the same forms; null takes the source's own, or splits some off."""
     val_fraction: float = 0.05
