@@ -54,6 +54,10 @@ class DataConfig:
     max_images: int | None = None
     """Largest number of training images, and also of held-out images, for a quick try: always the same random ones,
     with at least one of each class; null takes all."""
+    stream: bool = False
+    """Read tar shards one after another, without an index; for data that do not fit on the disk."""
+    shuffle_buffer: int = 10000
+    """Encoded images that each rank keeps in memory to shuffle a stream."""
     on_error: Literal["skip", "raise"] = "skip"
     """For an image that does not load: `skip` it and name it in the run's skipped.txt, or `raise` an error."""
     cache_gb: float = 1.0
@@ -78,6 +82,9 @@ class DataConfig:
         )
         if self.max_images is not None:
             require_size("data.max_images", self.max_images)
+            fewer = "name fewer shards, or use data.stream=false"
+            require(not self.stream, f"data.max_images={self.max_images}: not for a stream, which has no end; {fewer}")
+        require_size("data.shuffle_buffer", self.shuffle_buffer)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vqgen.cli.reflect import check_options
-from vqgen.data.images import ImageSet, load_images
+from vqgen.data.images import ImageSet, load_images, sample_of_stream
 from vqgen.data.sources.remote import is_remote
+from vqgen.data.stream import ImageStream
 from vqgen.errors import InputError, require, section
 from vqgen.settings import DataConfig, TrackingConfig
 from vqgen.training.checkpoints import load_checkpoint
@@ -64,7 +65,7 @@ def run_images(run: Path, given: Mapping[str, Any], channels: int) -> tuple[Imag
     """The training and the held-out images of a run, or of the source that the user gives instead.
 
     The third value says whether they are the run's own images: the source is the same, or the checkpoint's hash of the
-    images is.
+    images is. Some images stand for those of a stream.
 
     Raises:
         InputError: as in `run_data`; or no image loads.
@@ -75,7 +76,7 @@ def run_images(run: Path, given: Mapping[str, Any], channels: int) -> tuple[Imag
     if not same:
         checkpoint = load_checkpoint(run)
         same = checkpoint is not None and checkpoint["data"] == train.fingerprint
-    return train, held_out, same
+    return sample_of_stream(train) if isinstance(train, ImageStream) else train, held_out, same
 
 
 def run_tracking(run: Path, given: Mapping[str, Any]) -> TrackingConfig:
