@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from vqgen.cli.reflect import check_options
 from vqgen.data.images import ImageSet, load_images, sample_of_stream
+from vqgen.data.sources.hub import PREFIX as HUB
 from vqgen.data.sources.remote import is_remote
 from vqgen.data.stream import ImageStream
 from vqgen.errors import InputError, require, section
@@ -124,8 +125,8 @@ def _check_there(run: Path, key: str, saved: str, found: str) -> None:
 
 
 def _is_path(source: str) -> bool:
-    """Whether a source is a path, and not built in or an address."""
-    return source not in BUILT_IN_SOURCES and not is_remote(source)
+    """Whether a source is a path, and not built in, an address or a data set of the Hub."""
+    return source not in BUILT_IN_SOURCES and not is_remote(source) and not source.startswith(HUB)
 
 
 def _is_same(source: str, other: str) -> bool:
