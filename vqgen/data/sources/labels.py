@@ -46,12 +46,24 @@ class Labels:
         parts: `train` or a word for held-out images, by the image's index, if a file divides the images.
         used: paths of the files that were used.
         notes: what was used, and what was found and not used.
+        side: the extension of the files beside the images that were used, and the key in those files if it is .json.
     """
 
     by_row: dict[int, str] = field(default_factory=dict)
     parts: dict[int, str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+    side: tuple[str, str | None] = ("", None)
+
+
+def side_label(content: bytes, key: str | None) -> str | None:
+    """The label in a file beside an image; in the key of a .json."""
+    value: Any = content.decode("utf-8", "replace")
+    if key is not None:
+        fields = json.loads(value)
+        value = (_flat(fields) if isinstance(fields, dict) else {"label": fields}).get(key)
+    label = as_label(value)
+    return None if label == "-1" else label
 
 
 def as_label(value: Any) -> str | None:
@@ -409,6 +421,7 @@ def _take_side_files(
         )
         return False
     labels.by_row |= by_row
+    labels.side = extension, chosen
     labels.used |= {path for path in paths if path is not None}
     what = f"key {chosen} of the .json files" if extension == ".json" else f"{extension} files"
     labels.notes.append(f"the class is in the {what} beside the images")

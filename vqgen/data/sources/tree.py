@@ -153,7 +153,7 @@ def _index(tree: Tree, data: DataConfig) -> tuple[list[Index], dict[str, Any], A
     layout = find_layout([tree.inner(path) for path in paths])
     labels = _labels(paths, keys, others, read, layout, data, dotted=tree.dotted)
     parts = _parts(layout, labels)
-    names_of_numbers = _class_list(tree)
+    names_of_numbers = class_list(tree.beside)
     by_part = [_labels_of(part, labels) for part in parts]
     indices, class_names = [], []
     for part, given in zip(parts, by_part, strict=True):
@@ -294,14 +294,17 @@ def _labels_of(part: Part, labels: Labels) -> list[str | None]:
     ]
 
 
-def _class_list(tree: Tree) -> Mapping[str, str]:
+def class_list(beside: Callable[[str], bytes | None]) -> Mapping[str, str]:
     """The names of classes that are numbers, from a classes.json or the like: {"0": "cat", ...}.
+
+    Args:
+        beside: the content of a file by its name; None if there is none.
 
     Raises:
         InputError: the file is damaged.
     """
     for name in CLASS_LISTS:
-        content = tree.beside(name)
+        content = beside(name)
         if content is None:
             continue
         if name.endswith(".txt"):
