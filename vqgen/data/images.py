@@ -442,7 +442,7 @@ class ImageSet:
     def _decoded(self) -> Iterator[tuple[int, np.ndarray | None]]:
         """Decodes all images in several threads, and yields each with its index, in order."""
         count = len(self)
-        blocks = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
+        blocks = [range(start, min(start + 16, count)) for start in range(0, count, 16)]
 
         def decode(block: range) -> list[np.ndarray | None]:
             with quiet_pillow:  # once for all of them, which takes less time
