@@ -17,7 +17,7 @@ BESIDES = ("unlabeled", "unlabelled", "unsup", "unsupervised", "extra", "pred", 
 _WORDS = "|".join(sorted((*TRAIN, *HELD_OUT), key=len, reverse=True))
 _NEUTRAL = r"(?:images?|imgs?|sets?|data|dataset|split|part|\d+)"
 _NAME = re.compile(
-    rf"(?P<before>(?:.*[_\W])?{_NEUTRAL}*[_\W]*)(?P<word>{_WORDS})(?P<after>[_\W]*{_NEUTRAL}*(?:[_\W].*)?)"
+    rf"(?P<before>(?:.*[_\W])?{_NEUTRAL}*[_\W]*)(?P<word>{_WORDS})(?P<after>[_\W]*{_NEUTRAL}*(?:[_\W].*)?|[ab])"
 )
 
 
@@ -56,6 +56,18 @@ def find_split(names: Iterable[str]) -> tuple[str, str | None, list[str]] | None
     if len(trains) == 1 and all(name.lower() in BESIDES for name in others):
         return trains[0], None, others
     return None
+
+
+def find_pairs(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The word for the part and the class in each of names such as trainA, trainB, testA and testB.
+
+    Empty if one of the names has no such word, or if a class has no training or no held-out part.
+    """
+    words = {name: found for name in names if (found := split_word(name)) is not None and found[1]}
+    classes = [{rest for word, rest in words.values() if word == one} for one in {word for word, _ in words.values()}]
+    paired = len(classes) == 2 and classes[0] == classes[1] and len(classes[0]) > 1
+    one_train = sum(word in TRAIN for word in {word for word, _ in words.values()}) == 1
+    return words if paired and one_train and len(words) == len(set(names)) else {}
 
 
 def _in_order(words: Mapping[str, str]) -> list[str]:

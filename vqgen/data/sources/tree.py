@@ -16,8 +16,9 @@ from vqgen.data.pixels import open_image
 from vqgen.data.skipped import one_line, reason
 from vqgen.data.sources.base import MAX_CLASSES, Found, NoImages
 from vqgen.data.sources.index import Index, kept_index
-from vqgen.data.sources.labels import Labels, part_words, read_label_files, read_side_files
+from vqgen.data.sources.labels import Labels, part_words, read_label_files
 from vqgen.data.sources.layout import Layout, Part, find_layout
+from vqgen.data.sources.sides import read_side_files
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
 
@@ -138,7 +139,7 @@ def _index(tree: Tree, data: DataConfig) -> tuple[list[Index], dict[str, Any], A
     left_out = Counter(listing.left_out)
     images, keys = _keys(listing.paths, images, left_out) if tree.dotted else (images, None)
     paths = [listing.paths[row] for row in images]
-    keys = keys or [path.rpartition(".")[0] for path in paths]
+    keys = keys or _stems(paths)
     if not paths:
         raise NoImages(_no_images(extensions))
 
@@ -153,8 +154,9 @@ def _index(tree: Tree, data: DataConfig) -> tuple[list[Index], dict[str, Any], A
     layout = find_layout([tree.inner(path) for path in paths])
     labels = _labels(paths, keys, others, read, layout, data, dotted=tree.dotted)
     parts = _parts(layout, labels)
-    names_of_numbers = _class_list(tree)
-    by_part = [_labels_of(part, labels) for part in parts]
+    lists = {path for path in others if tree.inner(path) in CLASS_LISTS}
+    names_of_numbers = _class_list({**{tree.inner(path): read(path) for path in lists}, **_beside(tree)})
+    by_part = [_labels_of(part, labels, train=part is parts[0]) for part in parts]
     indices, class_names = [], []
     for part, given in zip(parts, by_part, strict=True):
         class_ids, names = class_ids_of(given, names_of_numbers)
@@ -162,7 +164,6 @@ def _index(tree: Tree, data: DataConfig) -> tuple[list[Index], dict[str, Any], A
         image_names = [tree.name_of(paths[row], keys[row], listing.places[images[row]]) for row in part.rows]
         indices.append(Index.of(image_names, listing.places[rows], class_ids))
         class_names.append(names)
-    lists = {path for path in others if tree.inner(path) in CLASS_LISTS}
     left_out.update(layout.left_out)
     used = labels.used | lists
     left_out.update(extensions[row] for path, row in others.items() if path not in used)
@@ -195,7 +196,8 @@ def _keys(paths: Sequence[str], images: list[int], left_out: Counter[str]) -> tu
     """The images of samples whose files share a name up to its first dot, and the samples' keys.
 
     If a sample has several images, such as 0.input.jpg and 0.target.jpg, one kind is kept: that without a further word,
-    or the first. Names with dots of other kinds, such as v1.0.jpg and v1.1.jpg, are no samples: their keys are None.
+    or the first. Names with dots of other kinds, such as v1.0.jpg and v1.1.jpg, are no samples, and neither are they if
+    most have only one image: their keys are None.
     """
     keys, words = [], []
     for row in images:
@@ -208,6 +210,8 @@ def _keys(paths: Sequence[str], images: list[int], left_out: Counter[str]) -> tu
     kinds = Counter(words)
     if len(kinds) > len(set(keys)):
         return images, None
+    if len(keys) < 1.5 * len(set(keys)):  # a few images that are called alike, such as logo.png and logo.gif
+        return images, None
     order = sorted(kinds, key=lambda word: ("." in word, words.index(word)))
     chosen: dict[str, int] = {}
     for i, key in enumerate(keys):
@@ -216,6 +220,13 @@ def _keys(paths: Sequence[str], images: list[int], left_out: Counter[str]) -> tu
     kept = sorted(chosen.values())
     left_out.update(f"{word} beside {words[kept[0]]}" for i, word in enumerate(words) if chosen[keys[i]] != i)
     return [images[i] for i in kept], [keys[i] for i in kept]
+
+
+def _stems(paths: Sequence[str]) -> list[str]:
+    """The paths without their extensions, except where several images would then have the same."""
+    stems = [path.rpartition(".")[0] for path in paths]
+    counts = Counter(stems)
+    return [stem if counts[stem] == 1 else path for stem, path in zip(stems, paths, strict=True)]
 
 
 def _labels(
@@ -244,17 +255,19 @@ def _labels(
         labels = read_side_files(paths, keys, sides, read, key=data.label_key)
     beside = {path for found in sides.values() for path in found.values()}
     tables = [path for path in others if path not in beside]
-    has_folders = any("/" in path for path in layout.train.inner)
+    folders = {path.partition("/")[0] for path in layout.train.inner if "/" in path}
+    kept = [row for part in (layout.train, layout.held_out) if part is not None for row in part.rows]
     if not labels.by_row or data.label_column is not None:
-        found = read_label_files(paths, tables, read, column=data.label_column, has_folders=has_folders)
+        found = read_label_files(paths, tables, read, column=data.label_column, folders=folders, kept=kept)
         labels.by_row = found.by_row or labels.by_row
         labels.parts, labels.used = found.parts, labels.used | found.used
         labels.notes += found.notes
-    if labels.by_row and has_folders:
+    if folders and any(row in labels.by_row for row in layout.train.rows):
         inner = dict(zip(layout.train.rows, layout.train.inner, strict=True))
         if any(labels.by_row.get(row) != path.partition("/")[0] for row, path in inner.items()):
-            folders = sorted({path.partition("/")[0] for path in inner.values() if "/" in path})
-            shown = " ".join(one_line(f"{name}/") for name in folders[:3]) + (" ..." if len(folders) > 3 else "")
+            shown = " ".join(one_line(f"{name}/") for name in sorted(folders)[:3]) + (
+                " ..." if len(folders) > 3 else ""
+            )
             labels.notes.append(f"{shown}: these folders are not the classes, as there are labels")
     return labels
 
@@ -264,6 +277,9 @@ def _parts(layout: Layout, labels: Labels) -> list[Part]:
     parts = [part for part in (layout.train, layout.held_out) if part is not None and part.rows]
     train, held_out = part_words(labels.parts)
     if len(parts) > 1 or train is None or held_out is None:
+        return parts
+    if sum(row in labels.parts for row in layout.train.rows) < len(layout.train.rows) / 2:
+        labels.notes.append(f"{train} and {held_out} in label files: not used, as most images are in no part")
         return parts
     divided = {train: Part("", [], []), held_out: Part(f"{held_out} in the label file", [], [])}
     unused: Counter[str] = Counter()
@@ -276,13 +292,16 @@ def _parts(layout: Layout, labels: Labels) -> list[Part]:
             unused[word] += 1
     for word, count in unused.items():
         layout.left_out[f"{word} in the label file"] += count
-        labels.notes.append(f"{word}: {count:,} images of this part by the label file, not used")
+        labels.notes.append(f"{word}: {count:,} images of this part by label files, not used")
     return list(divided.values())
 
 
-def _labels_of(part: Part, labels: Labels) -> list[str | None]:
-    """Each image's label: that of the files that give labels, or else its folder."""
-    if labels.by_row:
+def _labels_of(part: Part, labels: Labels, *, train: bool) -> list[str | None]:
+    """Each image's label: that of the files that give labels, or else its folder.
+
+    If the files name held-out images only, as Tiny ImageNet's do, the folders are the classes in training.
+    """
+    if labels.by_row and not (train and not any(row in labels.by_row for row in part.rows)):
         given = [labels.by_row.get(row) for row in part.rows]
         if missing := given.count(None):
             part_name = f" of {part.name}" if part.name else ""
@@ -294,14 +313,18 @@ def _labels_of(part: Part, labels: Labels) -> list[str | None]:
     ]
 
 
-def _class_list(tree: Tree) -> Mapping[str, str]:
+def _beside(tree: Tree) -> dict[str, bytes]:
+    return {name: content for name in CLASS_LISTS if (content := tree.beside(name)) is not None}
+
+
+def _class_list(contents: Mapping[str, bytes]) -> Mapping[str, str]:
     """The names of classes that are numbers, from a classes.json or the like: {"0": "cat", ...}.
 
     Raises:
         InputError: the file is damaged.
     """
     for name in CLASS_LISTS:
-        content = tree.beside(name)
+        content = contents.get(name)
         if content is None:
             continue
         if name.endswith(".txt"):
