@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vqgen.data.skipped import one_line
-from vqgen.data.sources.rows import FILE_NAME, rows_of
+from vqgen.data.sources.rows import FILE_COLUMNS, FILE_NAME, rows_of
 from vqgen.data.sources.splits import HELD_OUT, TRAIN, split_word
 from vqgen.errors import InputError
 
@@ -23,21 +23,9 @@ NO_LABELS = re.compile(
 )
 # Names of what may hold labels in a form that is not read.
 LIKE_LABELS = re.compile(
-    r".*(label|annot|metadata|categor|caption|bbox|devkit|ground_?truth|list_attr).*|imagesets", re.IGNORECASE
+    r".*(label|annot|metadata|categor|caption|bbox|ground_?truth|list_attr).*|devkit|imagesets", re.IGNORECASE
 )
 MAX_TABLES = 50
-FILE_COLUMNS = (
-    "file_name",
-    "filename",
-    "file",
-    "image",
-    "image_path",
-    "path",
-    "filepath",
-    "image_id",
-    "image_name",
-    "id",
-)
 CLASS_COLUMNS = ("label", "labels", "class", "class_name", "category", "target", "cls", "class_id", "label_name", "y")
 SPLIT_COLUMNS = ("split", "set", "subset", "partition", "usage")
 PART_NUMBERS = {"0": "train", "1": "val", "2": "test"}  # CelebA's
@@ -101,11 +89,12 @@ def read_label_files(
     givers: dict[int, str] = {}
     columns_seen: dict[str, None] = {}
     unused: list[str] = []
+    unread = [path for path in others if path not in tables]
     for path in tables:
         rows = _read_rows(path, read, labels)
         table = _match(path, rows, references, [*others, *images]) if rows and references is not None else None
         if table is None:
-            unused += [path] if not path.lower().endswith(".txt") or is_label_file(path) else []
+            (unread if path.lower().endswith(".txt") and not is_label_file(path) else unused).append(path)
             continue
         columns_seen |= dict.fromkeys(table.others)
         if column is None:
@@ -129,7 +118,7 @@ def read_label_files(
         labels.notes.append(
             f"{_some(unused)}: not used, as {'it names' if len(unused) == 1 else 'they name'} none of the images"
         )
-    labels.notes += _perhaps_labels([path for path in others if path not in tables])
+    labels.notes += _perhaps_labels(unread)
     return labels
 
 
@@ -358,7 +347,6 @@ def _take_parts(table: _Table, labels: Labels) -> None:
         labels.notes.append(f"{path}: the parts are its column {one_line(column)}{numbers}")
     elif (part := _part_of(table.path)) is not None:
         words = {index: part for index, _ in table.rows}
-        labels.notes.append(f"{path}: its images are the part {part}")
     if words:
         labels.used.add(table.path)
     for index, word in words.items():

@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from vqgen.data.skipped import one_line
 from vqgen.data.sources.splits import TRAIN, find_pairs, find_split, split_word
 
-# Words in the names of folders that hold images and say nothing about them: My Photos, JPEGImages, img_align_celeba ...
-IMAGE_WORDS = frozenset("image img jpg jpeg png picture pic photo".split())
+# Words in the names of folders that hold images and say nothing about them: My Photos, JPEGImages, img_align_celeba.
+IMAGE_WORDS = {"image", "img", "jpg", "jpeg", "png", "picture", "pic", "photo"}
 # Names that consist of these say nothing either: data, all_files, raw ...
-DATA_WORDS = frozenset("data dataset sample raw input file".split())
-# Words in the names of folders and files that belong to the images beside them: masks, SegmentationClass, 1_mask.png ...
-COMPANION_WORDS = frozenset(
-    "mask segmentation seg annotation label depth edge thumb thumbnail preview gt trimap".split()
-)
+DATA_WORDS = {"data", "dataset", "sample", "raw", "input", "file"}
+# Words in the names of folders and files that belong to the images beside them: masks, SegmentationClass, 1_mask.png.
+COMPANION_WORDS = {
+    *("mask", "segmentation", "seg", "annotation", "label", "depth", "edge", "thumb", "thumbnail", "preview"),
+    *("gt", "trimap"),
+}
 SIZE = re.compile(r"[a-z]*[_-]?\d+(x\d+(@\dx?)?|px|@\dx?)", re.IGNORECASE)  # of icons, as folders' names
 STRAY_SHARE = 0.25  # of the images in class folders; more images beside the folders are no strays
 

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 FILE_NAME = re.compile(r".*\.\w{3,4}")
+FILE_COLUMNS = (
+    *("file_name", "filename", "file", "image", "image_path", "path", "filepath", "image_id", "image_name", "id"),
+)
 
 
 def rows_of(path: str, content: bytes) -> tuple[list[dict[str, Any]], str]:
@@ -59,17 +62,19 @@ def _list_rows(text: str) -> list[dict[str, Any]]:
     """The rows of a list: cells between tabs, commas or else spaces, as the first line has them."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     separator = next((s for s in ("\t", ",") if lines and s in lines[0]), None)
-    return _with_header([[cell.strip() for cell in line.split(separator)] for line in lines])
+    rows = [[cell.strip() for cell in line.split(separator)] for line in lines]
+    header = bool(rows) and any(cell.lower() in FILE_COLUMNS for cell in rows[0])
+    return _with_header(rows if header else [[], *rows])
 
 
 def _with_header(lines: list[list[str]]) -> list[dict[str, Any]]:
-    """Rows by the names in the first line; if that has as few names as the file `a.png cat`, it is no header."""
+    """Rows by the names in the first line, unless it is empty, names a file, or names something twice."""
     if not lines:
         return []
     header = lines[0]
-    known = len(set(lines[0])) == len(lines[0]) and not any(FILE_NAME.fullmatch(cell) or "/" in cell for cell in header)
-    if not known:
-        header, lines = [f"column {i + 1}" for i in range(max(map(len, lines)))], [[], *lines]
+    if not header or len(set(header)) < len(header) or any(FILE_NAME.fullmatch(cell) for cell in header):
+        lines = lines if not header else [[], *lines]
+        header = [f"column {i + 1}" for i in range(max(map(len, lines)))]
     return [dict(zip(header, line, strict=False)) for line in lines[1:]]
 
 

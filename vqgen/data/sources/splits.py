@@ -17,7 +17,8 @@ BESIDES = ("unlabeled", "unlabelled", "unsup", "unsupervised", "extra", "pred", 
 _WORDS = "|".join(sorted((*TRAIN, *HELD_OUT), key=len, reverse=True))
 _NEUTRAL = r"(?:images?|imgs?|sets?|data|dataset|split|part|\d+)"
 _NAME = re.compile(
-    rf"(?P<before>(?:.*[_\W])?{_NEUTRAL}*[_\W]*)(?P<word>{_WORDS})(?P<after>[_\W]*{_NEUTRAL}*(?:[_\W].*)?|[ab])"
+    rf"(?P<before>(?:.*[_\W])?{_NEUTRAL}*[_\W]*)(?P<word>{_WORDS})(?P<after>[_\W]*{_NEUTRAL}*(?:[_\W].*)?|[ab])",
+    re.IGNORECASE,
 )
 
 
@@ -26,11 +27,12 @@ def split_word(name: str) -> tuple[str, str] | None:
 
     `Train`, `train_images` and `val2017` give an empty rest; `seg_train` and `seg_test` have the same rest, `seg`.
     """
-    match = _NAME.fullmatch(name.lower())
+    match = _NAME.fullmatch(name)
     if match is None:
         return None
-    rest = re.sub(rf"\b{_NEUTRAL}\b|[_\W\d]+", " ", f"{match['before']} {match['after']}".replace("_", " "))
-    return match["word"], " ".join(rest.split())
+    rest = f"{match['before']} {match['after']}".replace("_", " ")
+    rest = re.sub(rf"\b{_NEUTRAL}\b|[_\W\d]+", " ", rest, flags=re.IGNORECASE)
+    return match["word"].lower(), " ".join(rest.split())
 
 
 def find_split(names: Iterable[str]) -> tuple[str, str | None, list[str]] | None:
@@ -43,7 +45,7 @@ def find_split(names: Iterable[str]) -> tuple[str, str | None, list[str]] | None
         None if the names do not name parts.
     """
     names = list(names)
-    words = {name: found for name in names if (found := split_word(name)) is not None}
+    words = {name: (found[0], found[1].lower()) for name in names if (found := split_word(name)) is not None}
     rests = {rest for word, rest in words.values() if word in TRAIN}
     for rest in {""} if "" in rests else rests if len(rests) == 1 else ():  # several rests are classes: cats_train ...
         train = [name for name, (word, other) in words.items() if word in TRAIN and other == rest]

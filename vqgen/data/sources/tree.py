@@ -293,6 +293,7 @@ def _parts(layout: Layout, labels: Labels) -> list[Part]:
     for word, count in unused.items():
         layout.left_out[f"{word} in the label file"] += count
         labels.notes.append(f"{word}: {count:,} images of this part by label files, not used")
+    labels.notes.append(f"{train} and {held_out} in label files: the parts, as no folders are called so")
     return list(divided.values())
 
 
