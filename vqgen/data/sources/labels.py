@@ -23,7 +23,7 @@ NO_LABELS = re.compile(
 )
 # Names of what may hold labels in a form that is not read.
 LIKE_LABELS = re.compile(
-    r".*(label|annot|metadata|categor|caption|bbox|ground_?truth|list_attr).*|devkit|imagesets", re.IGNORECASE
+    r".*(label|annot|metadata|categor|caption|bbox|ground_?truth|list_attr|split).*|devkit|imagesets", re.IGNORECASE
 )
 MAX_TABLES = 50
 CLASS_COLUMNS = ("label", "labels", "class", "class_name", "category", "target", "cls", "class_id", "label_name", "y")
@@ -39,12 +39,14 @@ class Labels:
     Attributes:
         by_row: label of an image, by its index.
         parts: `train` or a word for held-out images, by the image's index, if a file divides the images.
+        part_files: paths of the files that do.
         used: paths of the files that were used.
         notes: what was used, and what was found and not used.
     """
 
     by_row: dict[int, str] = field(default_factory=dict)
     parts: dict[int, str] = field(default_factory=dict)
+    part_files: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
@@ -116,7 +118,7 @@ def read_label_files(
         )
     if unused:
         labels.notes.append(
-            f"{_some(unused)}: not used, as {'it names' if len(unused) == 1 else 'they name'} none of the images"
+            f"{some_names(unused)}: not used, as {'it names' if len(unused) == 1 else 'they name'} none of the images"
         )
     labels.notes += _perhaps_labels(unread)
     return labels
@@ -164,10 +166,10 @@ def _perhaps_labels(others: Sequence[str]) -> list[str]:
             found[path] += 1
     if not found:
         return []
-    return [f"{_some(sorted(found))}: not used; perhaps labels, but no table that names the images"]
+    return [f"{some_names(sorted(found))}: not used; perhaps labels, but no table that names the images"]
 
 
-def _some(names: Sequence[str]) -> str:
+def some_names(names: Sequence[str]) -> str:
     """Up to three names, and how many more there are."""
     shown = ", ".join(one_line(name) for name in names[:3])
     return f"{shown} and {len(names) - 3:,} more" if len(names) > 3 else shown
@@ -284,7 +286,7 @@ def _without_one_hot(table: _Table, labels: Labels) -> _Table:
     values = [[as_label(row.get(c)) for c in columns] for _, row in table.rows]
     if len(columns) < 2 or not all(sorted(map(str, row)) == ["0"] * (len(columns) - 1) + ["1"] for row in values):
         return table
-    labels.notes.append(f"{one_line(table.path)}: its columns of 0 and 1 are the classes: {_some(columns)}")
+    labels.notes.append(f"{one_line(table.path)}: its columns of 0 and 1 are the classes: {some_names(columns)}")
     names = [columns[row.index("1")] for row in values]
     rows: list[tuple[int, Mapping[str, Any]]] = [
         (i, {**row, "class": name}) for (i, row), name in zip(table.rows, names, strict=True)
@@ -306,7 +308,7 @@ def _class_column(table: _Table, column: str | None, folders: Container[str], la
     usable = [c for c in clear or ([] if folders else others) if are_classes(values[c])]
     if usable and (clear or len(others) == 1):
         rest = [one_line(c) for c in others if c != usable[0]]
-        more = f"; not used: {_some(rest)} (data.label_column=)" if rest else ""
+        more = f"; not used: {some_names(rest)} (data.label_column=)" if rest else ""
         labels.notes.append(f"{path}: the class is its column {one_line(usable[0])}{more}")
         return usable[0]
     if others:
@@ -349,6 +351,7 @@ def _take_parts(table: _Table, labels: Labels) -> None:
         words = {index: part for index, _ in table.rows}
     if words:
         labels.used.add(table.path)
+        labels.part_files.append(table.path)
     for index, word in words.items():
         if word is not None:
             labels.parts.setdefault(index, word)

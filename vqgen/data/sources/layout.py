@@ -94,6 +94,12 @@ def is_wrapper(name: str) -> bool:
     return bool(words & IMAGE_WORDS) or (bool(words & DATA_WORDS) and words <= DATA_WORDS | {"all", "the", "x", "rgb"})
 
 
+def _holds_images(part: Part, folder: str) -> bool:
+    """Whether a folder is called images, or holds only folders that are."""
+    inside = [path.split("/")[1:-1] for path in part.inner if path.startswith(f"{folder}/")]
+    return is_wrapper(folder) or all(bool(names) and is_wrapper(names[0]) for names in inside)
+
+
 def folders_of(part: Part) -> Counter[str]:
     """The part's folders with their numbers of images; the empty name stands for images beside the folders."""
     return Counter(path.partition("/")[0] if "/" in path else "" for path in part.inner)
@@ -224,7 +230,7 @@ def _leave_out_companions(layout: Layout, part: Part) -> None:
     loose, inside = found.pop("", 0), sum(found.values())
     companions = {name for name in found if COMPANION_WORDS & words_of(name)}
     rest = [name for name in found if name not in companions]
-    if companions and (is_wrapper(rest[0]) if len(rest) == 1 else not rest and loose > STRAY_SHARE * inside):
+    if companions and (_holds_images(part, rest[0]) if len(rest) == 1 else not rest and loose > STRAY_SHARE * inside):
         for name in sorted(companions):
             shown = one_line(f"{part.name}{name}/")
             layout.left_out[shown] += found[name]

@@ -16,13 +16,22 @@ from vqgen.data.pixels import open_image
 from vqgen.data.skipped import one_line, reason
 from vqgen.data.sources.base import MAX_CLASSES, Found, NoImages
 from vqgen.data.sources.index import Index, kept_index
-from vqgen.data.sources.labels import Labels, part_words, read_label_files
+from vqgen.data.sources.labels import Labels, part_words, read_label_files, some_names
 from vqgen.data.sources.layout import Layout, Part, find_layout
 from vqgen.data.sources.sides import read_side_files
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
 
 SIDES = (".cls", ".json", ".txt")
+_ARRAYS = "save its arrays as .npz, such as images and labels"
+HINTS = {  # by extension
+    ".svg": "these are drawings: convert them to .png, for example with rsvg-convert",
+    ".mat": f"Matlab's: {_ARRAYS}",
+    **dict.fromkeys((".h5", ".hdf5", ".pkl", ".pickle", ".pt", ".pth", ".bin"), _ARRAYS),
+    **dict.fromkeys((".npy", ".npz", ".zip", ".tar", ".tgz", ".gz"), "give it as the source to read images from it"),
+    **dict.fromkeys((".7z", ".rar"), "unpack it first"),
+    **dict.fromkeys((".cr2", ".nef", ".arw", ".dng"), "raw photos: develop them to .jpg or .tif"),
+}
 CLASS_LISTS = ("classes.json", "classes.txt", "class_names.txt")  # the classes' names in the order of their numbers
 
 
@@ -34,12 +43,14 @@ class Listing(NamedTuple):
         places: (N, k) int64, where each file is; the tree knows the meaning.
         left_out: number of files that are not listed, by reason.
         lasting: whether any later change would show, so that the listing may be kept.
+        notes: what was assumed; one line each.
     """
 
     paths: list[str]
     places: np.ndarray
     left_out: Mapping[str, int] = {}
     lasting: bool = True
+    notes: Sequence[str] = ()
 
 
 class Tree(Protocol):
@@ -168,12 +179,12 @@ def _index(tree: Tree, data: DataConfig) -> tuple[list[Index], dict[str, Any], A
     used = labels.used | lists
     left_out.update(extensions[row] for path, row in others.items() if path not in used)
     hints = [
-        f"{extension}: {count:,} files that are not read; {hint}"
+        f"{extension}: {count:,} {'file' if count == 1 else 'files'} not read; {hint}"
         for extension, count in sorted(left_out.items())
-        if (hint := plugin_hint(extension)) is not None
+        if (hint := _hint(extension)) is not None
     ]
     split = parts[1].name if len(parts) > 1 else ""
-    notes = [*layout.notes, *labels.notes, *hints]
+    notes = [*listing.notes, *layout.notes, *labels.notes, *hints]
     facts = {"class_names": class_names, "split": split, "left_out": dict(left_out), "notes": notes}
     return indices, facts, tree.state(sorted(used)) if listing.lasting else None
 
@@ -188,8 +199,13 @@ def _no_images(extensions: Sequence[str]) -> str:
     found = Counter(extensions).most_common(4)
     held = ", ".join(f"{count:,} {extension}" for extension, count in found) or "no files"
     message = f"no image among its files, {held} (looked for {' '.join(EXTENSIONS)})"
-    hints = {hint for extension, _ in found if (hint := plugin_hint(extension)) is not None}
+    hints = {hint for extension, _ in found if (hint := _hint(extension)) is not None}
     return f"{message}; {' and '.join(sorted(hints))}" if hints else message
+
+
+def _hint(extension: str) -> str | None:
+    """What to do about files of an extension; None if nothing is known."""
+    return plugin_hint(extension) or HINTS.get(extension)
 
 
 def _keys(paths: Sequence[str], images: list[int], left_out: Counter[str]) -> tuple[list[int], list[str] | None]:
@@ -260,7 +276,7 @@ def _labels(
     if not labels.by_row or data.label_column is not None:
         found = read_label_files(paths, tables, read, column=data.label_column, folders=folders, kept=kept)
         labels.by_row = found.by_row or labels.by_row
-        labels.parts, labels.used = found.parts, labels.used | found.used
+        labels.parts, labels.part_files, labels.used = found.parts, found.part_files, labels.used | found.used
         labels.notes += found.notes
     if folders and any(row in labels.by_row for row in layout.train.rows):
         inner = dict(zip(layout.train.rows, layout.train.inner, strict=True))
@@ -293,7 +309,7 @@ def _parts(layout: Layout, labels: Labels) -> list[Part]:
     for word, count in unused.items():
         layout.left_out[f"{word} in the label file"] += count
         labels.notes.append(f"{word}: {count:,} images of this part by label files, not used")
-    labels.notes.append(f"{train} and {held_out} in label files: the parts, as no folders are called so")
+    labels.notes.append(f"{some_names(labels.part_files)}: divides the images into {train} and {held_out}")
     return list(divided.values())
 
 
