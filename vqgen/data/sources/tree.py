@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from vqgen.data.pixels import open_image
 from vqgen.data.skipped import one_line, reason
 from vqgen.data.sources.base import MAX_CLASSES, Found, NoImages
 from vqgen.data.sources.index import Index, kept_index
-from vqgen.data.sources.labels import Labels, part_words, read_label_files, some_names
+from vqgen.data.sources.labels import TABLES, Labels, part_words, read_label_files, some_names
 from vqgen.data.sources.layout import Layout, Part, find_layout
 from vqgen.data.sources.sides import read_side_files
 from vqgen.errors import InputError
@@ -24,6 +25,7 @@ from vqgen.settings import DataConfig
 
 SIDES = (".cls", ".json", ".txt")
 _ARRAYS = "save its arrays as .npz, such as images and labels"
+PICKLE = re.compile(rb"\x80[\2-\5]")  # how files of Python's pickles begin
 HINTS = {  # by extension
     ".svg": "these are drawings: convert them to .png, for example with rsvg-convert",
     ".mat": f"Matlab's: {_ARRAYS}",
@@ -151,8 +153,6 @@ def _index(tree: Tree, data: DataConfig) -> tuple[list[Index], dict[str, Any], A
     images, keys = _keys(listing.paths, images, left_out) if tree.dotted else (images, None)
     paths = [listing.paths[row] for row in images]
     keys = keys or _stems(paths)
-    if not paths:
-        raise NoImages(_no_images(extensions))
 
     def read(path: str) -> bytes:
         try:
@@ -162,6 +162,8 @@ def _index(tree: Tree, data: DataConfig) -> tuple[list[Index], dict[str, Any], A
         except OSError as error:
             raise InputError(f"{one_line(path)} cannot be read ({reason(error)}); repair or remove it") from error
 
+    if not paths:
+        raise NoImages(_no_images(extensions, read, others))
     layout = find_layout([tree.inner(path) for path in paths])
     labels = _labels(paths, keys, others, read, layout, data, dotted=tree.dotted)
     parts = _parts(layout, labels)
@@ -181,7 +183,7 @@ def _index(tree: Tree, data: DataConfig) -> tuple[list[Index], dict[str, Any], A
     hints = [
         f"{extension}: {count:,} {'file' if count == 1 else 'files'} not read; {hint}"
         for extension, count in sorted(left_out.items())
-        if (hint := _hint(extension)) is not None
+        if (hint := hint_of(extension)) is not None
     ]
     split = parts[1].name if len(parts) > 1 else ""
     notes = [*listing.notes, *layout.notes, *labels.notes, *hints]
@@ -195,17 +197,34 @@ def extension_of(path: str) -> str:
     return f".{extension.lower()}" if dot else "no extension"
 
 
-def _no_images(extensions: Sequence[str]) -> str:
+def _no_images(extensions: Sequence[str], read: Callable[[str], bytes], paths: Iterable[str]) -> str:
     found = Counter(extensions).most_common(4)
     held = ", ".join(f"{count:,} {extension}" for extension, count in found) or "no files"
     message = f"no image among its files, {held} (looked for {' '.join(EXTENSIONS)})"
-    hints = {hint for extension, _ in found if (hint := _hint(extension)) is not None}
-    return f"{message}; {' and '.join(sorted(hints))}" if hints else message
+    unnamed = next((path for path in paths if extension_of(path) == "no extension"), None)
+    hints = {hint for extension, _ in found if (hint := hint_of(extension)) is not None}
+    if unnamed is not None and PICKLE.match(read(unnamed)):
+        hints.add(f"{one_line(unnamed)} is a pickle, which may run any program: {_ARRAYS}")
+    return f"{message}; {'; '.join(sorted(hints))}" if hints else message
 
 
-def _hint(extension: str) -> str | None:
+def hint_of(extension: str) -> str | None:
     """What to do about files of an extension; None if nothing is known."""
     return plugin_hint(extension) or HINTS.get(extension)
+
+
+def describe_file(path: Path) -> str:
+    """What a file is that is no source of images."""
+    extension = extension_of(path.name)
+    if extension in EXTENSIONS:
+        return "a single image"
+    if extension in TABLES:
+        return f"a table; give the folder of the images that it names, or if it holds pixels, {_ARRAYS}"
+    with path.open("rb") as file:
+        if PICKLE.match(file.read(2)):
+            return f"a pickle, which may run any program and is not read; {_ARRAYS}"
+    hint = hint_of(extension)
+    return f"a file of a type that is not read, {extension}" + (f" ({hint})" if hint is not None else "")
 
 
 def _keys(paths: Sequence[str], images: list[int], left_out: Counter[str]) -> tuple[list[int], list[str] | None]:
