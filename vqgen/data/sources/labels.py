@@ -125,12 +125,14 @@ def read_label_files(
 
 
 def _tables(images: Sequence[str], others: Sequence[str]) -> list[str]:
-    """The paths of what may be tables of labels; with very many, only of those that are called so."""
-    tables = sorted(p for p in others if p.lower().endswith(TABLES) and not NO_LABELS.fullmatch(_name(p)))
-    if len(tables) <= MAX_TABLES:
-        return tables
-    stems = {image.rpartition(".")[0] for image in images}
-    return [path for path in tables if path.rpartition(".")[0] not in stems and is_label_file(path)]
+    """The paths of what may be tables of labels; with very many, only of those that are called so.
+
+    A file that is called like an image is about that image, such as labels/0001.txt with its boxes.
+    """
+    tables = [path for path in others if path.lower().endswith(TABLES) and not NO_LABELS.fullmatch(_name(path))]
+    about_one = {_name(image).rpartition(".")[0] for image in images} if tables else set()
+    tables = sorted(path for path in tables if _name(path).rpartition(".")[0] not in about_one)
+    return tables if len(tables) <= MAX_TABLES else [path for path in tables if is_label_file(path)]
 
 
 def is_label_file(path: str) -> bool:

@@ -185,6 +185,8 @@ def _index(tree: Tree, data: DataConfig) -> tuple[list[Index], dict[str, Any], A
         for extension, count in sorted(left_out.items())
         if (hint := hint_of(extension)) is not None
     ]
+    if not any(class_names):
+        hints += _words_in_names(paths)
     split = parts[1].name if len(parts) > 1 else ""
     notes = [*listing.notes, *layout.notes, *labels.notes, *hints]
     facts = {"class_names": class_names, "split": split, "left_out": dict(left_out), "notes": notes}
@@ -224,7 +226,7 @@ def describe_file(path: Path) -> str:
         if PICKLE.match(file.read(2)):
             return f"a pickle, which may run any program and is not read; {_ARRAYS}"
     hint = hint_of(extension)
-    return f"a file of a type that is not read, {extension}" + (f" ({hint})" if hint is not None else "")
+    return "a file of an unknown type" + (f" ({hint})" if hint is not None else "")
 
 
 def _keys(paths: Sequence[str], images: list[int], left_out: Counter[str]) -> tuple[list[int], list[str] | None]:
@@ -255,6 +257,16 @@ def _keys(paths: Sequence[str], images: list[int], left_out: Counter[str]) -> tu
     kept = sorted(chosen.values())
     left_out.update(f"{word} beside {words[kept[0]]}" for i, word in enumerate(words) if chosen[keys[i]] != i)
     return [images[i] for i in kept], [keys[i] for i in kept]
+
+
+def _words_in_names(paths: Sequence[str]) -> list[str]:
+    """One line if the images' names begin with words that look like classes, as cat.0.jpg and dog.0.jpg do."""
+    words = Counter(re.match(r"[^\W\d_]*", path.rpartition("/")[2])[0] for path in paths)  # type: ignore[index]
+    if "" in words or not 1 < len(words) <= len(paths) / 4:
+        return []
+    shown = ", ".join(f"{one_line(word)} ({count:,})" for word, count in words.most_common(3))
+    more = f" and {len(words) - 3:,} more" if len(words) > 3 else ""
+    return [f"{shown}{more}: how the names begin; if these are classes, sort the images into folders called so"]
 
 
 def _stems(paths: Sequence[str]) -> list[str]:
