@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from data.files import add_to_tar, load, png
+from PIL import Image
 from programs import SHARED, needs_shared
 
 from vqgen.data.images import ImageSet
@@ -553,6 +554,8 @@ def test_folders_and_files_that_belong_to_images(tmp_path):
     train, _ = load(tmp_path / "files")
     assert both(tmp_path / "files") == {"a": 4, "b": 4}
     assert train.left_out == {"that belong to the images of the same names": 16}
+    write(tmp_path / "icons", ten("{}.png") + ["9-preview.png"])
+    assert both(tmp_path / "icons") == {"-": 11}
 
 
 @pytest.mark.parametrize("names", [("trainA", "testA", "trainB", "testB"), ("A_train", "A_val", "B_train", "B_val")])
@@ -737,6 +740,13 @@ def test_links_in_tars_are_followed(tmp_path):
         tar.addfile(link)
     assert both(tmp_path / "a.tar") == {"cat": 5, "dog": 5, "fox": 5}
     assert load(tmp_path / "a.tar")[0].left_out == {"links out of the archive or to folders": 1}
+
+
+def test_a_tga_in_a_tar_is_read(tmp_path):
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), (9, 9, 200)).save(content, "TGA")
+    train, held_out = load(pack(tmp_path / "a.tar", {f"{i}.tga": content.getvalue() for i in range(4)}))
+    assert len(train) + len(held_out) == 4
 
 
 def test_a_list_of_classes_inside_a_shard(tmp_path):

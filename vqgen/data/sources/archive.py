@@ -165,7 +165,8 @@ class ArchiveTree:
 
     def name_of(self, path: str, key: str, place: np.ndarray) -> str:
         number = int(place[0])
-        inner = self.inner(path if self._zips[number] else key).removeprefix(self._tops[number])
+        whole = self._zips[number] or path.lower().endswith(".tga")  # only its name tells a TGA
+        inner = self.inner(path if whole else key).removeprefix(self._tops[number])
         one_zip = self._zips[number] and len(self.archives) == 1
         return inner if one_zip else f"{self.archives[number].name}/{inner}"
 

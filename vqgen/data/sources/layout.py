@@ -242,7 +242,7 @@ def _leave_out_companions(layout: Layout, part: Part) -> None:
 
 
 def _leave_out_companion_files(layout: Layout, part: Part) -> None:
-    """Leaves out images such as 1_mask.png beside 1.png."""
+    """Leaves out images such as 1_mask.png beside 1.png, unless there are only a few, which are called so by chance."""
     stems = {path.rpartition(".")[0] for path in part.inner}
 
     def is_companion(path: str) -> bool:
@@ -250,7 +250,7 @@ def _leave_out_companion_files(layout: Layout, part: Part) -> None:
         return match is not None and bool(COMPANION_WORDS & words_of(match[2])) and match[1] in stems
 
     companions = set(filter(is_companion, part.inner))
-    if companions:
+    if companions and len(companions) >= STRAY_SHARE * (len(part.inner) - len(companions)):
         part.keep(lambda path: path not in companions)
         _note_strays(layout, sorted(companions), "that belong to the images of the same names")
 

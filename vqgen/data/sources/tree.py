@@ -30,7 +30,7 @@ HINTS = {  # by extension
     ".svg": "these are drawings: convert them to .png, for example with rsvg-convert",
     ".mat": f"Matlab's: {_ARRAYS}",
     **dict.fromkeys((".h5", ".hdf5", ".pkl", ".pickle", ".pt", ".pth", ".bin"), _ARRAYS),
-    **dict.fromkeys((".npy", ".npz", ".zip", ".tar", ".tgz", ".gz"), "give it as the source to read images from it"),
+    **dict.fromkeys((".npy", ".npz", ".zip", ".tar", ".tgz"), "give it as the source to read images from it"),
     **dict.fromkeys((".7z", ".rar"), "unpack it first"),
     **dict.fromkeys((".cr2", ".nef", ".arw", ".dng"), "raw photos: develop them to .jpg or .tif"),
 }
