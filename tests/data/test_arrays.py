@@ -1,10 +1,14 @@
 """Images that are arrays: the built-in digits, IDX files and .npz."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from data.files import load, write_idx
 from programs import SHARED, needs_shared
+
+from vqgen.errors import InputError
 
 
 def test_digits_are_built_in():
@@ -153,3 +157,45 @@ def test_arrays_of_more_than_8_bits_have_one_white_level(tmp_path):
     np.testing.assert_allclose(
         [train.read(i)[0] for i in range(5)], expected[[int(n) for n in train.names[:5]]], atol=1
     )
+
+
+def test_folders_of_arrays(tmp_path):
+    def save(folder: str, **arrays) -> Path:
+        (tmp_path / folder).mkdir()
+        for name, array in arrays.items():
+            np.save(tmp_path / folder / f"{name}.npy", array)
+        return tmp_path / folder
+
+    images, labels = np.zeros((6, 8, 8, 3), np.uint8), np.arange(6) % 2
+    train, held_out = load(save("xy", x_train=images, y_train=labels, x_test=images[:2], y_test=labels[:2]))
+    assert (len(train), len(held_out), train.class_names) == (6, 2, ["0", "1"])
+    train, _ = load(save("classes", bear=np.zeros((4, 64), np.uint8), cat=np.ones((5, 64), np.uint8)))
+    assert train.class_names == ["bear", "cat"]
+    assert "bear.npy ...: each of 2 files is taken for a class" in train.notes
+    assert "bear (4, 64): taken as rows of 8 x 8 pixels" in train.notes
+    with pytest.raises(InputError, match="have images of several sizes; give one of the files"):
+        load(save("sizes", bear=np.zeros((4, 64), np.uint8), cat=np.ones((5, 100), np.uint8)))
+    (tmp_path / "parts").mkdir()
+    for part, count in (("train", 6), ("val", 2)):
+        np.savez(tmp_path / "parts" / f"{part}.npz", images=images[:count], labels=labels[:count])
+    train, held_out = load(tmp_path / "parts")
+    assert (len(train), len(held_out), train.class_names) == (6, 2, ["0", "1"])
+    np.savez(tmp_path / "parts" / "more.npz", images=images)
+    np.savez(tmp_path / "parts" / "others.npz", images=images)
+    with pytest.raises(InputError, match=r"others\.npz and another file both have an array images; give one of them"):
+        load(tmp_path / "parts")
+
+
+def test_names_of_classes_in_an_npz(tmp_path):
+    names = np.array(["cat", "dog"])
+    np.savez(tmp_path / "x.npz", images=np.zeros((6, 8, 8), np.uint8), labels=np.arange(6) % 2, class_names=names)
+    train, _ = load(tmp_path / "x.npz")
+    assert (train.class_names, train.notes) == (["cat", "dog"], [])
+
+
+def test_idx_files_in_the_only_folder(tmp_path):
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    for part, count in (("train", 6), ("t10k", 2)):
+        write_idx(tmp_path / "MNIST" / "raw" / f"{part}-images-idx3-ubyte", np.zeros((count, 8, 8), np.uint8))
+    train, held_out = load(tmp_path)
+    assert (len(train), len(held_out)) == (6, 2)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from data.files import add_to_tar, load, png
+from PIL import Image
 from programs import SHARED, needs_shared
 
 from vqgen.data.images import ImageSet
@@ -519,3 +520,263 @@ def test_the_hash_split_keeps_an_image_of_each_class_for_training(tmp_path):
     train, held_out = load(tmp_path / "single", val_fraction=0.0)
     assert set(train.class_ids) == set(range(5))
     assert [held_out.class_names[i] for i in held_out.class_ids] == ["e"]
+
+
+# What strangers' data sets have taught
+
+
+@pytest.mark.parametrize("name", ["img_align_celeba", "JPEGImages", "leftImg8bit", "My Photos", "all_data", "Raw"])
+def test_names_of_folders_that_say_only_that_they_hold_images(tmp_path, name):
+    write(tmp_path, ten(f"{name}/{name}/{{}}.jpg"))
+    assert both(tmp_path) == {"-": 10}
+
+
+def test_folders_and_files_that_belong_to_images(tmp_path):
+    write(
+        tmp_path / "voc", ten("JPEGImages/{}.jpg") + ten("SegmentationClass/{}.png") + ten("SegmentationObject/{}.png")
+    )
+    assert both(tmp_path / "voc") == {"-": 10}
+    write(tmp_path / "cub", [f"cub/images/{c}/{i}.jpg" for c in "ab" for i in range(4)])
+    write(tmp_path / "cub", [f"segmentations/{c}/{i}.png" for c in "ab" for i in range(4)])
+    assert both(tmp_path / "cub") == {"a": 4, "b": 4}
+    write(tmp_path / "loose", ten("{}.jpg") + ten("masks/{}.png"))
+    assert both(tmp_path / "loose") == {"-": 10}
+    write(
+        tmp_path / "city",
+        [f"{k}/{p}/{i}.png" for k in ("leftImg8bit", "gtFine") for p in ("train", "val") for i in "ab"],
+    )
+    train, held_out = load(tmp_path / "city")
+    assert (len(train), len(held_out), train.left_out) == (2, 2, {"gtFine/": 4})
+    write(
+        tmp_path / "files",
+        [f"{c}/{c} ({i}){end}.png" for c in "ab" for i in range(4) for end in ("", "_mask", "_mask_1")],
+    )
+    train, _ = load(tmp_path / "files")
+    assert both(tmp_path / "files") == {"a": 4, "b": 4}
+    assert train.left_out == {"that belong to the images of the same names": 16}
+    write(tmp_path / "icons", [*ten("{}.png"), "9-preview.png"])
+    assert both(tmp_path / "icons") == {"-": 11}
+
+
+@pytest.mark.parametrize("names", [("trainA", "testA", "trainB", "testB"), ("A_train", "A_val", "B_train", "B_val")])
+def test_folders_that_name_both_part_and_class(tmp_path, names):
+    write(tmp_path, [f"{name}/{i}.png" for name in names for i in range(4 if "train" in name else 2)])
+    train, held_out = load(tmp_path)
+    assert (classes(train), classes(held_out)) == ({"A": 4, "B": 4}, {"A": 2, "B": 2})
+    assert "parts and classes (A, B) in one name" in train.notes[0]
+
+
+def test_the_same_pictures_in_several_sizes_are_said(tmp_path):
+    write(
+        tmp_path, [f"icons/{size}/{i}.png" for size in ("16x16", "22x22", "48x48@2x") for i in ("open", "close", "new")]
+    )
+    assert any("the same pictures in several sizes" in note for note in load(tmp_path)[0].notes)
+    write(tmp_path / "digits", [f"{digit}/{i}.png" for digit in range(3) for i in range(4)])
+    assert load(tmp_path / "digits")[0].notes == []
+
+
+def test_folders_inside_classes_and_folders_without_files_are_said(tmp_path):
+    write(tmp_path, [f"{c}/large/{i}.png" for c in "ab" for i in range(4)])
+    (tmp_path / "empty").mkdir()
+    notes = load(tmp_path)[0].notes
+    assert notes == ["empty/: no file in it", "a/large/: folders inside a class do not divide it"]
+
+
+def test_words_in_names_that_may_be_classes_are_said(tmp_path):
+    write(tmp_path, [f"train/{c}.{i}.jpg" for c in ("cat", "dog") for i in range(5)])
+    assert "cat (5), dog (5): how the names begin" in "\n".join(load(tmp_path)[0].notes)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(f"{n} {c}\n" for n, c in ROWS),
+        "".join(f"./{n}\t{c}\n" for n, c in ROWS),
+        "# made by hand\n" + "".join(f"{n}, {c}\n" for n, c in ROWS),
+        "image label\n" + "".join(f"{n[:-4]} {c}\n" for n, c in ROWS),
+    ],
+)
+def test_lists_of_labels(tmp_path, text):
+    write(tmp_path, ten("{}.png"))
+    (tmp_path / "labels.txt").write_text(text)
+    (tmp_path / "readme.txt").write_text("Ten images.\nMade by hand.")
+    assert both(tmp_path) == PETS
+    assert load(tmp_path)[0].left_out == {".txt": 1}
+
+
+def test_lists_that_divide_the_images(tmp_path):
+    write(tmp_path / "food", [f"images/{c}/{i}.jpg" for c in ("pie", "soup") for i in range(5)])
+    (tmp_path / "food" / "meta").mkdir()
+    for part, numbers in (("train", (0, 1, 2)), ("test", (3, 4))):
+        text = "".join(f"{c}/{i}\n" for c in ("pie", "soup") for i in numbers)
+        (tmp_path / "food" / "meta" / f"{part}.txt").write_text(text)
+    train, held_out = load(tmp_path / "food")
+    assert (classes(train), classes(held_out)) == ({"pie": 3, "soup": 3}, {"pie": 2, "soup": 2})
+    assert "meta/test.txt, meta/train.txt: divides the images into train and test" in train.notes
+    write(tmp_path / "few", ten("images/{}.jpg"))
+    (tmp_path / "few" / "train.txt").write_text("0\n1\n")
+    (tmp_path / "few" / "val.txt").write_text("2\n")
+    train, _ = load(tmp_path / "few")
+    assert (both(tmp_path / "few"), train.split) == ({"-": 10}, "")
+    assert "train and val in label files: not used, as most images are in no part" in train.notes
+
+
+def test_labels_of_held_out_images_only(tmp_path):
+    write(tmp_path, [f"train/{c}/images/{i}.png" for c in ("n01", "n02") for i in range(5)] + ten("val/images/{}.png"))
+    rows = "".join(f"{i}.png\tn0{i % 2 + 1}\t0\t0\t62\t62\n" for i in range(10))
+    (tmp_path / "val" / "val_annotations.txt").write_text(rows)
+    train, held_out = load(tmp_path)
+    assert (classes(train), classes(held_out)) == ({"n01": 5, "n02": 5}, {"n01": 5, "n02": 5})
+
+
+def test_a_column_of_numbers_for_the_parts(tmp_path):
+    write(tmp_path, ten("faces/{}.jpg"))
+    rows = [("image_id", "partition"), *((f"{i}.jpg", 0 if i < 6 else 1 if i < 8 else 2) for i in range(10))]
+    table(tmp_path / "list_eval_partition.csv", rows)
+    train, held_out = load(tmp_path)
+    assert (len(train), len(held_out)) == (6, 2)
+    assert "the parts are its column partition, taken as 0 train, 1 val, 2 test" in "".join(train.notes)
+
+
+@pytest.mark.parametrize("root", ["/home/me/data", r"C:\Users\me\data", "../elsewhere"])
+def test_paths_of_other_machines(tmp_path, root):
+    write(tmp_path, [f"images/{k}/{i}.png" for k in ("s1", "s2") for i in range(5)])
+    slash = "\\" if "\\" in root else "/"
+    rows = [
+        (slash.join([root, "images", k, f"{i}.png"]), "dog" if i % 2 else k) for k in ("s1", "s2") for i in range(5)
+    ]
+    table(tmp_path / "labels.csv", [("path", "label"), *rows])
+    assert both(tmp_path) == {"s1": 3, "s2": 3, "dog": 4}
+
+
+def test_names_that_several_images_share(tmp_path):
+    write(tmp_path, [f"{part}/{i}.png" for part in ("train", "test") for i in range(4)])
+    for part, label in (("train", "cat"), ("test", "dog")):
+        table(tmp_path / f"{part}.csv", [("id", "label"), *((f"{i}.png", "cat" if i % 2 else label) for i in range(4))])
+    (tmp_path / "test.csv").write_text((tmp_path / "test.csv").read_text().replace("dog", "cat"))
+    train, held_out = load(tmp_path)
+    assert (classes(train), classes(held_out)) == ({"cat": 4}, {"cat": 4})
+    write(tmp_path / "same", [f"{k}/{i}.png" for k in "ab" for i in range(4)])
+    table(tmp_path / "same" / "labels.csv", [("file", "label"), *((f"{i}.png", "cat") for i in range(4))])
+    with pytest.raises(InputError, match=r"labels\.csv names 0\.png, which is the name of several images; write their"):
+        load(tmp_path / "same")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_letters_of_tables(tmp_path, encoding):
+    write(tmp_path, ten("{}.png"))
+    table(tmp_path / "labels.csv", [("file", "label"), *((n, c.replace("o", "ö")) for n, c in ROWS)], encoding=encoding)
+    assert both(tmp_path) == {"cat": 5, "dög": 5}
+    assert any("read as Windows-1252" in note for note in load(tmp_path)[0].notes) == (encoding == "cp1252")
+
+
+def test_columns_of_zeros_and_ones(tmp_path):
+    write(tmp_path, ten("{}.png"))
+    rows = [("image", "cat", "dog"), *((n[:-4], float(c == "cat"), float(c == "dog")) for n, c in ROWS)]
+    table(tmp_path / "GroundTruth.csv", rows)
+    assert both(tmp_path) == PETS
+    assert "GroundTruth.csv: its columns of 0 and 1 are the classes: cat, dog" in load(tmp_path)[0].notes
+    table(
+        tmp_path / "GroundTruth.csv", [("image", "smiling", "hat"), *((n, 1, i % 2) for i, (n, _) in enumerate(ROWS))]
+    )
+    assert both(tmp_path) == {"-": 10}
+
+
+def test_what_may_be_labels_is_named(tmp_path):
+    write(tmp_path, ten("{}.jpg"))
+    write(
+        tmp_path, ["imagelabels.mat", "Annotations/0.xml", "labels/0.txt", "labels/1.txt", "labels.xlsx"], b"0 0.5 0.5"
+    )
+    notes = load(tmp_path)[0].notes
+    assert notes[0].startswith("Annotations/, imagelabels.mat, labels.xlsx and 1 more: not used; perhaps labels")
+    assert ".mat: 1 file not read; Matlab's: save its arrays as .npz, such as images and labels" in notes
+
+
+def test_two_labels_of_one_image(tmp_path):
+    write(tmp_path, ten("{}.png"))
+    table(tmp_path / "boxes.csv", [("file", "label"), *ROWS, *((n, "cat") for n, _ in ROWS)])
+    with pytest.raises(
+        InputError, match=r"boxes\.csv has dog and cat for 0\.png; leave one, or give data\.label_column="
+    ):
+        load(tmp_path)
+
+
+def test_archives_that_are_one_class_each(tmp_path):
+    for name in ("cat.zip", "dog.tar"):
+        pack(tmp_path / "a" / name, {f"{i}.png": PNG for i in range(5)})
+    assert both(tmp_path / "a") == PETS
+    assert "cat.zip ...: each archive is taken for a class, as all have names" in load(tmp_path / "a")[0].notes
+    for number in (1, 2):
+        pack(tmp_path / "b" / f"images_{number:03}.zip", {f"images/{number}{i}.png": PNG for i in range(5)})
+    assert both(tmp_path / "b") == {"-": 10}
+    for name in ("first.zip", "second.zip"):
+        pack(tmp_path / "c" / name, {f"{c}/{name}{i}.png": PNG for c in ("cat", "dog") for i in range(3)})
+    assert both(tmp_path / "c") == {"cat": 6, "dog": 6}
+
+
+def test_archives_by_content_and_in_folders(tmp_path):
+    files = {f"{c}/{i}.png": PNG for c in ("cat", "dog") for i in range(5)}
+    pack(tmp_path / "a.zip", files).rename(tmp_path / "a.cbz")
+    assert both(tmp_path / "a.cbz") == PETS
+    pack(tmp_path / "a.tar", files).rename(tmp_path / "a.images")
+    assert both(tmp_path / "a.images") == PETS
+    pack(tmp_path / "deep" / "data" / "a.zip", files)
+    assert both(tmp_path / "deep") == PETS
+
+
+def test_links_in_tars_are_followed(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(5):
+            add_to_tar(tar, f"./cat/{i}.png", PNG)
+            for name, kind, target in (
+                ("dog", tarfile.LNKTYPE, f"./cat/{i}.png"),
+                ("fox", tarfile.SYMTYPE, f"../cat/{i}.png"),
+            ):
+                link = tarfile.TarInfo(f"./{name}/{i}.png")
+                link.type, link.linkname = kind, target
+                tar.addfile(link)
+        link = tarfile.TarInfo("fox/lost.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/lost.png"
+        tar.addfile(link)
+    assert both(tmp_path / "a.tar") == {"cat": 5, "dog": 5, "fox": 5}
+    assert load(tmp_path / "a.tar")[0].left_out == {"links out of the archive or to folders": 1}
+
+
+def test_a_tga_in_a_tar_is_read(tmp_path):
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), (9, 9, 200)).save(content, "TGA")
+    train, held_out = load(pack(tmp_path / "a.tar", {f"{i}.tga": content.getvalue() for i in range(4)}))
+    assert len(train) + len(held_out) == 4
+
+
+def test_a_list_of_classes_inside_a_shard(tmp_path):
+    files = {f"{i}.{e}": c for i in range(10) for e, c in (("png", PNG), ("cls", b"%d" % ((i + 1) % 2)))}
+    pack(tmp_path / "a.tar", {**files, "classes.txt": b"cat\ndog\n"})
+    assert both(tmp_path / "a.tar") == PETS
+
+
+def test_a_few_files_of_the_same_name_in_a_tar_are_no_samples(tmp_path):
+    files = {
+        f"{name}.{e}": PNG
+        for name, kinds in (("logo", ("png", "gif")), ("a", ("png",)), ("b", ("png",)))
+        for e in kinds
+    }
+    train, held_out = load(pack(tmp_path / "a.tar", files), val_fraction=0.1)
+    assert sorted([*train.names, *held_out.names]) == ["a.tar/a", "a.tar/b", "a.tar/logo.gif", "a.tar/logo.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("train", b"\x80\x04}", "a pickle, which may run any program and is not read; save its arrays as .npz"),
+        ("x.csv", b"label,pixel1\n", "a table; give the folder of the images that it names"),
+        ("x.png", PNG, "a single image; give a folder"),
+        ("x.7z", b"7z", r"a file of an unknown type \(unpack it first\); give"),
+        ("folder/data_batch_1", b"\x80\x04}", "folder/data_batch_1 is a pickle, which may run any program: save its"),
+        ("folder/x.svg", b"<svg/>", r"these are drawings: convert them to \.png"),
+    ],
+)
+def test_what_is_said_of_files_that_are_no_source(tmp_path, name, content, said):
+    write(tmp_path / "source", [name], content)
+    with pytest.raises(InputError, match=said.replace("folder/", "")):
+        load(tmp_path / "source" / name.partition("/")[0])

@@ -20,8 +20,9 @@ from vqgen.data.pixels import open_image
 from vqgen.data.skipped import reason
 from vqgen.data.sources.base import EXTENSIONS, NoImages
 from vqgen.data.sources.index import hashes_of, user_cache_folder
-from vqgen.data.sources.labels import Labels, read_side_files
+from vqgen.data.sources.labels import Labels
 from vqgen.data.sources.shards import Damaged, Sample, Shard, Shards, open_shards
+from vqgen.data.sources.sides import read_side_files
 from vqgen.data.sources.tree import SIDES, class_ids_of
 from vqgen.distributed import computed_by_main
 from vqgen.errors import InputError

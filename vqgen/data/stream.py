@@ -35,8 +35,8 @@ from vqgen.data.deep import Kind, Levels, deep_of, find_levels
 from vqgen.data.look import Look
 from vqgen.data.pixels import DECODE_ERRORS, open_image, opened, to_square
 from vqgen.data.skipped import PASSING, SkippedFile, one_line, reason
-from vqgen.data.sources.labels import side_label
 from vqgen.data.sources.shards import Damaged, Sample
+from vqgen.data.sources.sides import side_label
 from vqgen.distributed import computed_by_main, rank
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig

@@ -16,6 +16,7 @@ from vqgen.data.sources.hub import open_hub
 from vqgen.data.sources.parquet import open_parquet
 from vqgen.data.sources.remote import is_remote, local_copy
 from vqgen.data.sources.saved import open_saved
+from vqgen.data.sources.tree import describe_file
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
 
@@ -53,7 +54,7 @@ def open_source(key: str, source: str | Path, data: DataConfig) -> Found:
     try:
         local, notes = local_copy(str(source)) if is_remote(str(source)) else (str(source), [])
         path = Path(local).expanduser()
-        problem = NoImages("a file of an unknown type" if path.exists() else "no such file or folder")
+        problem = NoImages(describe_file(path) if path.is_file() else "no such file or folder")
         for open_kind in SOURCES.values():
             try:
                 if (found := open_kind(local, path, data)) is not None:

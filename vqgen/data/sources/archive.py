@@ -9,6 +9,7 @@ import hashlib
 import logging
 import lzma
 import os
+import posixpath
 import re
 import struct
 import tarfile
@@ -25,7 +26,7 @@ from vqgen.data.pixels import checked_size
 from vqgen.data.skipped import one_line, reason
 from vqgen.data.sources.base import Found, reading
 from vqgen.data.sources.index import user_cache_folder
-from vqgen.data.sources.listing import is_hidden
+from vqgen.data.sources.listing import is_hidden, list_files
 from vqgen.data.sources.splits import HELD_OUT, TRAIN, split_word
 from vqgen.data.sources.tree import Listing, open_tree
 from vqgen.distributed import computed_by_main
@@ -34,7 +35,7 @@ from vqgen.settings import DataConfig
 
 logger = logging.getLogger("vqgen")
 
-TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tbz")
 ARCHIVES = (*TARS, ".zip")
 PACKED: dict[bytes, Callable[[Path], Any]] = {
     b"\x1f\x8b": gzip.open,
@@ -44,6 +45,7 @@ PACKED: dict[bytes, Callable[[Path], Any]] = {
 # Packing makes images hardly smaller, except for a few flat ones. Whatever unpacks to more than this is a bomb.
 MAX_RATIO = 200
 MAX_SMALL_BYTES = 1 << 26
+SYNSET = re.compile(r"n\d{8}")  # ImageNet's classes
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a zip's member; the lengths of its name and its extra field come last
 PLAIN, ZIP_STORED, ZIP_DEFLATED = range(3)  # how the bytes of a member are stored
 SEPARATOR = "//"  # between an archive's number and a member's path, if there are several archives
@@ -59,7 +61,7 @@ def open_archives(source: str, path: Path, data: DataConfig) -> Found | None:
         archives = computed_by_main(lambda: _archives_in(path))
         if not archives:
             return None
-    elif source.lower().endswith(ARCHIVES) or (not path.exists() and re.search(r"[{*?\[]", source)):
+    elif source.lower().endswith(ARCHIVES) or (not path.exists() and re.search(r"[{*?\[]", source)) or _packs(path):
         archives = computed_by_main(lambda: find_shards(path))
     else:
         return None
@@ -69,7 +71,13 @@ def open_archives(source: str, path: Path, data: DataConfig) -> Found | None:
 
 def _archives_in(folder: Path) -> list[Path]:
     with reading(folder):
-        return sorted(p for p in folder.iterdir() if p.name.lower().endswith(ARCHIVES) and not is_hidden(p.name))
+        return [folder / name for name in list_files(folder).names if name.lower().endswith(ARCHIVES)]
+
+
+def _packs(path: Path) -> bool:
+    """Whether a file is an archive by its content, whatever its name: .whl, .cbz, .crate ..."""
+    with reading(path):
+        return path.is_file() and (zipfile.is_zipfile(path) or tarfile.is_tarfile(path))
 
 
 class ArchiveTree:
@@ -87,7 +95,8 @@ class ArchiveTree:
     def __init__(self, archives: Sequence[Path]):
         self.archives = list(archives)
         self._on_disk = [_unpacked(archive) for archive in archives]  # where packed tars were unpacked to
-        self.dotted = not any(archive.name.lower().endswith(".zip") for archive in archives)
+        self._zips = [_is_zip(archive) for archive in archives]
+        self.dotted = not any(self._zips)
         words = {archive: found[0] for archive in archives if (found := split_word(_stem(archive))) is not None}
         splits = any(word in TRAIN for word in words.values()) and any(word in HELD_OUT for word in words.values())
         # The archives called train and val become folders of these names, which are then read like any folders.
@@ -98,21 +107,37 @@ class ArchiveTree:
         return ["archives", *(os.path.realpath(archive) for archive in self.archives)]
 
     def listing(self) -> Listing:
-        paths: list[str] = []
-        places: list[tuple[int, ...]] = []
         left_out: Counter[str] = Counter()
+        members: list[dict[str, tuple[int, ...]]] = []  # of each archive
         for number, (archive, on_disk) in enumerate(zip(self.archives, self._on_disk, strict=True)):
-            before = f"{number}{SEPARATOR}" if len(self.archives) > 1 else ""
             with reading(archive):
-                found = _list_zip(on_disk) if self._is_zip(number) else _list_tar(on_disk)
-            for name, place in found.items():
-                path = _safe(archive, name)
-                if any(is_hidden(part) for part in path.split("/")):
-                    left_out["hidden"] += 1
-                    continue
-                paths.append(f"{before}{self._tops[number]}{path}")
-                places.append((number, *place))
-        return Listing(paths, np.array(places, np.int64).reshape(-1, 5), left_out)
+                found = _list_zip(on_disk) if self._zips[number] else _list_tar(on_disk, left_out)
+            safe = ((_safe(archive, name, self._zips[number]), place) for name, place in found.items())
+            shown = {path: place for path, place in safe if not any(map(is_hidden, path.split("/")))}
+            left_out["hidden"] += len(found) - len(shown)
+            members.append(shown)
+        notes: list[str] = []
+        if self._are_classes(members):
+            self._tops = [f"{_stem(archive)}/" for archive in self.archives]
+            notes.append(f"{self.archives[0].name} ...: each archive is taken for a class, as all have names")
+        paths, places = [], []
+        for number, found in enumerate(members):
+            before = f"{number}{SEPARATOR}" if len(self.archives) > 1 else ""
+            paths += [f"{before}{self._tops[number]}{path}" for path in found]
+            places += [(number, *place) for place in found.values()]
+        return Listing(paths, np.array(places, np.int64).reshape(-1, 5), +left_out, notes=notes)
+
+    def _are_classes(self, members: Sequence[Iterable[str]]) -> bool:
+        """Whether each archive holds the images of one class: their names differ, and no folders are inside."""
+        stems = [_stem(archive) for archive in self.archives]
+        kinds = {re.sub(r"\d+", "", stem) for stem in stems}
+        named = len(kinds) == len(stems) or all(SYNSET.fullmatch(stem) for stem in stems)
+        flat = all(
+            "/" not in path.removeprefix(f"{stem}/")
+            for stem, found in zip(stems, members, strict=True)
+            for path in found
+        )
+        return len(stems) > 1 and named and flat and not any(self._tops)
 
     def state(self, read: Sequence[str]) -> Any:
         state = []
@@ -140,8 +165,9 @@ class ArchiveTree:
 
     def name_of(self, path: str, key: str, place: np.ndarray) -> str:
         number = int(place[0])
-        inner = self.inner(path if self._is_zip(number) else key).removeprefix(self._tops[number])
-        one_zip = self._is_zip(number) and len(self.archives) == 1
+        whole = self._zips[number] or path.lower().endswith(".tga")  # only its name tells a TGA
+        inner = self.inner(path if whole else key).removeprefix(self._tops[number])
+        one_zip = self._zips[number] and len(self.archives) == 1
         return inner if one_zip else f"{self.archives[number].name}/{inner}"
 
     def files(self, names: Sequence[str]) -> Sequence[str]:
@@ -162,8 +188,10 @@ class ArchiveTree:
             content = file.read(packed)
         return content if stored == ZIP_STORED else zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size)
 
-    def _is_zip(self, number: int) -> bool:
-        return self.archives[number].name.lower().endswith(".zip")
+
+def _is_zip(archive: Path) -> bool:
+    name = archive.name.lower()
+    return name.endswith(".zip") or (not name.endswith(TARS) and zipfile.is_zipfile(archive))
 
 
 def find_shards(pattern: Path) -> list[Path]:
@@ -202,27 +230,37 @@ def _stem(archive: Path) -> str:
     return name[: len(name) - len(extension)]
 
 
-def _safe(archive: Path, name: str) -> str:
+def _safe(archive: Path, name: str, is_zip: bool) -> str:
     """A member's path with plain slashes.
 
     Raises:
         InputError: the path leads out of the archive, which only an attacker's or a careless person's does.
     """
-    path = name.replace("\\", "/") if archive.name.lower().endswith(".zip") else name
+    path = name.replace("\\", "/") if is_zip else name
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if path.startswith("/") or ".." in parts:
         raise InputError(f"{archive} holds {one_line(name)}, a path that leads out of it; pack it again without")
     return "/".join(parts)
 
 
-def _list_tar(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name and place of each file in a tar; the last of those with the same name counts."""
+def _list_tar(path: Path, left_out: Counter[str]) -> dict[str, tuple[int, ...]]:
+    """Name and place of each file in a tar; the last of those with the same name counts, and links are followed."""
     found: dict[str, tuple[int, ...]] = {}
+    links: dict[str, str] = {}
     with tarfile.open(path, "r:") as tar:
         while (member := tar.next()) is not None:
+            name = posixpath.normpath(member.name) if member.name.startswith("./") else member.name
             if member.isreg():
-                found[member.name] = (member.offset_data, member.size, member.size, PLAIN)
+                found[name] = (member.offset_data, member.size, member.size, PLAIN)
+            elif member.islnk() or member.issym():
+                folder = posixpath.dirname(name) if member.issym() else ""
+                links[name] = posixpath.normpath(posixpath.join(folder, member.linkname))
             tar.members.clear()  # type: ignore[attr-defined]  # a large archive's members would stay in memory
+    for name, target in links.items():
+        if target in found:
+            found[name] = found[target]
+        else:
+            left_out["links out of the archive or to folders"] += 1
     return found
 
 
@@ -265,7 +303,7 @@ def _unpacked(archive: Path) -> Path:
     Raises:
         InputError: it is damaged or a bomb, or the cache folder cannot be written.
     """
-    if archive.name.lower().endswith(".zip"):
+    if _is_zip(archive):
         return archive
     with reading(archive), archive.open("rb") as file:
         first = file.read(6)

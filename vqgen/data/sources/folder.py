@@ -13,7 +13,8 @@ import numpy as np
 
 from vqgen.data.pixels import checked_size
 from vqgen.data.sources.base import Found, reading
-from vqgen.data.sources.listing import list_files, signature
+from vqgen.data.sources.labels import some_names
+from vqgen.data.sources.listing import Files, list_files, signature
 from vqgen.data.sources.tree import Listing, open_tree
 from vqgen.settings import DataConfig
 
@@ -27,6 +28,17 @@ def open_folder(source: str, path: Path, data: DataConfig) -> Found | None:
         InputError: the folder has no images, or cannot be listed.
     """
     return open_tree(FolderTree(path), data) if path.is_dir() else None
+
+
+def _empty_folders(found: Files) -> list[str]:
+    """One line that names the folders without a file below them."""
+    full: set[str] = set()
+    for folder in {name.rpartition("/")[0] for name in found.names}:
+        while folder and f"{folder}/" not in full:
+            full.add(f"{folder}/")
+            folder = folder.rpartition("/")[0]
+    empty = sorted(found.folders.keys() - full - {""})
+    return [f"{some_names(empty)}: no file in {'it' if len(empty) == 1 else 'them'}"] if empty else []
 
 
 class FolderTree:
@@ -51,7 +63,8 @@ class FolderTree:
             found = list_files(self.root)
         self._folders = found.folders
         left_out = {"hidden": found.hidden} if found.hidden else {}
-        return Listing(found.names, np.zeros((len(found.names), 0), np.int64), left_out, found.lasting)
+        places = np.zeros((len(found.names), 0), np.int64)
+        return Listing(found.names, places, left_out, found.lasting, _empty_folders(found))
 
     def state(self, read: Sequence[str]) -> Any:
         if len(read) > MAX_WATCHED:

@@ -1,40 +1,35 @@
-"""Labels of images: from label files such as labels.csv, and from files beside each image such as 0001.cls."""
+"""Labels of images from tables such as labels.csv, which name the images."""
 
 from __future__ import annotations
 
 import csv
-import io
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any
 
 from vqgen.data.skipped import one_line
+from vqgen.data.sources.rows import FILE_COLUMNS, FILE_NAME, rows_of
 from vqgen.data.sources.splits import HELD_OUT, TRAIN, split_word
 from vqgen.errors import InputError
 
-LABEL_FILES = re.compile(r"(labels?|metadata|annotations?|classes)\.(csv|tsv|jsonl|json)", re.IGNORECASE)
-TABLES = (".csv", ".tsv", ".jsonl", ".json")
-NO_LABELS = re.compile(r".*submission.*|classes\.json|package(-lock)?\.json", re.IGNORECASE)
-FILE_COLUMNS = (
-    "file_name",
-    "filename",
-    "file",
-    "image",
-    "image_path",
-    "path",
-    "filepath",
-    "image_id",
-    "image_name",
-    "id",
+LABEL_FILES = re.compile(r"_*(labels?|metadata|annotations?|classes)\.(csv|tsv|jsonl|json|txt)", re.IGNORECASE)
+# Words in the names of tables beside that for a part: train.csv, val_labels.csv, test_list.txt.
+TABLE_WORDS = re.compile(r"(labels?|annotations?|metadata|list|files?|names?)?")
+TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".json")
+NO_LABELS = re.compile(
+    r".*submission.*|(classes|class_names)\.(json|txt)|package(-lock)?\.json|readme.*|licen[sc]e.*", re.IGNORECASE
 )
+# Names of what may hold labels in a form that is not read.
+LIKE_LABELS = re.compile(
+    r".*(label|annot|metadata|categor|caption|bbox|ground_?truth|list_attr|split).*|devkit|imagesets", re.IGNORECASE
+)
+MAX_TABLES = 50
 CLASS_COLUMNS = ("label", "labels", "class", "class_name", "category", "target", "cls", "class_id", "label_name", "y")
 SPLIT_COLUMNS = ("split", "set", "subset", "partition", "usage")
+PART_NUMBERS = {"0": "train", "1": "val", "2": "test"}  # CelebA's
 MAX_TABLE_BYTES = 1 << 30
-MAX_LABEL_BYTES = 1 << 20  # of a file beside an image
 
 
 @dataclass
@@ -44,6 +39,7 @@ class Labels:
     Attributes:
         by_row: label of an image, by its index.
         parts: `train` or a word for held-out images, by the image's index, if a file divides the images.
+        part_files: paths of the files that do.
         used: paths of the files that were used.
         notes: what was used, and what was found and not used.
         side: the extension of the files beside the images that were used, and the key in those files if it is .json.
@@ -51,19 +47,10 @@ class Labels:
 
     by_row: dict[int, str] = field(default_factory=dict)
     parts: dict[int, str] = field(default_factory=dict)
+    part_files: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     side: tuple[str, str | None] = ("", None)
-
-
-def side_label(content: bytes, key: str | None) -> str | None:
-    """The label in a file beside an image; in the key of a .json."""
-    value: Any = content.decode("utf-8", "replace")
-    if key is not None:
-        fields = json.loads(value)
-        value = (_flat(fields) if isinstance(fields, dict) else {"label": fields}).get(key)
-    label = as_label(value)
-    return None if label == "-1" else label
 
 
 def as_label(value: Any) -> str | None:
@@ -84,60 +71,112 @@ def read_label_files(
     read: Callable[[str], bytes],
     *,
     column: str | None,
-    has_folders: bool,
+    folders: Container[str],
+    kept: Iterable[int],
 ) -> Labels:
-    """The labels in tables beside the images: labels.csv, metadata.jsonl, or any that name the images.
+    """The labels in tables beside the images: labels.csv, metadata.jsonl, train.txt, or any that name the images.
 
     Args:
         images: paths of the images.
         others: paths of the other files.
         read: reads a file.
         column: the column that the user names.
-        has_folders: whether folders already divide the images into classes; a table then needs a clear column.
+        kept: indices of the images that are in a part.
+        folders: the classes by the images' folders; if there are any, a table needs a clear column to replace them.
 
     Raises:
         InputError: two files disagree, a file names an image that is not there, or has no such column.
     """
     labels = Labels()
-    tables = sorted(p for p in others if p.lower().endswith(TABLES) and not NO_LABELS.fullmatch(_name(p)))
-    stems = {str(PurePosixPath(image).with_suffix("")) for image in images} if len(tables) > 50 else set()
-    tables = [table for table in tables if str(PurePosixPath(table).with_suffix("")) not in stems]
-    if len(tables) > 50:
-        tables = [table for table in tables if LABEL_FILES.fullmatch(_name(table))]
-    references: dict[str, _References] = {}
+    tables = _tables(images, others)
+    references = References(images, kept) if tables else None
     givers: dict[int, str] = {}
-    columns_seen: dict[str, list[str]] = {}
+    columns_seen: dict[str, None] = {}
+    unused: list[str] = []
+    unread = [path for path in others if path not in tables]
     for path in tables:
-        folder = path.rpartition("/")[0]
-        rows = _read_table(path, read)
-        if folder not in references:
-            references[folder] = _References(images, folder)
-        table = _match(path, rows, references[folder], others) if rows else None
+        rows = _read_rows(path, read, labels)
+        table = _match(path, rows, references, [*others, *images]) if rows and references is not None else None
         if table is None:
-            labels.notes.append(f"{one_line(path)}: not used, as it names none of the images")
+            (unread if path.lower().endswith(".txt") and not is_label_file(path) else unused).append(path)
             continue
-        columns_seen[path] = table.others
+        columns_seen |= dict.fromkeys(table.others)
+        if column is None:
+            table = _without_one_hot(table, labels)
         _take_parts(table, labels)
-        chosen = _class_column(table, column, has_folders, labels)
+        chosen = _class_column(table, column, folders, labels)
         if chosen is None:
             continue
         labels.used.add(path)
         for index, row in table.rows:
             label = as_label(row.get(chosen))
-            if label is None:
-                continue
-            if labels.by_row.setdefault(index, label) != label:
-                raise InputError(
-                    f"{one_line(givers[index])} and {one_line(path)} disagree: {one_line(images[index])} is "
-                    f"{one_line(labels.by_row[index])} in one and {one_line(label)} in the other; remove one of them"
-                )
-            givers.setdefault(index, path)
-    if column is not None and columns_seen and not any(column in seen for seen in columns_seen.values()):
-        known = ", ".join(dict.fromkeys(name for seen in columns_seen.values() for name in seen))
+            if label is not None and labels.by_row.setdefault(index, label) != label:
+                raise InputError(_disagreement(givers[index], path, images[index], labels.by_row[index], label))
+            if label is not None:
+                givers.setdefault(index, path)
+    if column is not None and columns_seen and column not in columns_seen:
         raise InputError(
-            f"label_column={column} is in no label file; the columns are {known or 'none but the file name'}"
+            f"label_column={column} is in no label file; the columns are {', '.join(map(one_line, columns_seen))}"
         )
+    if unused:
+        labels.notes.append(
+            f"{some_names(unused)}: not used, as {'it names' if len(unused) == 1 else 'they name'} none of the images"
+        )
+    labels.notes += _perhaps_labels(unread)
     return labels
+
+
+def _tables(images: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The paths of what may be tables of labels; with very many, only of those that are called so.
+
+    A file that is called like an image is about that image, such as labels/0001.txt with its boxes.
+    """
+    tables = [path for path in others if path.lower().endswith(TABLES) and not NO_LABELS.fullmatch(_name(path))]
+    about_one = {_name(image).rpartition(".")[0] for image in images} if tables else set()
+    tables = sorted(path for path in tables if _name(path).rpartition(".")[0] not in about_one)
+    return tables if len(tables) <= MAX_TABLES else [path for path in tables if is_label_file(path)]
+
+
+def is_label_file(path: str) -> bool:
+    """Whether a file has a name that people give to label files: labels.csv, metadata.jsonl, train.txt ..."""
+    return bool(LABEL_FILES.fullmatch(_name(path))) or _part_of(path) is not None
+
+
+def _part_of(path: str) -> str | None:
+    """The word for a part in the name of a table: train.csv, test_labels.csv, val_annotations.txt ..."""
+    found = split_word(_name(path).rpartition(".")[0])
+    return found[0] if found is not None and TABLE_WORDS.fullmatch(found[1]) else None
+
+
+def _disagreement(giver: str, path: str, image: str, label: str, other: str) -> str:
+    both = f"{one_line(label)} and {one_line(other)}"
+    if giver == path:
+        return f"{one_line(path)} has {both} for {one_line(image)}; leave one, or give data.label_column="
+    return (
+        f"{one_line(giver)} and {one_line(path)} disagree: {one_line(image)} is {one_line(label)} in one and "
+        f"{one_line(other)} in the other; remove one of them"
+    )
+
+
+def _perhaps_labels(others: Sequence[str]) -> list[str]:
+    """One line that names files which are not read, but are called as if they held labels."""
+    found: Counter[str] = Counter()
+    for path in others:
+        folders = path.split("/")[:-1]
+        depth = next((i for i, name in enumerate(folders) if LIKE_LABELS.fullmatch(name)), None)
+        if depth is not None:
+            found["/".join(folders[: depth + 1]) + "/"] += 1
+        elif LIKE_LABELS.fullmatch(_name(path)) and not NO_LABELS.fullmatch(_name(path)):
+            found[path] += 1
+    if not found:
+        return []
+    return [f"{some_names(sorted(found))}: not used; perhaps labels, but no table that names the images"]
+
+
+def some_names(names: Sequence[str]) -> str:
+    """Up to three names, and how many more there are."""
+    shown = ", ".join(one_line(name) for name in names[:3])
+    return f"{shown} and {len(names) - 3:,} more" if len(names) > 3 else shown
 
 
 @dataclass
@@ -147,68 +186,119 @@ class _Table:
     others: list[str]  # columns beside the file's name
 
 
-class _References:
-    """Finds images by what tables call them: a path from the table's folder, a name, or a name without extension."""
+class References:
+    """Finds images by what tables call them.
 
-    def __init__(self, images: Sequence[str], folder: str):
-        self.exact: dict[str, int] = {}
-        self.names: dict[str, int] = {}
-        self.stems: dict[str, int] = {}
-        prefix = f"{folder}/" if folder else ""
-        for index, path in enumerate(images):
-            if not path.startswith(prefix):
-                continue
-            inner = path[len(prefix) :]
-            name = inner.rpartition("/")[2]
-            self.exact[inner] = index
-            # A name that two images share says nothing, hence -1.
-            self.names[name] = -1 if name in self.names else index
-            for stem in {name.rpartition(".")[0], inner.rpartition(".")[0]}:
-                self.stems[stem] = -1 if self.stems.get(stem, index) != index else index
+    That is a path from the table's folder or one around it; or else, as tables come from other machines, the name,
+    with as many of the folders before it as are needed to tell images of the same name apart. The extension may be
+    missing.
 
-    def find(self, text: str) -> int:
-        """The image's index, -1 if there is none or several."""
+    Args:
+        images: paths of the images.
+        kept: indices of those that a table may mean.
+    """
+
+    MISSING, SEVERAL = -1, -2
+
+    def __init__(self, images: Sequence[str], kept: Iterable[int]):
+        self.images = images
+        self.paths: dict[str, int] = {}
+        self.first: dict[str, int] = {}  # by name
+        self.more: dict[str, list[int]] = {}  # all images of a name that several have
+        for index in kept:
+            path = images[index]
+            stem = path.rpartition(".")[0]
+            self.paths[path] = index
+            self.paths[stem] = self.SEVERAL if stem in self.paths else index
+            for name in {_name(path), _name(stem)}:
+                if name in self.first:
+                    self.more.setdefault(name, [self.first[name]]).append(index)
+                self.first.setdefault(name, index)
+
+    def find(self, text: str, table: str) -> int:
+        """The index of the image that a table means; MISSING if there is none, SEVERAL if it may be any of several."""
         text = text.strip().replace("\\", "/").removeprefix("./")
-        name = text.rpartition("/")[2]
-        found = self.exact.get(text)
-        if found is None:
-            found = self.names.get(name, self.stems.get(text, self.stems.get(name, -1)))
-        return found
+        folder = table.rpartition("/")[0]
+        while folder or text in self.paths:
+            found = self.paths.get(f"{folder}/{text}" if folder else text)
+            if found is not None:
+                return found
+            folder = folder.rpartition("/")[0]
+        *folders, name = text.split("/")
+        if name not in self.more:
+            return self.first.get(name, self.MISSING)
+        candidates = self.more[name]
+        for depth, wanted in enumerate(reversed(folders), 2):
+            candidates = [i for i in candidates if self._folder(i, depth) == wanted] or candidates
+        if (part := _part_of(table)) is not None:
+            candidates = [i for i in candidates if part in self._parts(i)] or candidates
+        return candidates[0] if len(candidates) == 1 else self.SEVERAL
+
+    def _folder(self, index: int, depth: int) -> str:
+        names = self.images[index].split("/")
+        return names[-depth] if depth <= len(names) else ""
+
+    def _parts(self, index: int) -> list[str]:
+        return [found[0] for name in self.images[index].split("/")[:-1] if (found := split_word(name)) is not None]
 
 
 def _match(
-    path: str, rows: Sequence[Mapping[str, Any]], references: _References, others: Sequence[str]
+    path: str, rows: Sequence[Mapping[str, Any]], references: References, others: Sequence[str]
 ) -> _Table | None:
-    """Finds the column that names images, and the image of each row.
+    """Finds the column that names images, and the image of each row; None if most rows name none.
 
     Raises:
-        InputError: rows name images that are not there.
+        InputError: rows name images that are not there, or one of several.
     """
     columns = list(dict.fromkeys(name for row in rows[:100] for name in row))
     probe = rows[:: max(1, len(rows) // 200)]
-    hits = {c: sum(references.find(str(row[c])) >= 0 for row in probe if row.get(c) is not None) for c in columns}
+    found = {c: [references.find(str(row[c]), path) for row in probe if row.get(c) is not None] for c in columns}
+    hits = {c: sum(index != References.MISSING for index in indices) for c, indices in found.items()}
     known = {name: -rank for rank, name in enumerate(FILE_COLUMNS)}
     best = max(columns, key=lambda c: (hits[c], known.get(c.lower(), -len(known))), default=None)
     named = next((c for name in FILE_COLUMNS[:4] for c in columns if c.lower() == name), None)
-    label_file = bool(LABEL_FILES.fullmatch(_name(path)) or split_word(_name(path).rpartition(".")[0]))
+    label_file = is_label_file(path)
     if best is not None and not hits[best]:
-        names_files = named is not None and any(re.search(r"\.\w{3,4}$", str(row.get(named))) for row in probe)
+        names_files = named is not None and any(FILE_NAME.fullmatch(str(row.get(named))) for row in probe)
         best = named if label_file and names_files else None
-    if best is None or not (label_file or hits[best] > len(probe) / 2):
+    if best is None or not (label_file or sum(index >= 0 for index in found[best]) > len(probe) / 2):
         return None
-    taken = [(references.find(str(row.get(best, ""))), row) for row in rows]
-    unread = {other.rpartition("/")[2] for other in others}
-    missing = [str(row.get(best)) for index, row in taken if index < 0 and _name(str(row.get(best))) not in unread]
+    taken = [(references.find(str(row.get(best, "")), path), row) for row in rows]
+    _check_references(path, [(index, str(row.get(best))) for index, row in taken], label_file, others)
+    return _Table(path, [(index, row) for index, row in taken if index >= 0], [c for c in columns if c != best])
+
+
+def _check_references(path: str, taken: Sequence[tuple[int, str]], label_file: bool, others: Sequence[str]) -> None:
+    unread = {name for other in others for name in (_name(other), _name(other).rpartition(".")[0])}
+    missing = [text for index, text in taken if index == References.MISSING and _name(text) not in unread]
     if missing and label_file:
         images = "an image that is" if len(missing) == 1 else f"{len(missing):,} images that are"
         raise InputError(
             f"{one_line(path)} names {images} not there, first {one_line(missing[0])}; "
             "fetch what is missing, or remove its lines"
         )
-    return _Table(path, [(index, row) for index, row in taken if index >= 0], [c for c in columns if c != best])
+    several = [text for index, text in taken if index == References.SEVERAL]
+    if several:
+        raise InputError(
+            f"{one_line(path)} names {one_line(several[0])}, which is the name of several images; write their paths"
+        )
 
 
-def _class_column(table: _Table, column: str | None, has_folders: bool, labels: Labels) -> str | None:
+def _without_one_hot(table: _Table, labels: Labels) -> _Table:
+    """The table with one column `class` for columns that are 0 but for a single 1 in each row."""
+    columns = [c for c in table.others if c.lower() not in SPLIT_COLUMNS]
+    values = [[as_label(row.get(c)) for c in columns] for _, row in table.rows]
+    if len(columns) < 2 or not all(sorted(map(str, row)) == ["0"] * (len(columns) - 1) + ["1"] for row in values):
+        return table
+    labels.notes.append(f"{one_line(table.path)}: its columns of 0 and 1 are the classes: {some_names(columns)}")
+    names = [columns[row.index("1")] for row in values]
+    rows: list[tuple[int, Mapping[str, Any]]] = [
+        (i, {**row, "class": name}) for (i, row), name in zip(table.rows, names, strict=True)
+    ]
+    return _Table(table.path, rows, [*(c for c in table.others if c not in columns), "class"])
+
+
+def _class_column(table: _Table, column: str | None, folders: Container[str], labels: Labels) -> str | None:
     """The column that is the class; None, with a note, if no column clearly is."""
     path, others = one_line(table.path), [c for c in table.others if c.lower() not in SPLIT_COLUMNS]
     if column is not None:
@@ -216,23 +306,28 @@ def _class_column(table: _Table, column: str | None, has_folders: bool, labels: 
             labels.notes.append(f"{path}: the class is its column {one_line(column)} (data.label_column)")
             return column
         return None
-    clear = [c for name in CLASS_COLUMNS for c in others if c.lower() == name]
-    candidates = clear or ([] if has_folders else others)
-    usable = [c for c in candidates if _are_classes([row.get(c) for _, row in table.rows])]
-    shown = ", ".join(one_line(c) for c in others)
+    values = {c: [row.get(c) for _, row in table.rows] for c in others}
+    clear = [c for name in CLASS_COLUMNS for c in others if c.lower().rpartition(".")[2] == name]
+    clear = clear or [c for c in others if folders and values[c] and all(as_label(v) in folders for v in values[c])]
+    usable = [c for c in clear or ([] if folders else others) if are_classes(values[c])]
     if usable and (clear or len(others) == 1):
         rest = [one_line(c) for c in others if c != usable[0]]
-        more = f"; not used: {', '.join(rest)} (data.label_column=)" if rest else ""
+        more = f"; not used: {some_names(rest)} (data.label_column=)" if rest else ""
         labels.notes.append(f"{path}: the class is its column {one_line(usable[0])}{more}")
         return usable[0]
-    if not others:
+    if others:
+        labels.notes.append(f"{path}: not used for classes; data.label_column= takes one of {_shown(others)}")
+    elif table.path not in labels.used:
         labels.notes.append(f"{path}: no column beside the images' names, so no classes from it")
-    else:
-        labels.notes.append(f"{path}: not used for classes; data.label_column= takes one of {shown}")
     return None
 
 
-def _are_classes(values: Iterable[Any]) -> bool:
+def _shown(columns: Sequence[str]) -> str:
+    shown = ", ".join(one_line(c) for c in columns[:12])
+    return f"{shown} and {len(columns) - 12:,} more" if len(columns) > 12 else shown
+
+
+def are_classes(values: Iterable[Any]) -> bool:
     """Whether values look like classes: they repeat, and are no fractions."""
     found = [label for value in values if (label := as_label(value)) is not None]
     distinct = set(found)
@@ -242,24 +337,32 @@ def _are_classes(values: Iterable[Any]) -> bool:
 
 
 def _take_parts(table: _Table, labels: Labels) -> None:
-    """Takes the images' parts from a column called split, or from a table called train.csv, val.csv and so on."""
+    """Takes the images' parts from a column called split, or from a table called train.csv, val.txt and so on."""
+    path = one_line(table.path)
     column = next((c for c in table.others if c.lower() in SPLIT_COLUMNS), None)
-    words: dict[int, str] = {}
+    words: dict[int, str | None] = {}
     if column is not None:
-        for index, row in table.rows:
-            found = split_word(str(row.get(column)))
-            if found is None:
-                return
-            words[index] = found[0]
-        labels.notes.append(f"{one_line(table.path)}: the parts are its column {one_line(column)}")
-    elif (found := split_word(_name(table.path).rpartition(".")[0])) is not None:
-        words = {index: found[0] for index, _ in table.rows}
+        values = {index: as_label(row.get(column)) or "" for index, row in table.rows}
+        numbered = set(values.values()) == PART_NUMBERS.keys()
+        named = {v: PART_NUMBERS[v] if numbered else (split_word(v) or (None,))[0] for v in set(values.values())}
+        words = {index: named[value] for index, value in values.items()}
+        if None in words.values():
+            labels.notes.append(f"{path}: its column {one_line(column)} is not used, as it does not say train and val")
+            return
+        numbers = ", taken as 0 train, 1 val, 2 test" if numbered else ""
+        labels.notes.append(f"{path}: the parts are its column {one_line(column)}{numbers}")
+    elif (part := _part_of(table.path)) is not None:
+        words = {index: part for index, _ in table.rows}
+    if words:
+        labels.used.add(table.path)
+        labels.part_files.append(table.path)
     for index, word in words.items():
-        labels.parts.setdefault(index, word)
+        if word is not None:
+            labels.parts.setdefault(index, word)
 
 
-def _read_table(path: str, read: Callable[[str], bytes]) -> list[dict[str, Any]]:
-    """The rows of a .csv, .tsv, .jsonl or .json file; empty if it is no table.
+def _read_rows(path: str, read: Callable[[str], bytes], labels: Labels) -> list[dict[str, Any]]:
+    """The rows of a file; none if it is no table.
 
     Raises:
         InputError: the file is damaged.
@@ -267,56 +370,15 @@ def _read_table(path: str, read: Callable[[str], bytes]) -> list[dict[str, Any]]
     content = read(path)
     if len(content) > MAX_TABLE_BYTES:
         raise InputError(f"{one_line(path)}: {len(content) / 2**30:,.1f} GiB, too large for a label file")
-    text = content.decode("utf-8-sig", "replace")
     try:
-        if path.lower().endswith(".jsonl"):
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-            return [_flat(row) for row in rows if isinstance(row, dict)]
-        if path.lower().endswith(".json"):
-            return _json_rows(json.loads(text))
-        return _csv_rows(text)
+        rows, assumed = rows_of(path, content)
     except (ValueError, csv.Error, RecursionError) as error:
         if LABEL_FILES.fullmatch(_name(path)):
             raise InputError(f"{one_line(path)} cannot be read ({one_line(str(error)[:100])}); repair it") from error
         return []
-
-
-def _csv_rows(text: str) -> list[dict[str, Any]]:
-    head = text[: 1 << 16]
-    delimiter = max(",;\t|", key=lambda d: (head.partition("\n")[0].count(d), d == ","))
-    lines = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(row)]
-    if len(lines) < 1:
-        return []
-    header = [cell.strip() for cell in lines[0]]
-    # A first line that names a file is no header.
-    if any(re.search(r"\.\w{3,4}$", cell) for cell in header):
-        header, lines = [f"column {i + 1}" for i in range(len(header))], [[], *lines]
-    return [dict(zip(header, row, strict=False)) for row in lines[1:]]
-
-
-def _json_rows(content: Any) -> list[dict[str, Any]]:
-    """Rows from the usual forms: a list of objects, {file: label}, or StyleGAN's {"labels": [[file, label], ...]}."""
-    if isinstance(content, dict) and isinstance(content.get("labels"), list):
-        content = content["labels"]
-    if isinstance(content, dict):
-        return [{"file_name": key, "label": value} for key, value in content.items() if as_label(value) is not None]
-    if isinstance(content, list):
-        pairs = [row for row in content if isinstance(row, list) and len(row) == 2]
-        return [_flat(row) for row in content if isinstance(row, dict)] or [
-            {"file_name": name, "label": label} for name, label in pairs
-        ]
-    return []
-
-
-def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """An object whose inner objects' keys are written as outer.inner."""
-    flat: dict[str, Any] = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    if assumed and is_label_file(path):
+        labels.notes.append(f"{one_line(path)}: {assumed}")
+    return rows
 
 
 def _name(path: str) -> str:
@@ -328,101 +390,3 @@ def part_words(words: Mapping[int, str]) -> tuple[str | None, str | None]:
     used = Counter(words.values())
     train = next((word for word in TRAIN if word in used), None)
     return train, next((word for word in HELD_OUT if word in used), None)
-
-
-# Files beside each image
-
-
-def read_side_files(
-    images: Sequence[str],
-    keys: Sequence[str],
-    sides: Mapping[str, Mapping[str, str]],
-    read: Callable[[str], bytes],
-    *,
-    key: str | None,
-) -> Labels:
-    """The labels in files beside each image: .cls, or a key of .json; .txt only if the user asks for it.
-
-    Args:
-        images: paths of the images.
-        keys: each image's path without what differs between it and the files beside it.
-        sides: for each of .cls, .json and .txt, the paths of such files by their key.
-        read: reads a file.
-        key: the key in .json that the user names, or `txt` or `cls`.
-
-    Raises:
-        InputError: no file has the key.
-    """
-    labels = Labels()
-    found = {extension: [paths.get(one) for one in keys] for extension, paths in sides.items()}
-    present = [extension for extension in (".cls", ".json", ".txt") if any(found.get(extension, []))]
-    asked = f".{key}" if key in ("cls", "txt") else ".json" if key is not None else None
-    if asked is not None and asked not in present:
-        raise InputError(f"label_key={key}: no {asked} file lies beside an image; leave label_key out")
-    for extension in [asked] if asked else [e for e in present if e != ".txt"]:
-        taken = _take_side_files(labels, images, found[extension], read, extension, key)
-        if taken:
-            break
-    for extension in present:
-        if not any(path.endswith(extension) for path in labels.used):
-            count = sum(path is not None for path in found[extension])
-            hint = "; data.label_key=txt takes them as classes" if extension == ".txt" else ""
-            if not any(note.startswith(f"{extension}:") for note in labels.notes):
-                labels.notes.append(f"{extension}: {count:,} files beside the images, not used{hint}")
-    return labels
-
-
-def _take_side_files(
-    labels: Labels,
-    images: Sequence[str],
-    paths: Sequence[str | None],
-    read: Callable[[str], bytes],
-    extension: str,
-    key: str | None,
-) -> bool:
-    """Reads one kind of files into the labels; returns whether they have classes."""
-    chosen = key if extension == ".json" else None
-    by_row: dict[int, str] = {}
-    for row, path in enumerate(paths):
-        if path is None:
-            continue
-        content = read(path)
-        if len(content) > MAX_LABEL_BYTES:
-            raise InputError(f"{one_line(path)}: {len(content):,} bytes, too large for a label; remove it")
-        text = content.decode("utf-8", "replace")
-        value: Any = text
-        if extension == ".json":
-            try:
-                fields = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{one_line(path)} cannot be read ({error}); repair or remove it") from error
-            flat = _flat(fields) if isinstance(fields, dict) else {"label": fields}
-            if chosen is None:
-                chosen = next((k for name in CLASS_COLUMNS for k in flat if k.lower() == name), None)
-                if chosen is None or not isinstance(flat[chosen], int | str):
-                    known = ", ".join(one_line(k) for k in flat)
-                    count = sum(path is not None for path in paths)
-                    labels.notes.append(f".json: {count:,} files, not used; data.label_key= takes one of {known}")
-                    return False
-            elif key is not None and not by_row and chosen not in flat:
-                raise InputError(f"label_key={key} is not in {one_line(path)}; its keys are {', '.join(flat)}")
-            value = flat.get(chosen)
-        label = as_label(value)
-        if label == "-1":  # WebDataset has no other way to say that an image has no class
-            continue
-        if label is not None and extension != ".json" and re.search(r"[\n\r\0]", label):
-            raise InputError(f"{one_line(path)} holds {label[:20]!r}, which is no class; make it a number or a name")
-        if label is not None:
-            by_row[row] = label
-    if key is None and extension != ".cls" and not _are_classes(by_row.values()):
-        distinct = len(set(by_row.values()))
-        labels.notes.append(
-            f"{extension}: not used, as its {distinct:,} values hardly repeat; data.label_key={chosen or extension[1:]}"
-        )
-        return False
-    labels.by_row |= by_row
-    labels.side = extension, chosen
-    labels.used |= {path for path in paths if path is not None}
-    what = f"key {chosen} of the .json files" if extension == ".json" else f"{extension} files"
-    labels.notes.append(f"the class is in the {what} beside the images")
-    return bool(by_row)

@@ -8,19 +8,18 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
 from vqgen.data.skipped import one_line
-from vqgen.data.sources.splits import TRAIN, find_split, split_word
+from vqgen.data.sources.splits import TRAIN, find_pairs, find_split, split_word
 
-# Names of folders that hold images and say nothing about them.
-WRAPPERS = re.compile(
-    r"(all|the)?[_\W]*(images?|imgs?|jpe?gs?|jpegimages|pngs?|pictures?|pics?|photos?|data|dataset|samples?|raw|input|files)"
-    r"([_\W]*(all|rgb|\d+|\d+x\d+))?",
-    re.IGNORECASE,
-)
-# Names of folders that hold images which belong to the images beside them.
-COMPANIONS = re.compile(
-    r".*(mask|segmentation|annotation|label|ground_?truth|depth|edge|thumb(nail)?|preview)s?([_\W].*)?|gt",
-    re.IGNORECASE,
-)
+# Words in the names of folders that hold images and say nothing about them: My Photos, JPEGImages, img_align_celeba.
+IMAGE_WORDS = {"image", "img", "jpg", "jpeg", "png", "picture", "pic", "photo"}
+# Names that consist of these say nothing either: data, all_files, raw ...
+DATA_WORDS = {"data", "dataset", "sample", "raw", "input", "file"}
+# Words in the names of folders and files that belong to the images beside them: masks, SegmentationClass, 1_mask.png.
+COMPANION_WORDS = {
+    *("mask", "segmentation", "seg", "annotation", "label", "depth", "edge", "thumb", "thumbnail", "preview"),
+    *("gt", "trimap"),
+}
+SIZE = re.compile(r"[a-z]*[_-]?\d+(x\d+(@\dx?)?|px|@\dx?)", re.IGNORECASE)  # of icons, as folders' names
 STRAY_SHARE = 0.25  # of the images in class folders; more images beside the folders are no strays
 
 
@@ -71,13 +70,34 @@ def find_layout(paths: Sequence[str]) -> Layout:
     """
     layout = Layout(Part("", list(range(len(paths))), list(paths)))
     _unwrap(layout, layout.train, "")
-    if not _split_on_top(layout):
+    _leave_out_companions(layout, layout.train)
+    if not _split_on_top(layout) and not _split_by_pairs(layout):
         _split_in_classes(layout)
     for part in filter(None, (layout.train, layout.held_out)):
         _unwrap(layout, part, part.name, classes=folders_of(layout.train) if part is layout.held_out else ())
         _leave_out_companions(layout, part)
         _leave_out_strays(layout, part)
+        _leave_out_companion_files(layout, part)
+    _note_what_folders_do_not_say(layout)
     return layout
+
+
+def words_of(name: str) -> set[str]:
+    """The words of a name in lower case and without a plural's s: JPEGImages are jpeg and image."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
+    return {word.lower().removesuffix("s") for word in words}
+
+
+def is_wrapper(name: str) -> bool:
+    """Whether a folder's name says only that it holds images, or data."""
+    words = words_of(name)
+    return bool(words & IMAGE_WORDS) or (bool(words & DATA_WORDS) and words <= DATA_WORDS | {"all", "the", "x", "rgb"})
+
+
+def _holds_images(part: Part, folder: str) -> bool:
+    """Whether a folder is called images, or holds only folders that are."""
+    inside = [path.split("/")[1:-1] for path in part.inner if path.startswith(f"{folder}/")]
+    return is_wrapper(folder) or all(bool(names) and is_wrapper(names[0]) for names in inside)
 
 
 def folders_of(part: Part) -> Counter[str]:
@@ -98,7 +118,7 @@ def _unwrap(layout: Layout, part: Part, name: str, classes: Container[str] = ())
             break
         below = f"{folder}/"
         deeper = {path.removeprefix(below).partition("/")[0] for path in part.inner if path.count("/") > 1}
-        alone = folder if WRAPPERS.fullmatch(folder) else None
+        alone = folder if is_wrapper(folder) else None
         word = split_word(folder)
         if word is not None and not layout.train.name and word[0] in TRAIN:
             break  # _split_on_top names the part
@@ -157,6 +177,27 @@ def _note_odd_split(layout: Layout, folders: Counter[str]) -> None:
         layout.notes.append(f"{shown}: taken for classes like the folders beside, not for parts of a split")
 
 
+def _split_by_pairs(layout: Layout) -> bool:
+    """Divides the images by folders that name both part and class, as trainA trainB testA testB do."""
+    part = layout.train
+    pairs = find_pairs(folders_of(part))
+    if not pairs:
+        return False
+    words = {word: Part(f"{word}*/", [], []) for word, _ in pairs.values()}
+    for row, path in zip(part.rows, part.inner, strict=True):
+        folder, _, inner = path.partition("/")
+        word, name = pairs[folder]
+        words[word].rows.append(row)
+        words[word].inner.append(f"{name}/{inner}")
+    classes = ", ".join(one_line(name) for name in sorted({name for _, name in pairs.values()})[:3])
+    layout.notes.append(
+        f"{' '.join(one_line(f'{n}/') for n in sorted(pairs)[:4])}: parts and classes ({classes}) in one name"
+    )
+    layout.train = next(one for word, one in words.items() if word in TRAIN)
+    layout.held_out = next(one for word, one in words.items() if word not in TRAIN)
+    return True
+
+
 def _split_in_classes(layout: Layout) -> None:
     """Divides the images by folders train and val inside each class, as in `bottle/train/x.png`."""
     part = layout.train
@@ -186,16 +227,48 @@ def _split_in_classes(layout: Layout) -> None:
 def _leave_out_companions(layout: Layout, part: Part) -> None:
     """Leaves out folders such as masks/ that lie beside a folder such as images/."""
     found = folders_of(part)
-    found.pop("", 0)
-    companions = {name for name in found if COMPANIONS.fullmatch(name)}
+    loose, inside = found.pop("", 0), sum(found.values())
+    companions = {name for name in found if COMPANION_WORDS & words_of(name)}
     rest = [name for name in found if name not in companions]
-    if companions and len(rest) == 1 and WRAPPERS.fullmatch(rest[0]):
+    if companions and (_holds_images(part, rest[0]) if len(rest) == 1 else not rest and loose > STRAY_SHARE * inside):
         for name in sorted(companions):
             shown = one_line(f"{part.name}{name}/")
             layout.left_out[shown] += found[name]
-            layout.notes.append(f"{shown}: {_images(found[name])} that belong to {rest[0]}/, not used")
+            layout.notes.append(
+                f"{shown}: {_images(found[name])} that belong to {rest[0] + '/' if rest else 'those beside'}, not used"
+            )
         part.keep(lambda path: path.partition("/")[0] not in companions)
         _unwrap(layout, part, part.name)
+
+
+def _leave_out_companion_files(layout: Layout, part: Part) -> None:
+    """Leaves out images such as 1_mask.png beside 1.png, unless there are only a few, which are called so by chance."""
+    stems = {path.rpartition(".")[0] for path in part.inner}
+
+    def is_companion(path: str) -> bool:
+        match = re.fullmatch(r"(.+)[_\W]([a-z]+)([_\W]?\d+)?", path.rpartition(".")[0], re.IGNORECASE)
+        return match is not None and bool(COMPANION_WORDS & words_of(match[2])) and match[1] in stems
+
+    companions = set(filter(is_companion, part.inner))
+    if companions and len(companions) >= STRAY_SHARE * (len(part.inner) - len(companions)):
+        part.keep(lambda path: path not in companions)
+        _note_strays(layout, sorted(companions), "that belong to the images of the same names")
+
+
+def _note_what_folders_do_not_say(layout: Layout) -> None:
+    """Notes folders inside the classes, and classes that are sizes of the same pictures."""
+    inner = layout.train.inner
+    deep = next((path for path in inner if path.count("/") > 1), None)
+    if deep is not None:
+        layout.notes.append(f"{one_line('/'.join(deep.split('/')[:2]))}/: folders inside a class do not divide it")
+    sizes = sorted({path.partition("/")[0] for path in inner if SIZE.fullmatch(path.partition("/")[0])})
+    names = Counter(path.partition("/")[2] for path in inner if path.partition("/")[0] in sizes)
+    if len(sizes) > 1 and sum(count for count in names.values() if count > 1) > len(inner) / 2:
+        shown = " ".join(one_line(f"{name}/") for name in sizes[:3]) + " ..." * (len(sizes) > 3)
+        layout.notes.append(
+            f"{shown}: by their names the same pictures in several sizes, so held-out ones are also trained on; "
+            "give one of the folders as the source"
+        )
 
 
 def _leave_out_strays(layout: Layout, part: Part) -> None:

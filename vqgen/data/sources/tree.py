@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,12 +17,23 @@ from vqgen.data.pixels import open_image
 from vqgen.data.skipped import one_line, reason
 from vqgen.data.sources.base import MAX_CLASSES, Found, NoImages
 from vqgen.data.sources.index import Index, kept_index
-from vqgen.data.sources.labels import Labels, part_words, read_label_files, read_side_files
+from vqgen.data.sources.labels import TABLES, Labels, part_words, read_label_files, some_names
 from vqgen.data.sources.layout import Layout, Part, find_layout
+from vqgen.data.sources.sides import read_side_files
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
 
 SIDES = (".cls", ".json", ".txt")
+_ARRAYS = "save its arrays as .npz, such as images and labels"
+PICKLE = re.compile(rb"\x80[\2-\5]")  # how files of Python's pickles begin
+HINTS = {  # by extension
+    ".svg": "these are drawings: convert them to .png, for example with rsvg-convert",
+    ".mat": f"Matlab's: {_ARRAYS}",
+    **dict.fromkeys((".h5", ".hdf5", ".pkl", ".pickle", ".pt", ".pth", ".bin"), _ARRAYS),
+    **dict.fromkeys((".npy", ".npz", ".zip", ".tar", ".tgz"), "give it as the source to read images from it"),
+    **dict.fromkeys((".7z", ".rar"), "unpack it first"),
+    **dict.fromkeys((".cr2", ".nef", ".arw", ".dng"), "raw photos: develop them to .jpg or .tif"),
+}
 CLASS_LISTS = ("classes.json", "classes.txt", "class_names.txt")  # the classes' names in the order of their numbers
 
 
@@ -33,12 +45,14 @@ class Listing(NamedTuple):
         places: (N, k) int64, where each file is; the tree knows the meaning.
         left_out: number of files that are not listed, by reason.
         lasting: whether any later change would show, so that the listing may be kept.
+        notes: what was assumed; one line each.
     """
 
     paths: list[str]
     places: np.ndarray
     left_out: Mapping[str, int] = {}
     lasting: bool = True
+    notes: Sequence[str] = ()
 
 
 class Tree(Protocol):
@@ -138,9 +152,7 @@ def _index(tree: Tree, data: DataConfig) -> tuple[list[Index], dict[str, Any], A
     left_out = Counter(listing.left_out)
     images, keys = _keys(listing.paths, images, left_out) if tree.dotted else (images, None)
     paths = [listing.paths[row] for row in images]
-    keys = keys or [path.rpartition(".")[0] for path in paths]
-    if not paths:
-        raise NoImages(_no_images(extensions))
+    keys = keys or _stems(paths)
 
     def read(path: str) -> bytes:
         try:
@@ -150,11 +162,14 @@ def _index(tree: Tree, data: DataConfig) -> tuple[list[Index], dict[str, Any], A
         except OSError as error:
             raise InputError(f"{one_line(path)} cannot be read ({reason(error)}); repair or remove it") from error
 
+    if not paths:
+        raise NoImages(_no_images(extensions, read, others))
     layout = find_layout([tree.inner(path) for path in paths])
     labels = _labels(paths, keys, others, read, layout, data, dotted=tree.dotted)
     parts = _parts(layout, labels)
-    names_of_numbers = class_list(tree.beside)
-    by_part = [_labels_of(part, labels) for part in parts]
+    lists = {path for path in others if tree.inner(path) in CLASS_LISTS}
+    names_of_numbers = class_list({**{tree.inner(path): read(path) for path in lists}, **_beside(tree)}.get)
+    by_part = [_labels_of(part, labels, train=part is parts[0]) for part in parts]
     indices, class_names = [], []
     for part, given in zip(parts, by_part, strict=True):
         class_ids, names = class_ids_of(given, names_of_numbers)
@@ -162,17 +177,18 @@ def _index(tree: Tree, data: DataConfig) -> tuple[list[Index], dict[str, Any], A
         image_names = [tree.name_of(paths[row], keys[row], listing.places[images[row]]) for row in part.rows]
         indices.append(Index.of(image_names, listing.places[rows], class_ids))
         class_names.append(names)
-    lists = {path for path in others if tree.inner(path) in CLASS_LISTS}
     left_out.update(layout.left_out)
     used = labels.used | lists
     left_out.update(extensions[row] for path, row in others.items() if path not in used)
     hints = [
-        f"{extension}: {count:,} files that are not read; {hint}"
+        f"{extension}: {count:,} {'file' if count == 1 else 'files'} not read; {hint}"
         for extension, count in sorted(left_out.items())
-        if (hint := plugin_hint(extension)) is not None
+        if (hint := hint_of(extension)) is not None
     ]
+    if not any(class_names):
+        hints += _words_in_names(paths)
     split = parts[1].name if len(parts) > 1 else ""
-    notes = [*layout.notes, *labels.notes, *hints]
+    notes = [*listing.notes, *layout.notes, *labels.notes, *hints]
     facts = {"class_names": class_names, "split": split, "left_out": dict(left_out), "notes": notes}
     return indices, facts, tree.state(sorted(used)) if listing.lasting else None
 
@@ -183,19 +199,42 @@ def extension_of(path: str) -> str:
     return f".{extension.lower()}" if dot else "no extension"
 
 
-def _no_images(extensions: Sequence[str]) -> str:
+def _no_images(extensions: Sequence[str], read: Callable[[str], bytes], paths: Iterable[str]) -> str:
     found = Counter(extensions).most_common(4)
     held = ", ".join(f"{count:,} {extension}" for extension, count in found) or "no files"
     message = f"no image among its files, {held} (looked for {' '.join(EXTENSIONS)})"
-    hints = {hint for extension, _ in found if (hint := plugin_hint(extension)) is not None}
-    return f"{message}; {' and '.join(sorted(hints))}" if hints else message
+    unnamed = next((path for path in paths if extension_of(path) == "no extension"), None)
+    hints = {hint for extension, _ in found if (hint := hint_of(extension)) is not None}
+    if unnamed is not None and PICKLE.match(read(unnamed)):
+        hints.add(f"{one_line(unnamed)} is a pickle, which may run any program: {_ARRAYS}")
+    return f"{message}; {'; '.join(sorted(hints))}" if hints else message
+
+
+def hint_of(extension: str) -> str | None:
+    """What to do about files of an extension; None if nothing is known."""
+    return plugin_hint(extension) or HINTS.get(extension)
+
+
+def describe_file(path: Path) -> str:
+    """What a file is that is no source of images."""
+    extension = extension_of(path.name)
+    if extension in EXTENSIONS:
+        return "a single image"
+    if extension in TABLES:
+        return f"a table; give the folder of the images that it names, or if it holds pixels, {_ARRAYS}"
+    with path.open("rb") as file:
+        if PICKLE.match(file.read(2)):
+            return f"a pickle, which may run any program and is not read; {_ARRAYS}"
+    hint = hint_of(extension)
+    return "a file of an unknown type" + (f" ({hint})" if hint is not None else "")
 
 
 def _keys(paths: Sequence[str], images: list[int], left_out: Counter[str]) -> tuple[list[int], list[str] | None]:
     """The images of samples whose files share a name up to its first dot, and the samples' keys.
 
     If a sample has several images, such as 0.input.jpg and 0.target.jpg, one kind is kept: that without a further word,
-    or the first. Names with dots of other kinds, such as v1.0.jpg and v1.1.jpg, are no samples: their keys are None.
+    or the first. Names with dots of other kinds, such as v1.0.jpg and v1.1.jpg, are no samples, and neither are they if
+    most have only one image: their keys are None.
     """
     keys, words = [], []
     for row in images:
@@ -208,6 +247,8 @@ def _keys(paths: Sequence[str], images: list[int], left_out: Counter[str]) -> tu
     kinds = Counter(words)
     if len(kinds) > len(set(keys)):
         return images, None
+    if len(keys) < 1.5 * len(set(keys)):  # a few images that are called alike, such as logo.png and logo.gif
+        return images, None
     order = sorted(kinds, key=lambda word: ("." in word, words.index(word)))
     chosen: dict[str, int] = {}
     for i, key in enumerate(keys):
@@ -216,6 +257,23 @@ def _keys(paths: Sequence[str], images: list[int], left_out: Counter[str]) -> tu
     kept = sorted(chosen.values())
     left_out.update(f"{word} beside {words[kept[0]]}" for i, word in enumerate(words) if chosen[keys[i]] != i)
     return [images[i] for i in kept], [keys[i] for i in kept]
+
+
+def _words_in_names(paths: Sequence[str]) -> list[str]:
+    """One line if the images' names begin with words that look like classes, as cat.0.jpg and dog.0.jpg do."""
+    words = Counter(re.match(r"[^\W\d_]*", path.rpartition("/")[2])[0] for path in paths)  # type: ignore[index]
+    if "" in words or not 1 < len(words) <= len(paths) / 4:
+        return []
+    shown = ", ".join(f"{one_line(word)} ({count:,})" for word, count in words.most_common(3))
+    more = f" and {len(words) - 3:,} more" if len(words) > 3 else ""
+    return [f"{shown}{more}: how the names begin; if these are classes, sort the images into folders called so"]
+
+
+def _stems(paths: Sequence[str]) -> list[str]:
+    """The paths without their extensions, except where several images would then have the same."""
+    stems = [path.rpartition(".")[0] for path in paths]
+    counts = Counter(stems)
+    return [stem if counts[stem] == 1 else path for stem, path in zip(stems, paths, strict=True)]
 
 
 def _labels(
@@ -244,17 +302,19 @@ def _labels(
         labels = read_side_files(paths, keys, sides, read, key=data.label_key)
     beside = {path for found in sides.values() for path in found.values()}
     tables = [path for path in others if path not in beside]
-    has_folders = any("/" in path for path in layout.train.inner)
+    folders = {path.partition("/")[0] for path in layout.train.inner if "/" in path}
+    kept = [row for part in (layout.train, layout.held_out) if part is not None for row in part.rows]
     if not labels.by_row or data.label_column is not None:
-        found = read_label_files(paths, tables, read, column=data.label_column, has_folders=has_folders)
+        found = read_label_files(paths, tables, read, column=data.label_column, folders=folders, kept=kept)
         labels.by_row = found.by_row or labels.by_row
-        labels.parts, labels.used = found.parts, labels.used | found.used
+        labels.parts, labels.part_files, labels.used = found.parts, found.part_files, labels.used | found.used
         labels.notes += found.notes
-    if labels.by_row and has_folders:
+    if folders and any(row in labels.by_row for row in layout.train.rows):
         inner = dict(zip(layout.train.rows, layout.train.inner, strict=True))
         if any(labels.by_row.get(row) != path.partition("/")[0] for row, path in inner.items()):
-            folders = sorted({path.partition("/")[0] for path in inner.values() if "/" in path})
-            shown = " ".join(one_line(f"{name}/") for name in folders[:3]) + (" ..." if len(folders) > 3 else "")
+            shown = " ".join(one_line(f"{name}/") for name in sorted(folders)[:3]) + (
+                " ..." if len(folders) > 3 else ""
+            )
             labels.notes.append(f"{shown}: these folders are not the classes, as there are labels")
     return labels
 
@@ -264,6 +324,9 @@ def _parts(layout: Layout, labels: Labels) -> list[Part]:
     parts = [part for part in (layout.train, layout.held_out) if part is not None and part.rows]
     train, held_out = part_words(labels.parts)
     if len(parts) > 1 or train is None or held_out is None:
+        return parts
+    if sum(row in labels.parts for row in layout.train.rows) < len(layout.train.rows) / 2:
+        labels.notes.append(f"{train} and {held_out} in label files: not used, as most images are in no part")
         return parts
     divided = {train: Part("", [], []), held_out: Part(f"{held_out} in the label file", [], [])}
     unused: Counter[str] = Counter()
@@ -276,13 +339,17 @@ def _parts(layout: Layout, labels: Labels) -> list[Part]:
             unused[word] += 1
     for word, count in unused.items():
         layout.left_out[f"{word} in the label file"] += count
-        labels.notes.append(f"{word}: {count:,} images of this part by the label file, not used")
+        labels.notes.append(f"{word}: {count:,} images of this part by label files, not used")
+    labels.notes.append(f"{some_names(labels.part_files)}: divides the images into {train} and {held_out}")
     return list(divided.values())
 
 
-def _labels_of(part: Part, labels: Labels) -> list[str | None]:
-    """Each image's label: that of the files that give labels, or else its folder."""
-    if labels.by_row:
+def _labels_of(part: Part, labels: Labels, *, train: bool) -> list[str | None]:
+    """Each image's label: that of the files that give labels, or else its folder.
+
+    If the files name held-out images only, as Tiny ImageNet's do, the folders are the classes in training.
+    """
+    if labels.by_row and not (train and not any(row in labels.by_row for row in part.rows)):
         given = [labels.by_row.get(row) for row in part.rows]
         if missing := given.count(None):
             part_name = f" of {part.name}" if part.name else ""
@@ -292,6 +359,10 @@ def _labels_of(part: Part, labels: Labels) -> list[str | None]:
         path.partition("/")[0].encode("utf-8", "backslashreplace").decode() if "/" in path else None
         for path in part.inner
     ]
+
+
+def _beside(tree: Tree) -> dict[str, bytes]:
+    return {name: content for name in CLASS_LISTS if (content := tree.beside(name)) is not None}
 
 
 def class_list(beside: Callable[[str], bytes | None]) -> Mapping[str, str]:
