@@ -554,7 +554,7 @@ def test_folders_and_files_that_belong_to_images(tmp_path):
     train, _ = load(tmp_path / "files")
     assert both(tmp_path / "files") == {"a": 4, "b": 4}
     assert train.left_out == {"that belong to the images of the same names": 16}
-    write(tmp_path / "icons", ten("{}.png") + ["9-preview.png"])
+    write(tmp_path / "icons", [*ten("{}.png"), "9-preview.png"])
     assert both(tmp_path / "icons") == {"-": 11}
 
 
