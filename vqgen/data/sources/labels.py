@@ -25,6 +25,21 @@ NO_LABELS = re.compile(
 LIKE_LABELS = re.compile(
     r".*(label|annot|metadata|categor|caption|bbox|ground_?truth|list_attr|split).*|devkit|imagesets", re.IGNORECASE
 )
+DATA_FILES = (
+    *TABLES,
+    ".mat",
+    ".xml",
+    ".xls",
+    ".xlsx",
+    ".yaml",
+    ".yml",
+    ".gz",
+    ".pkl",
+    ".pickle",
+    ".h5",
+    ".npy",
+    ".npz",
+)
 MAX_TABLES = 50
 CLASS_COLUMNS = ("label", "labels", "class", "class_name", "category", "target", "cls", "class_id", "label_name", "y")
 SPLIT_COLUMNS = ("split", "set", "subset", "partition", "usage")
@@ -166,7 +181,7 @@ def _perhaps_labels(others: Sequence[str]) -> list[str]:
         depth = next((i for i, name in enumerate(folders) if LIKE_LABELS.fullmatch(name)), None)
         if depth is not None:
             found["/".join(folders[: depth + 1]) + "/"] += 1
-        elif LIKE_LABELS.fullmatch(_name(path)) and not NO_LABELS.fullmatch(_name(path)):
+        elif path.lower().endswith(DATA_FILES) and LIKE_LABELS.fullmatch(_name(path)):
             found[path] += 1
     if not found:
         return []
@@ -317,7 +332,7 @@ def _class_column(table: _Table, column: str | None, folders: Container[str], la
         return usable[0]
     if others:
         labels.notes.append(f"{path}: not used for classes; data.label_column= takes one of {_shown(others)}")
-    elif table.path not in labels.used:
+    elif table.path not in labels.used and (is_label_file(table.path) or not table.path.lower().endswith(".txt")):
         labels.notes.append(f"{path}: no column beside the images' names, so no classes from it")
     return None
 
