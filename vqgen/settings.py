@@ -19,9 +19,10 @@ class DataConfig:
     """The images, and how each comes to `image_size`."""
 
     source: str = "digits"
-    """The images: `digits` (built in), a folder (each subfolder is a class), an .npz, tar shards such as
-    `train-{00000..00009}.tar`, or a folder of MNIST-style IDX files; or any of these at an address that begins with
-    `https://`, `s3://` or `hf://`, which is fetched once into the user's cache folder."""
+    """The images: `digits` (built in); a folder, whose subfolders are the classes; tar, zip or parquet files, as in
+    `train-{00000..00009}.tar`; an .npz or .npy; a folder of IDX files like MNIST's; `hf:NAME`, a data set of the
+    Hugging Face Hub; or any of these at an address that begins with `https://`, `s3://` or `hf://`, which is fetched
+    once into the user's cache folder."""
     val_source: str | None = None
     """Held-out images, in any of the same forms; null takes the source's own, or splits some off."""
     val_fraction: float = 0.05

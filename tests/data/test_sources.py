@@ -48,7 +48,7 @@ def wrong_sources(root: Path) -> dict[str, str]:
         write_shard(root / f"json_{name}" / "a.tar", {"0": (0, b"0"), "1": (1, b"4")})
         (root / f"json_{name}" / "classes.json").write_text(content)
     return {
-        "photos": "no such file or folder; give a folder of images, an archive or a pattern of archives, an .npz",
+        "photos": "no such file or folder; give a folder of images, a tar, zip, parquet",
         "empty": r"no image among its files, 1 \.txt \(looked for \.png \.jpg .*\); give a folder",
         "single": "is only one image.*; give val_source=",
         "film.mp4": "a file of an unknown type; give a folder",

@@ -35,7 +35,6 @@ from vqgen.data.skipped import PASSING, SkippedFile, one_line, reason
 from vqgen.data.sources import Source, open_source
 from vqgen.data.sources.arrays import ArraySource
 from vqgen.data.sources.index import hashes_of
-from vqgen.data.sources.tree import TreeSource
 from vqgen.data.stream import ImageStream
 from vqgen.distributed import computed_by_main, cores_per_process, object_from_main, rank
 from vqgen.errors import InputError
@@ -550,7 +549,8 @@ def _split(source: Source, val_fraction: float) -> tuple[np.ndarray, np.ndarray]
 
     At least one image of each class is for training.
     """
-    hashes = source.index.hashes if isinstance(source, TreeSource) else hashes_of(source.names)
+    index = getattr(source, "index", None)  # has the hashes already
+    hashes = hashes_of(source.names) if index is None else index.hashes
     held_out = hashes / 2.0**64 < val_fraction
     alone = np.bincount(source.class_ids + 1)[source.class_ids + 1] == 1  # the only image of its class, or without one
     lowest_first = np.lexsort((hashes, alone & (source.class_ids >= 0)))

@@ -35,7 +35,7 @@ SOURCES: dict[str, Callable[[str, Path, DataConfig], Found | None]] = {
     "npz": open_npz,
     "archives": open_archives,
 }
-REMEDY = "give a folder of images, an archive or a pattern of archives, an .npz or .npy, or digits"
+REMEDY = "give a folder of images, a tar, zip, parquet, .npz or .npy, a pattern of these, hf:NAME, or digits"
 
 
 def open_source(key: str, source: str | Path, data: DataConfig) -> Found:
