@@ -29,6 +29,7 @@ from vqgen.cli.reflect import complete_options
 from vqgen.cli.sections import STAGE1_SECTIONS as SECTIONS
 from vqgen.data.images import ImageSet, load_images
 from vqgen.data.order import image_batches
+from vqgen.data.stream import ImageStream
 from vqgen.distributed import all_reduce_sum, rank, world_size
 from vqgen.errors import require, section
 from vqgen.evaluation.metrics import CodeUsage, psnr
@@ -179,7 +180,7 @@ def train(config: Stage1Config, run: Run) -> None:
         return
     size = num_parameters(nets.tokenizer)
     run.start(
-        f"{len(train_set)} training and {len(val_set)} held-out images, {size / 1e6:.2f} M parameters",
+        f"{train_set.amount} training and {len(val_set)} held-out images, {size / 1e6:.2f} M parameters",
         size,
         by_pass="the codebook, which moves at each pass",
     )
@@ -226,7 +227,7 @@ def train(config: Stage1Config, run: Run) -> None:
     run.close("the tokenizer", then)
 
 
-def load_data(config: Stage1Config, run: Run) -> tuple[ImageSet, ImageSet]:
+def load_data(config: Stage1Config, run: Run) -> tuple[ImageSet | ImageStream, ImageSet]:
     """The training and the held-out images; completes the configuration with settings that follow from the images."""
     config.data.channels = config.data.channels or config.model.get("channels")
     with section("data"):

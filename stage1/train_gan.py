@@ -17,6 +17,7 @@ from vqgen.cli.program import run_program
 from vqgen.cli.reflect import check_options
 from vqgen.data.images import ImageSet, load_images
 from vqgen.data.order import image_batches, mixed_seed, own_part
+from vqgen.data.stream import ImageStream
 from vqgen.distributed import world_size
 from vqgen.errors import require, section
 from vqgen.priors.sampling import classes_in_turn, generate_images, latents
@@ -90,7 +91,7 @@ def train(config: GANConfig, run: Run) -> None:
     classes = range(len(train_set.class_names))
     size = num_parameters(nets.bare_generator)
     run.start(
-        f"{len(train_set)} training images, {len(classes)} classes, {size / 1e6:.2f} M parameters "
+        f"{train_set.amount} training images, {len(classes)} classes, {size / 1e6:.2f} M parameters "
         f"and {num_parameters(nets.bare_disc) / 1e6:.2f} M of the discriminator",
         size,
         by_pass="batch normalisation",
@@ -142,7 +143,7 @@ def train(config: GANConfig, run: Run) -> None:
     run.close("the generator", then)
 
 
-def load_data(config: GANConfig, run: Run) -> ImageSet:
+def load_data(config: GANConfig, run: Run) -> ImageSet | ImageStream:
     """The training images; completes the configuration with settings that follow from them."""
     with section("data"):
         train_set, held_out = load_images(config.data)
@@ -153,7 +154,7 @@ def load_data(config: GANConfig, run: Run) -> ImageSet:
     return train_set
 
 
-def build(config: GANConfig, run: Run, train_set: ImageSet) -> Nets:
+def build(config: GANConfig, run: Run, train_set: ImageSet | ImageStream) -> Nets:
     """Both networks on their device, their optimizers and the average, in their state before the first step."""
     fp16 = run.accelerator.mixed_precision == "fp16"
     require(not fp16, "train.mixed_precision=fp16 is too coarse for a discriminator's gradients; use bf16 or no")

@@ -29,8 +29,9 @@ from vqgen.cli.parse import load_config
 from vqgen.cli.program import run_program
 from vqgen.cli.reflect import check_options
 from vqgen.cli.sections import STAGE1_SECTIONS
-from vqgen.data.images import ImageSet, load_images, some_rows
+from vqgen.data.images import ImageSet, load_images, sample_of_stream, some_rows
 from vqgen.data.samples import load_samples, save_samples
+from vqgen.data.stream import ImageStream
 from vqgen.errors import InputError, need, require, section
 from vqgen.evaluation.features import FeatureNetwork, cached_features, load_feature_network
 from vqgen.evaluation.perceptual import PerceptualDistance
@@ -62,6 +63,10 @@ def main(config: CompareConfig) -> None:
     # Loads the images and both networks and checks all settings first, so that errors appear before the long training.
     with section("data"):
         train_set, held_out = load_images(data)
+    if isinstance(train_set, ImageStream):
+        amount, train_set = train_set.amount, sample_of_stream(train_set)
+    else:
+        amount = f"{len(train_set):,}"
     accelerator = evaluation_device()
     network = load_feature_network(
         config.features, None, train_set, seed=config.seed, cache=cache, accelerator=accelerator
@@ -123,7 +128,7 @@ def main(config: CompareConfig) -> None:
         columns[name]["images/s when sampling"] = rates[name]
 
     table = markdown(columns, real)
-    heading = f"{len(train_set):,} training images ({data.source}), {config.seconds:g} s of training each, "
+    heading = f"{amount} training images ({data.source}), {config.seconds:g} s of training each, "
     heading += f"seed {config.seed}, {config.num_images:,} samples; the best of the three in bold"
     (folder / "comparison.md").write_text(f"{heading}\n\n{table}\n")
     picture(drawn, held_out, folder, accelerator.device).save(folder / "comparison.png")

@@ -22,6 +22,7 @@ from vqgen.codes import sides
 from vqgen.data.codes import TokenStore, encode_images
 from vqgen.data.images import ImageSet, load_images
 from vqgen.data.order import token_batches
+from vqgen.data.stream import ImageStream, OrderedStream
 from vqgen.errors import section
 from vqgen.evaluation.likelihood import prior_nll, unigram_entropy
 from vqgen.priors.prior import Prior
@@ -123,7 +124,7 @@ def train(config: Stage2Config, run: Run) -> None:
     run.close("the prior and its tokenizer", then)
 
 
-def load_data(config: Stage2Config, run: Run, tokenizer: VQModel) -> tuple[ImageSet, ImageSet]:
+def load_data(config: Stage2Config, run: Run, tokenizer: VQModel) -> tuple[ImageSet | OrderedStream, ImageSet]:
     """The training and the held-out images; each data setting that is not given is taken from the tokenizer's run."""
     data, _, taken = run_data(Path(config.stage1), config.data, tokenizer.channels)
     if taken:
@@ -132,7 +133,7 @@ def load_data(config: Stage2Config, run: Run, tokenizer: VQModel) -> tuple[Image
     with section("data"):
         train_images, val_images = load_images(data)
     run.show_data(train_images, val_images)
-    return train_images, val_images
+    return OrderedStream(train_images) if isinstance(train_images, ImageStream) else train_images, val_images
 
 
 def build(config: Stage2Config, run: Run, tokenizer: VQModel, class_names: list[str]) -> Nets:
@@ -153,7 +154,7 @@ def build(config: Stage2Config, run: Run, tokenizer: VQModel, class_names: list[
 
 
 def encode(
-    images: ImageSet,
+    images: ImageSet | OrderedStream,
     tokenizer: VQModel,
     tokenizer_hash: str,
     config: Stage2Config,

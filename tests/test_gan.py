@@ -200,6 +200,7 @@ def test_the_comparison_makes_its_table_and_picture_and_makes_nothing_twice(prog
         "num_reference=80",
         "perceptual=none",
         f"cache_dir={tmp_path}/cache",
+        "data.source=digits",
         QUIET,
     ]
     settings += ["data.source=digits", "data.image_size=[32,40]", "data.max_images=2000"]

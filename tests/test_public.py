@@ -442,7 +442,7 @@ def test_the_extras_that_messages_name_exist_and_dev_has_them_all():
     text = (ROOT / "pyproject.toml").read_text()
     extras = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     assert [line.split(" = ")[0] for line in extras.splitlines() if " = [" in line] == [
-        "perceptual", "evaluation", "tracking", "tiff", "datasets", "dev",
+        "perceptual", "evaluation", "tracking", "tiff", "datasets", "remote", "dev",
     ]  # fmt: skip
     needed = text.partition("\ndependencies = [")[2].partition("]\n\n")[0]
     assert not [

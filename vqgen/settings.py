@@ -10,6 +10,7 @@ from vqgen.errors import InputError, require, require_choice, require_size
 # The last part of the key of each setting that is a path; the programs expand `~` in these.
 PATHS = {"run_dir", "source", "val_source", "stage1", "codes_dir", "weights", "out"}
 PATHS |= {"cache_dir", "feature_weights", "perceptual_weights", "compare", "images", "reference"}
+ADDRESSES = {"source", "val_source", "images", "reference"}  # those of them that may also be an address
 VQGAN_SETTINGS = ["loss.perceptual.name=alex", "loss.adversarial.name=non_saturating"]
 
 
@@ -19,7 +20,8 @@ class DataConfig:
 
     source: str = "digits"
     """The images: `digits` (built in), a folder (each subfolder is a class), an .npz, tar shards such as
-    `train-{00000..00009}.tar`, or a folder of MNIST-style IDX files."""
+    `train-{00000..00009}.tar`, or a folder of MNIST-style IDX files; or any of these at an address that begins with
+    `https://`, `s3://` or `hf://`, which is fetched once into the user's cache folder."""
     val_source: str | None = None
     """Held-out images, in any of the same forms; null takes the source's own, or splits some off."""
     val_fraction: float = 0.05
@@ -52,6 +54,10 @@ class DataConfig:
     max_images: int | None = None
     """Largest number of training images, and also of held-out images, for a quick try: always the same random ones,
     with at least one of each class; null takes all."""
+    stream: bool = False
+    """Read tar shards one after another, without an index; for data that do not fit on the disk."""
+    shuffle_buffer: int = 10000
+    """Encoded images that each rank keeps in memory to shuffle a stream."""
     on_error: Literal["skip", "raise"] = "skip"
     """For an image that does not load: `skip` it and name it in the run's skipped.txt, or `raise` an error."""
     cache_gb: float = 1.0
@@ -76,6 +82,9 @@ class DataConfig:
         )
         if self.max_images is not None:
             require_size("data.max_images", self.max_images)
+            fewer = "name fewer shards, or use data.stream=false"
+            require(not self.stream, f"data.max_images={self.max_images}: not for a stream, which has no end; {fewer}")
+        require_size("data.shuffle_buffer", self.shuffle_buffer)
 
     @property
     def size(self) -> tuple[int, int]:

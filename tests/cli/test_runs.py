@@ -75,6 +75,19 @@ def test_relative_paths_are_found_again_from_another_folder(run, tmp_path, monke
     assert not run_data(absolute, {"source": "photos"}, 1).own
 
 
+@pytest.mark.parametrize("source", ["digits", "https://host/x-{0..9}.tar", "s3://bucket/x.tar", "hf:user/name:train"])
+def test_a_source_that_is_no_path_is_taken_as_it_is_from_any_folder(run, tmp_path, monkeypatch, source):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"] |= {"source": source, "val_source": source}
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    absolute = run.resolve()
+    monkeypatch.chdir(tmp_path)
+    data, own, _ = run_data(absolute, {}, 1)
+    assert (data.source, data.val_source, own) == (source, source, True)
+    assert run_data(absolute, {"source": source}, 1).own
+    assert not run_data(absolute, {"source": f"{source}x"}, 1).own
+
+
 def test_a_project_that_moved_is_whole(run, tmp_path, monkeypatch):
     (tmp_path / "old").rename(tmp_path / "new")
     monkeypatch.chdir(tmp_path / "new")

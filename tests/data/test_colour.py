@@ -90,6 +90,13 @@ def test_inks_have_the_colours_that_the_printer_s_profile_says(tmp_path, extensi
         np.testing.assert_allclose(read[:, 4, 4], lab_in_srgb(np.array(lab)), atol=3)
 
 
+def test_a_tiff_of_lab_colours(tmp_path):
+    for k, (lightness, a, b) in enumerate([(100, 0, 0), (60, -30, -20), (50, 40, 5)]):
+        stored = Image.new("LAB", (40, 40), (round(lightness * 2.55), a + 128, b + 128))
+        read = read_one(save(tmp_path / str(k) / "a" / "x.tif", stored), channels=3)
+        np.testing.assert_allclose(read[:, 4, 4], lab_in_srgb(np.array([lightness, a, b])), atol=3)
+
+
 def test_a_profile_that_is_broken_or_for_other_channels_changes_nothing(tmp_path):
     whole = profile(SPACES["Rec2020"])
     broken = [b"no profile", whole[:150], whole[:-60], bytes(len(whole))]

@@ -40,14 +40,14 @@ def tiff(values: np.ndarray, order: str = "<", *, planar: bool = False, packed: 
         order: `<` or `>`.
         planar: whether each channel is a strip of its own.
         packed: whether to compress.
-        tags: `photometric` and `extra`, if they are not those of grey, RGB and RGB with opacity.
+        tags: `photometric`, `extra` and `bits`, if they are not those of grey, RGB and RGB with opacity.
     """
     height, width, channels = (*values.shape, 1)[:3]
     kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
     values = values.astype(values.dtype.newbyteorder(order)).reshape(height, width, channels)
     strips = [values[..., c].tobytes() for c in range(channels)] if planar else [values.tobytes()]
     strips = [zlib.compress(strip) if packed else strip for strip in strips]
-    bits = [8 * values.dtype.itemsize] * channels
+    bits = [tags.get("bits", 8 * values.dtype.itemsize)] * channels
     photometric = tags.get("photometric", 2 if channels > 2 else 1)
     entries = {
         256: [width], 257: [height], 258: bits, 259: [8 if packed else 1], 262: [photometric], 273: strips,
@@ -310,6 +310,8 @@ def test_tiffs_that_pillow_does_not_read():
     np.testing.assert_allclose(values_of(tiff(with_opacity, extra=2))[..., 1], with_opacity[..., 1] / 65535)
     with pytest.raises(OSError, match="2 bands"):
         open_image(tiff(with_opacity, extra=0))
+    with pytest.raises(OSError, match="values of 1 bits"):
+        open_image(tiff(random(9, 8, 3, dtype=np.uint8), bits=1))
     with pytest.raises(OSError, match="5 bands"):
         open_image(tiff(random(9, 7, 5), photometric=1))
 

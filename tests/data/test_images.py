@@ -40,7 +40,7 @@ def test_channels_are_probed(folder):
 @pytest.mark.parametrize("stored", ["L", "RGB"])
 def test_one_image_with_colour_among_many_gives_three_channels(tmp_path, stored):
     rng = np.random.default_rng(0)
-    grey = {f"{k:03}.png": Image.fromarray(rng.integers(0, 256, (9, 8), np.uint8)) for k in range(150)}
+    grey = {f"{k:03}.png": Image.fromarray(rng.integers(0, 256, (9, 8), np.uint8)) for k in range(300)}
     for name, image in grey.items():
         save(tmp_path / "x" / name, image.convert(stored))
     save(tmp_path / "held" / "x.png", grey["000.png"])
@@ -49,6 +49,7 @@ def test_one_image_with_colour_among_many_gives_three_channels(tmp_path, stored)
         assert train.channels == 1
         for k, image in enumerate(grey.values()):  # 9 rows of 8: the first 8 of them are whole
             np.testing.assert_array_equal(train.read(k)[0], np.asarray(image)[:8])
+    assert 140 not in some_rows(300, 64)  # so few would not do
     coloured = np.asarray(grey["140.png"].convert("RGB")).copy()
     coloured[4, 4, 2] ^= 1
     save(tmp_path / "x" / "140.png", Image.fromarray(coloured))

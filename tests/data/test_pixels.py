@@ -213,6 +213,16 @@ def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(monkeypatch, resize,
     assert in_full(monkeypatch, buffer.getvalue(), image_size=24).std() > 20
 
 
+def test_a_turned_jpeg_is_decoded_smaller_for_a_shape_that_is_no_square(monkeypatch):
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    scene(1200, 400).save(buffer, "JPEG", quality=92, exif=exif)
+    image, settings = open_image(buffer.getvalue()), {"image_size": [96, 24]}
+    read = to_square(image, 3, DataConfig(**settings))
+    assert image.size == (300, 100)
+    assert np.abs(read - in_full(monkeypatch, buffer.getvalue(), **settings)).mean() < 1
+
+
 def test_a_small_jpeg_and_a_png_are_decoded_in_full(monkeypatch):
     for form, side in (("JPEG", 95), ("PNG", 500)):
         buffer = io.BytesIO()

@@ -1,5 +1,6 @@
 """Tables: which column has the images, which the classes, and how each kind of column is read."""
 
+import errno
 import os
 import pickle
 import re
@@ -16,6 +17,7 @@ from data.files import greys, load, png, save, write_table
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from vqgen.data.sources import arrow as arrow_module
 from vqgen.data.sources import index as index_module
 from vqgen.data.sources import open_source
 from vqgen.errors import InputError
@@ -292,6 +294,15 @@ def test_copies_are_made_once_and_again_if_the_table_changes(tmp_path, cache, mo
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=5))
     write_table(path, {"image": greys(COUNT + 2)})
     with pytest.raises(InputError, match=r"a copy of its images needs .* make room there, or set XDG_CACHE_HOME"):
+        opened(path)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(arrow_module, "_as_files", full)
+    with pytest.raises(InputError, match=r"cannot be copied to .*tables \(No space left on device\); make room there"):
         opened(path)
     assert not [*(cache / "tables").glob("*.tmp")]
 

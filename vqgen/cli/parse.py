@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vqgen.cli.reflect import Sections, complete_options, merge, no_such_key, plain, settings, takes_more
+from vqgen.data.sources.remote import is_remote
 from vqgen.errors import InputError, require
-from vqgen.settings import PATHS
+from vqgen.settings import ADDRESSES, PATHS
 from vqgen.yaml_file import WORKING_DIR, YAML_ERRORS, first_line, read_yaml
 
 C = TypeVar("C")
@@ -37,8 +38,10 @@ def expand_home(path: str, key: str) -> str:
     """Replaces a leading `~` or `~user` by the home folder, unless a file or folder has exactly this name.
 
     Raises:
-        InputError: the user does not exist; `key` is the path's setting, for the message.
+        InputError: the user does not exist, or the path is an address and its setting, `key`, takes none.
     """
+    takes_address = key.rpartition(".")[2] in ADDRESSES
+    require(takes_address or not is_remote(path), f"{key}={path}: is an address, but must be here; give a local path")
     expanded = os.path.expanduser(path)
     if expanded.startswith("~") and not os.path.lexists(path.partition("/")[0]):
         raise InputError(f"{key}={path}: there is no home folder {path.partition('/')[0]}; write the whole path")

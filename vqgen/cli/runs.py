@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vqgen.cli.reflect import check_options
-from vqgen.data.images import ImageSet, load_images
+from vqgen.data.images import ImageSet, load_images, sample_of_stream
+from vqgen.data.sources.hub import PREFIX as HUB
+from vqgen.data.sources.remote import is_remote
+from vqgen.data.stream import ImageStream
 from vqgen.errors import InputError, require, section
 from vqgen.settings import DataConfig, TrackingConfig
 from vqgen.training.checkpoints import load_checkpoint
 from vqgen.yaml_file import WORKING_DIR, read_yaml
 
-BUILT_IN_SOURCES = ("digits",)  # values of data.source that are not paths
+BUILT_IN_SOURCES = ("digits",)
 UNSAID = ("channels", "cache_gb", "workers", "augment")  # data settings that say nothing about which images a run takes
 
 
@@ -45,7 +48,7 @@ def run_data(run: Path, given: Mapping[str, Any], channels: int) -> RunData:
     own = _section(run, "data")
     same, left_out = True, None
     if "source" in given:
-        same = "source" in own and os.path.realpath(given["source"]) == os.path.realpath(_found(run, own["source"]))
+        same = "source" in own and _is_same(given["source"], _found(run, own["source"]))
         left_out = None if same or "val_source" in given else own.pop("val_source", None)
     taken = {key: value for key, value in own.items() if key not in given and value is not None}
     for key in {"source", "val_source"} & taken.keys():
@@ -63,7 +66,7 @@ def run_images(run: Path, given: Mapping[str, Any], channels: int) -> tuple[Imag
     """The training and the held-out images of a run, or of the source that the user gives instead.
 
     The third value says whether they are the run's own images: the source is the same, or the checkpoint's hash of the
-    images is.
+    images is. Some images stand for those of a stream.
 
     Raises:
         InputError: as in `run_data`; or no image loads.
@@ -74,7 +77,7 @@ def run_images(run: Path, given: Mapping[str, Any], channels: int) -> tuple[Imag
     if not same:
         checkpoint = load_checkpoint(run)
         same = checkpoint is not None and checkpoint["data"] == train.fingerprint
-    return train, held_out, same
+    return sample_of_stream(train) if isinstance(train, ImageStream) else train, held_out, same
 
 
 def run_tracking(run: Path, given: Mapping[str, Any]) -> TrackingConfig:
@@ -106,7 +109,7 @@ def _found(run: Path, path: str) -> str:
     folder, because the project may have moved, or the run may come from another machine.
     """
     started_in = _settings(run).get(WORKING_DIR)
-    if path in BUILT_IN_SOURCES or os.path.isabs(path) or started_in is None or started_in == os.getcwd():
+    if not _is_path(path) or os.path.isabs(path) or started_in is None or started_in == os.getcwd():
         return path
     there = os.path.join(started_in, path)
     return there if _exists(there) else path
@@ -114,11 +117,21 @@ def _found(run: Path, path: str) -> str:
 
 def _check_there(run: Path, key: str, saved: str, found: str) -> None:
     """Raises InputError if a source taken from the run does not exist."""
-    if found in BUILT_IN_SOURCES or _exists(found):
+    if not _is_path(found) or _exists(found):
         return
     there = os.path.join(_settings(run).get(WORKING_DIR, ""), saved)
     places = "is not there" + (f", nor at {there}" if there != os.path.abspath(saved) and there != saved else "")
     raise InputError(f"data.{key}={saved} of {run} {places}; give data.{key}=")
+
+
+def _is_path(source: str) -> bool:
+    """Whether a source is a path, and not built in, an address or a data set of the Hub."""
+    return source not in BUILT_IN_SOURCES and not is_remote(source) and not source.startswith(HUB)
+
+
+def _is_same(source: str, other: str) -> bool:
+    """Whether two sources are the same, whatever their paths."""
+    return source == other or (_is_path(source) and os.path.realpath(source) == os.path.realpath(other))
 
 
 def _exists(path: str) -> bool:

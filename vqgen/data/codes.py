@@ -21,6 +21,7 @@ from vqgen.codes import CodeLayout
 from vqgen.data.crops import ENLARGED, Versions
 from vqgen.data.images import MAX_THREADS, ImageSet
 from vqgen.data.skipped import SkippedFile, read_skipped
+from vqgen.data.stream import OrderedStream
 from vqgen.distributed import cores_per_process, from_main, rank, world_size
 from vqgen.errors import InputError
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8
@@ -62,7 +63,7 @@ class TokenStore:
 
 
 def encode_images(
-    images: ImageSet,
+    images: ImageSet | OrderedStream,
     model: VQModel,
     cache: Path,
     *,

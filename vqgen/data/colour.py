@@ -28,6 +28,8 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         image: the image.
         profile: the ICC profile; None means sRGB.
     """
+    if image.mode == "LAB" and _has_lcms():  # which Pillow does not convert by itself
+        return cast(Image.Image, ImageCms.applyTransform(image, _lab_to_srgb()))
     space = "CMYK" if image.mode == "CMYK" else "L" if image.mode in ("1", "L", "LA") else "RGB"
     mode = space if not image.has_transparency_data else "LA" if image.mode in ("L", "LA") else "RGBA"
     convert = _conversion(profile, space) if profile else None
@@ -68,6 +70,11 @@ def _conversion(profile: bytes, mode: str) -> Conversion | None:
     except (OSError, ImageCms.PyCMSError, ValueError):  # damaged, or a profile of another kind than of a device
         return None
     return lambda image: cast(Image.Image, ImageCms.applyTransform(image, transform))  # not in place
+
+
+@functools.cache
+def _lab_to_srgb() -> ImageCms.ImageCmsTransform:
+    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
 
 
 def _same(colours: np.ndarray, others: np.ndarray) -> bool:

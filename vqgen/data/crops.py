@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vqgen.data.images import ImageSet
+from vqgen.data.stream import OrderedStream
 
 ENLARGED = 1.1  # LlamaGen's `crop_range`: its ten-crop cuts the corners and the centre out of an image of this size
 
@@ -27,7 +28,7 @@ class Versions:
         mirror: whether to add mirror images; 10 crops have them anyway.
     """
 
-    def __init__(self, images: ImageSet, crops: int, mirror: bool):
+    def __init__(self, images: ImageSet | OrderedStream, crops: int, mirror: bool):
         self.images, self.mirror = images, mirror or crops == 10
         self.larger = images.resized([round(ENLARGED * side) for side in images.size]) if crops > 1 else None
 

@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image
 
 from vqgen.codes import sides
-from vqgen.data.images import MAX_THREADS, ImageSet, some_rows
+from vqgen.data.images import MAX_THREADS, ImageSet, sample_of_stream, some_rows
 from vqgen.data.pixels import DECODE_ERRORS, orientation_of
 from vqgen.data.skipped import one_line
+from vqgen.data.stream import ImageStream
 from vqgen.distributed import cores_per_process
 
 LOOKED_AT = 1000  # images whose headers are read for their sizes
@@ -121,16 +122,18 @@ class Description:
         return [f"left out: {counts}"] if counts else []
 
 
-def describe(train: ImageSet, held_out: ImageSet | None, batch_size: int | None = None) -> Description:
+def describe(train: ImageSet | ImageStream, held_out: ImageSet | None, batch_size: int | None = None) -> Description:
     """Describes the sets of `load_images` or `load_set`, and adds the hints that are due.
 
     It reads the headers of some images, so only the main process should call it.
 
     Args:
-        train: the training set, or all images.
+        train: the training set, or all images; some of a stream's stand for all.
         held_out: the held-out set, if there is one.
         batch_size: the images of a training step; None if nothing is trained, so that no hint about training is due.
     """
+    if isinstance(train, ImageStream):
+        train, batch_size = sample_of_stream(train), None  # numbers of a sample call for no hint about training
     data = train.data
     split = train.split or f"{100 * data.val_fraction:g} % by a hash of the names"
     if data.val_source is not None:

@@ -29,12 +29,14 @@ from tqdm import tqdm
 from vqgen.codes import shown
 from vqgen.data.deep import Kind, Levels, deep_of, find_levels
 from vqgen.data.identity import fingerprint_of
+from vqgen.data.look import look_at
 from vqgen.data.pixels import DECODE_ERRORS, opened, quiet_pillow, to_square
 from vqgen.data.skipped import PASSING, SkippedFile, one_line, reason
 from vqgen.data.sources import Source, open_source
 from vqgen.data.sources.arrays import ArraySource
 from vqgen.data.sources.index import hashes_of
 from vqgen.data.sources.tree import TreeSource
+from vqgen.data.stream import ImageStream
 from vqgen.distributed import computed_by_main, cores_per_process, object_from_main, rank
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
@@ -46,12 +48,13 @@ MAX_SIDE = 1 << 15
 MAX_THREADS = 8  # threads that decode
 
 
-def load_images(data: DataConfig | str | Path, **options: Any) -> tuple[ImageSet, ImageSet]:
+def load_images(data: DataConfig | str | Path, **options: Any) -> tuple[ImageSet | ImageStream, ImageSet]:
     """The training and the held-out images: `train, held_out = load_images("photos", image_size=64)`.
 
     The held-out images are those of `val_source` if it is given, or the source's own test part if it has one. Otherwise
     an image is held out if its name has a low hash, so other images can come and go without moving it to the other set.
     With `max_images`, each set is a random part, which is always the same.
+    With `stream=True` the training images are an `ImageStream`.
 
     All processes must call it at the same point, because the main process lists the files for all.
 
@@ -67,6 +70,8 @@ def load_images(data: DataConfig | str | Path, **options: Any) -> tuple[ImageSet
         data = DataConfig(source=str(data))
     data = dataclasses.replace(data, **options)
     _check_settings(data)
+    if data.stream:
+        return _load_stream(data)
     found = open_source("source", data.source, data)
     train, held_out, split = found.train, found.held_out, found.split
     left_out, notes = Counter(found.left_out), [*found.notes]
@@ -96,6 +101,38 @@ def load_images(data: DataConfig | str | Path, **options: Any) -> tuple[ImageSet
     train_set = ImageSet(train, train_rows, data)
     train_set.split, train_set.left_out, train_set.notes = split, left_out, notes + train_set.notes
     return train_set, ImageSet(held_out, held_out_rows, data, like=train_set, prefix=prefix)
+
+
+def _load_stream(data: DataConfig) -> tuple[ImageStream, ImageSet]:
+    """The stream of the training images, and the held-out images."""
+    try:
+        look = look_at(data)
+    except InputError as error:
+        raise InputError(f"source={data.source}: {error}") from error
+    seen = ImageSet(look, np.arange(len(look.names)), dataclasses.replace(data, cache_gb=0))  # channels and levels
+    stream = ImageStream(look, data, seen.channels, seen.levels)
+    stream.notes += [*look.notes, *seen.notes]
+    if data.val_source is None:
+        stream.split = f"{look.held_out:,} of the {look.looked_at:,} images that were looked at"
+        return stream, ImageSet(look, np.arange(look.held_out), data, like=stream)
+    found = open_source("val_source", data.val_source, data)
+    held_out = found.held_out or found.train
+    try:
+        _match_classes(look, held_out)
+    except InputError as error:
+        remedy = f"{look.looked_at:,} images were looked at; list all classes in a classes.json beside the first shard"
+        raise InputError(f"val_source={data.val_source}: {error}; {remedy}") from error
+    stream.split, rows = data.val_source, np.arange(len(held_out.names))
+    return stream, ImageSet(held_out, rows, data, like=stream, prefix=f"{data.val_source}/")
+
+
+def sample_of_stream(stream: ImageStream) -> ImageSet:
+    """Up to 2,000 of a stream's training images, which stand for all where images are read at random."""
+    rows = np.arange(stream.look.held_out, len(stream.look.names))
+    images = ImageSet(stream.look, rows, stream.data, like=stream)
+    note = f"images: {len(images):,} that stand for all of {stream.amount} images, which are read as a stream"
+    images.split, images.left_out, images.notes = stream.split, stream.left_out, [note, *stream.notes]
+    return images
 
 
 def load_set(
@@ -174,7 +211,13 @@ class ImageSet:
     channels: int
 
     def __init__(
-        self, source: Source, rows: np.ndarray, data: DataConfig, *, like: ImageSet | None = None, prefix: str = ""
+        self,
+        source: Source,
+        rows: np.ndarray,
+        data: DataConfig,
+        *,
+        like: ImageSet | ImageStream | None = None,
+        prefix: str = "",
     ):
         self.class_ids = source.class_ids[rows]
         self.class_names = source.class_names
@@ -210,6 +253,11 @@ class ImageSet:
         The list is made anew each time, because a million names take 100 MB in each process.
         """
         return [self._source.names[row] for row in self._kept]
+
+    @property
+    def amount(self) -> str:
+        """How many images there are, for a sentence."""
+        return str(len(self))
 
     @property
     def in_memory(self) -> bool:
@@ -394,7 +442,7 @@ class ImageSet:
     def _decoded(self) -> Iterator[tuple[int, np.ndarray | None]]:
         """Decodes all images in several threads, and yields each with its index, in order."""
         count = len(self)
-        blocks = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
+        blocks = [range(start, min(start + 16, count)) for start in range(0, count, 16)]
 
         def decode(block: range) -> list[np.ndarray | None]:
             with quiet_pillow:  # once for all of them, which takes less time

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vqgen.data.codes import TokenStore
 from vqgen.data.crops import random_crops
 from vqgen.data.images import ImageSet
+from vqgen.data.stream import ImageStream
 from vqgen.distributed import rank, world_size
 from vqgen.settings import DataConfig
 from vqgen.tokenizers.vqmodel import from_uint8
@@ -106,8 +107,49 @@ def endless_batches(
     return iter(loader)
 
 
+class StreamBatches(IterableDataset[tuple[Tensor, Tensor]]):
+    """A stream's micro-batches of this process from a place on; a dataset for a `DataLoader` without batching.
+
+    The workers of all processes are the stream's readers. A process takes its batches from its workers in turn.
+
+    Args:
+        images: the stream.
+        place: the place in the stream of batches.
+    """
+
+    def __init__(self, images: ImageStream, place: Place):
+        self.images, self.place, self.rank, self.world_size = images, place, rank(), world_size()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        info, first = get_worker_info(), self.place.first
+        workers, worker = (info.num_workers, info.id) if info is not None else (1, 0)
+        turn = (first + worker) % workers  # a loader begins with its first worker, whichever batch that is
+        return self.images.batches(
+            self.rank * workers + turn,
+            self.world_size * workers,
+            seed=self.place.seed,
+            batch_size=self.place.micro_batch,
+            taken=len(range(turn, first, workers)),
+            buffer=max(1, self.images.data.shuffle_buffer // workers),
+        )
+
+
+def streamed_batches(
+    images: ImageStream, place: Place, *, workers: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's micro-batches of a stream from a place on, on the CPU; call it before the loop."""
+    loader = DataLoader(
+        StreamBatches(images, place),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_ignore_signals,
+        pin_memory=device.type == "cuda",
+    )
+    return iter(loader)
+
+
 def image_batches(
-    images: ImageSet, place: Place, *, data: DataConfig, device: torch.device
+    images: ImageSet | ImageStream, place: Place, *, data: DataConfig, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (B, C, H, W) in [-1, 1] and class ids (B,) on the device, from a place on, without end.
 
@@ -118,7 +160,10 @@ def image_batches(
             not in memory.
         device: the models' device.
     """
-    batches = endless_batches(images, place, workers=0 if images.in_memory else data.workers, device=device)
+    if isinstance(images, ImageStream):
+        batches = streamed_batches(images, place, workers=data.workers, device=device)
+    else:
+        batches = endless_batches(images, place, workers=0 if images.in_memory else data.workers, device=device)
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     shares = data.augment or [1.0, 1.0]
 

@@ -31,11 +31,9 @@ FREE_SETTINGS += ["train.accumulation"]  # changes rounding; `how_resumed` says 
 # The data and the tokenizer may have moved; `check_made_from` checks that they are the same.
 FREE_SETTINGS += ["data.source", "data.val_source", "data.cache_gb", "stage1", "codes_dir"]
 
-BEFORE = {
-    "model.name": "light",
-    "order": "raster",
-    "data.crops": 1,
-}  # what settings stood for before versions wrote them
+# What settings stood for before versions wrote them.
+BEFORE: dict[str, Any] = {"model.name": "light", "order": "raster", "data.crops": 1}
+BEFORE |= {"data.stream": False, "data.shuffle_buffer": 10000}
 
 CHECKSUMS = "SHA256SUMS"  # a file in the format of sha256sum, which can check it
 

@@ -22,6 +22,7 @@ from vqgen.data.describe import Description, describe
 from vqgen.data.images import ImageSet
 from vqgen.data.order import Place, seed_step
 from vqgen.data.skipped import count_skipped
+from vqgen.data.stream import ImageStream
 from vqgen.distributed import rank, world_size
 from vqgen.errors import InputError
 from vqgen.training.average import WeightEMA
@@ -197,7 +198,7 @@ class Run:
 
     # Before the first step
 
-    def show_data(self, train: ImageSet, held_out: ImageSet) -> None:
+    def show_data(self, train: ImageSet | ImageStream, held_out: ImageSet) -> None:
         """Says what the images are, on the main process; a run that went back to a checkpoint has said it before."""
         if self.is_main:
             self._found = describe(train, held_out, self.config.train.batch_size)

@@ -4,6 +4,7 @@ A new kind of source is its file, an entry in `SOURCES` and a test.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from vqgen.data.skipped import reason
@@ -13,6 +14,7 @@ from vqgen.data.sources.base import Found, NoImages, Source
 from vqgen.data.sources.folder import open_folder
 from vqgen.data.sources.hub import open_hub
 from vqgen.data.sources.parquet import open_parquet
+from vqgen.data.sources.remote import is_remote, local_copy
 from vqgen.data.sources.saved import open_saved
 from vqgen.data.sources.tree import describe_file
 from vqgen.errors import InputError
@@ -43,19 +45,20 @@ def open_source(key: str, source: str | Path, data: DataConfig) -> Found:
 
     Args:
         key: the setting's name in messages.
-        source: the setting's value, such as a path.
+        source: the setting's value, such as a path or an address.
         data: the settings that say how to read it.
 
     Raises:
         InputError: there is no such source, or it cannot be read.
     """
     try:
-        path = Path(source).expanduser()
+        local, notes = local_copy(str(source)) if is_remote(str(source)) else (str(source), [])
+        path = Path(local).expanduser()
         problem = NoImages(describe_file(path) if path.is_file() else "no such file or folder")
         for open_kind in SOURCES.values():
             try:
-                if (found := open_kind(str(source), path, data)) is not None:
-                    return found
+                if (found := open_kind(local, path, data)) is not None:
+                    return replace(found, notes=[*notes, *found.notes])
             except NoImages as error:  # a folder may hold no image, but archives
                 problem = error
         raise problem

@@ -201,7 +201,7 @@ def find_shards(pattern: Path) -> list[Path]:
         InputError: there is no file for a part of the pattern.
     """
     shards: list[Path] = []
-    for path in [pattern] if pattern.exists() else map(Path, _expand_braces(str(pattern))):
+    for path in [pattern] if pattern.exists() else map(Path, expand_braces(str(pattern))):
         found = [path] if path.exists() else sorted(Path(match) for match in glob.glob(str(path)))
         if not found:
             raise InputError(f"no shard {path}; fetch it, or leave it out of the pattern")
@@ -209,7 +209,8 @@ def find_shards(pattern: Path) -> list[Path]:
     return shards
 
 
-def _expand_braces(pattern: str) -> Iterator[str]:
+def expand_braces(pattern: str) -> Iterator[str]:
+    """A pattern with {000..009} or {a,b} as patterns without."""
     braces = re.search(r"\{([^{}]*)\}", pattern)
     if braces is None:
         yield pattern
@@ -220,7 +221,7 @@ def _expand_braces(pattern: str) -> Iterator[str]:
         choices = (str(number).zfill(len(bounds[1])) for number in numbers)
     start, end = braces.span()
     for choice in choices:
-        yield from _expand_braces(pattern[:start] + choice + pattern[end:])
+        yield from expand_braces(pattern[:start] + choice + pattern[end:])
 
 
 def _stem(archive: Path) -> str:

@@ -7,6 +7,7 @@ to read it at any time, as in a tar file. The images of other files are copied t
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -122,13 +123,24 @@ def copy_images(path: Path, column: str, store: Path) -> None:
             return
         beside = store.with_suffix(".tmp")
         try:
-            with reading_table(path):
+            with reading_table(path), _writing(path, store.parent):
                 _write_copy(path, column, beside)
-            beside.rename(store)
-        except OSError as error:
-            raise InputError(f"{path}: its images cannot be copied to {store.parent} ({reason(error)})") from error
+            with _writing(path, store.parent):
+                beside.rename(store)
         finally:
             beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(path: Path, folder: Path) -> Iterator[None]:
+    """Tells an error of the cache folder's disk from one of the table that is read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        remedy = "make room there, or set XDG_CACHE_HOME"
+        raise InputError(f"{path}: its images cannot be copied to {folder} ({reason(error)}); {remedy}") from error
 
 
 def as_file(value: pa.Scalar, shape: tuple[int, ...] = ()) -> bytes | None:

@@ -18,6 +18,7 @@ from vqgen.errors import InputError, need
 from vqgen.settings import DataConfig
 
 PREFIX = "hf:"
+ROWS_AT_ONCE = 16
 TIMEOUT = 10.0  # seconds until the Hub counts as unreachable
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
@@ -129,10 +130,10 @@ class HubShard:
             InputError: the Hub does not answer any more.
         """
         with _hub_errors(self.name):
-            # Iterating over the rows themselves would yield only some of them in a worker of a `DataLoader`.
-            for number, batch in enumerate(self._rows.iter(batch_size=1)):
-                row = {column: values[0] for column, values in batch.items()}
-                value = row[self._image]
+            # Its own iterator would give each worker of a DataLoader only some of the rows.
+            batches = self._rows.iter(batch_size=ROWS_AT_ONCE)
+            images = (pair for batch in batches for pair in zip(batch[self._image], self._labels(batch), strict=True))
+            for number, (value, label) in enumerate(images):
                 content = value.get("bytes") if isinstance(value, dict) else value
                 path = value.get("path") if isinstance(value, dict) else None
                 if content is None and not path:
@@ -141,7 +142,10 @@ class HubShard:
                 is_wanted = wanted(name)
                 if content is None and path and is_wanted:
                     content = Path(path).read_bytes()
-                yield name, content if is_wanted else None, as_label(row[self._label]) if self._label else None
+                yield name, content if is_wanted else None, as_label(label)
+
+    def _labels(self, batch: Mapping[str, list[Any]]) -> list[Any]:
+        return batch[self._label] if self._label is not None else [None] * len(batch[self._image])
 
 
 def hub_shards(source: str, data: DataConfig) -> tuple[list[HubShard], Mapping[str, str], list[str]]:

@@ -57,6 +57,7 @@ class Labels:
         part_files: paths of the files that do.
         used: paths of the files that were used.
         notes: what was used, and what was found and not used.
+        side: the extension of the files beside the images that were used, and the key in those files if it is .json.
     """
 
     by_row: dict[int, str] = field(default_factory=dict)
@@ -64,6 +65,7 @@ class Labels:
     part_files: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+    side: tuple[str, str | None] = ("", None)
 
 
 def as_label(value: Any) -> str | None:

@@ -168,7 +168,8 @@ def _index(tree: Tree, data: DataConfig) -> tuple[list[Index], dict[str, Any], A
     labels = _labels(paths, keys, others, read, layout, data, dotted=tree.dotted)
     parts = _parts(layout, labels)
     lists = {path for path in others if tree.inner(path) in CLASS_LISTS}
-    names_of_numbers = _class_list({**{tree.inner(path): read(path) for path in lists}, **_beside(tree)})
+    contents = {tree.inner(path): read(path) for path in lists}
+    names_of_numbers = class_list(lambda name: contents.get(name) or tree.beside(name))
     by_part = [_labels_of(part, labels, train=part is parts[0]) for part in parts]
     indices, class_names = [], []
     for part, given in zip(parts, by_part, strict=True):
@@ -361,18 +362,17 @@ def _labels_of(part: Part, labels: Labels, *, train: bool) -> list[str | None]:
     ]
 
 
-def _beside(tree: Tree) -> dict[str, bytes]:
-    return {name: content for name in CLASS_LISTS if (content := tree.beside(name)) is not None}
-
-
-def _class_list(contents: Mapping[str, bytes]) -> Mapping[str, str]:
+def class_list(beside: Callable[[str], bytes | None]) -> Mapping[str, str]:
     """The names of classes that are numbers, from a classes.json or the like: {"0": "cat", ...}.
+
+    Args:
+        beside: the content of a file by its name; None if there is none.
 
     Raises:
         InputError: the file is damaged.
     """
     for name in CLASS_LISTS:
-        content = contents.get(name)
+        content = beside(name)
         if content is None:
             continue
         if name.endswith(".txt"):
