@@ -15,16 +15,6 @@ from vqgen.errors import InputError
 MAX_LABEL_BYTES = 1 << 20
 
 
-def side_label(content: bytes, key: str | None) -> str | None:
-    """The label in a file beside an image; in the key of a .json."""
-    value: Any = content.decode("utf-8", "replace")
-    if key is not None:
-        fields = json.loads(value)
-        value = (flattened(fields) if isinstance(fields, dict) else {"label": fields}).get(key)
-    label = as_label(value)
-    return None if label == "-1" else label
-
-
 def read_side_files(
     images: Sequence[str],
     keys: Sequence[str],
