@@ -203,7 +203,7 @@ def test_the_comparison_makes_its_table_and_picture_and_makes_nothing_twice(prog
         "data.source=digits",
         QUIET,
     ]
-    settings += ["data.source=digits", "data.image_size=[32,40]", "data.max_images=2000"]
+    settings += ["data.image_size=[32,40]", "data.max_images=2000"]
     settings += ["gan=[generator.width=4,discriminator.width=4]", "prior=[model.num_hidden_layers=1]"]
     settings += ["tokenizer=[model.quantizer.codebook_size=32,train.batch_size=16]"]
     settings += ["vqgan=[loss.adversarial.name=hinge,discriminator.width=4]"]
