@@ -24,11 +24,13 @@ from PIL import Image
 
 from vqgen.cli.runs import run_images
 from vqgen.data import look, order, stream
+from vqgen.data.describe import describe
 from vqgen.data.order import Place, StreamBatches, image_batches, streamed_batches
 from vqgen.data.sources import remote
 from vqgen.data.sources import shards as shards_module
 from vqgen.data.sources.shards import sample_of
 from vqgen.data.stream import ImageStream, OrderedStream
+from vqgen.distributed import computed_by_main
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
 
@@ -175,6 +177,17 @@ def test_streams_of_several_processes_are_disjoint_and_go_on(shards, tmp_path):
     for (whole, _), (rest, _), _ in (first, second):
         assert rest == whole[8:12]
     assert not set(flat(first[0][0])) & set(flat(second[0][0]))
+
+
+def test_the_main_process_alone_describes_a_stream(shards, tmp_path):
+    def work(rank: int) -> object:
+        train, held_out = opened(shards / "x-*.tar")
+        lines = describe(train, held_out, 8).short_lines() if rank == 0 else []
+        return [lines[:1], computed_by_main(lambda: "in step")]
+
+    (lines, first), (_, second) = in_two(tmp_path, work)
+    assert lines[0].startswith("images: ")
+    assert first == second == "in step"
 
 
 def test_images_are_the_same_as_where_they_are_read_at_random(shards):

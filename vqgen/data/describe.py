@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vqgen.codes import sides
-from vqgen.data.images import MAX_THREADS, ImageSet, sample_of_stream, some_rows
+from vqgen.data.images import MAX_THREADS, ImageSet, some_rows
 from vqgen.data.pixels import DECODE_ERRORS, orientation_of
 from vqgen.data.skipped import one_line
 from vqgen.data.stream import ImageStream
@@ -133,7 +133,7 @@ def describe(train: ImageSet | ImageStream, held_out: ImageSet | None, batch_siz
         batch_size: the images of a training step; None if nothing is trained, so that no hint about training is due.
     """
     if isinstance(train, ImageStream):
-        train, batch_size = sample_of_stream(train), None  # numbers of a sample call for no hint about training
+        train, batch_size = train.sample, None  # numbers of a sample call for no hint about training
     data = train.data
     split = train.split or f"{100 * data.val_fraction:g} % by a hash of the names"
     if data.val_source is not None:

@@ -23,7 +23,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from vqgen.data.deep import Kind, Levels, deep_of, find_levels
+from vqgen.data.deep import deep_of, find_levels
 from vqgen.data.look import Look
 from vqgen.data.pixels import DECODE_ERRORS, open_image, opened, to_square
 from vqgen.data.skipped import PASSING, SkippedFile, one_line, reason
@@ -41,6 +41,9 @@ from vqgen.distributed import computed_by_main, rank
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
 
+if TYPE_CHECKING:
+    from vqgen.data.images import ImageSet
+
 logger = logging.getLogger("vqgen")
 
 BROKEN_IN_A_ROW = 1000  # images; no set that can be used has as many
@@ -48,24 +51,25 @@ EMPTY_EPOCHS = 10
 
 
 class ImageStream:
-    """Square uint8 images of one size with their class ids, in the order of a stream; a sibling of `ImageSet`.
+    """Uint8 images of one size with their class ids, in the order of a stream; a sibling of `ImageSet`.
 
     Args:
         look: what is known of the stream.
         data: the settings.
-        channels: C, 1 or 3.
-        levels: of images of more than 8 bits, as of `ImageSet`.
+        sample: some of the training images, which stand for all where images are read at random.
 
     Attributes:
-        class_names, channels, image_size, levels, split, left_out, notes: as of `ImageSet`.
+        class_names, channels, image_size, levels, split, left_out, notes: as of `ImageSet`; channels and levels are
+            those of the sample.
         fingerprint: hex digest that changes with the shards or the classes.
         amount: how many images there are, for a sentence.
     """
 
     in_memory = False
 
-    def __init__(self, look: Look, data: DataConfig, channels: int, levels: dict[Kind, Levels]):
-        self.look, self.data, self.channels, self.levels = look, data, channels, levels
+    def __init__(self, look: Look, data: DataConfig, sample: ImageSet):
+        self.look, self.data, self.sample = look, data, sample
+        self.channels, self.levels = sample.channels, sample.levels
         self.class_names, self.fingerprint, self.image_size = look.class_names, look.fingerprint, data.image_size
         self.amount = f"{len(look.shards)} shards of"
         self.split, self.notes, self.left_out = "", list[str](), Counter[str]()
