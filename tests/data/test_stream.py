@@ -405,6 +405,8 @@ def test_a_stream_in_order_is_what_is_trained_on(shards, cache):
     assert ordered.class_ids.tolist() == [-1 if k in (5, 70) else k % 3 for k in pixels]
     later = OrderedStream(train)
     assert [int(later.read(i)[0, 0, 0]) for i in range(60, 99)] == pixels[60:99]
+    late = OrderedStream(train)  # of several threads, that of the first image need not be the first to ask
+    assert [int(late.read(i)[0, 0, 0]) for i in (71, 70, 72)] == [pixels[71], pixels[70], pixels[72]]
     with ThreadPoolExecutor(4) as pool:
         assert [int(x[0, 0, 0]) for x in pool.map(OrderedStream(train).read, range(40, 120))] == pixels[40:120]
     counts = stream._read_counts(train.look.folder)

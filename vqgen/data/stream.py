@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vqgen")
 
 BROKEN_IN_A_ROW = 1000  # images; no set that can be used has as many
+BEHIND = 64  # images by which a thread may ask later than another one for an earlier image
 EMPTY_EPOCHS = 10
 
 
@@ -219,13 +220,13 @@ class OrderedStream:
         return OrderedStream(other)
 
     def read(self, i: int) -> np.ndarray | None:
-        """Image i as uint8 (C, H, W), or None if it does not load. Several threads may read, none far behind.
+        """Image i as uint8 (C, H, W), or None if it does not load. Several threads may read, none behind by over 64.
 
         Raises:
             InputError: it does not load and data.on_error=raise, or a shard cannot be read.
         """
         with self._lock:
-            self._samples = self._samples or self._from(i)
+            self._samples = self._samples or self._from(max(0, i - BEHIND))
             while i not in self._ahead:
                 found = next(self._samples, None)
                 if found is None:  # a shard has changed since it was counted
