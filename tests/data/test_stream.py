@@ -451,6 +451,11 @@ def test_stage_2_encodes_a_stream_once_and_the_evaluations_take_some_of_it(shard
     assert (
         f"note: images: {161 - held_out} that stand for all of 7 shards of images, which are read as a stream" in said
     )
+    card = (tmp_path / "2" / "model" / "README.md").read_text()
+    assert "trained on 7 shards of images." in card
+    assert f"(counted among {161 - held_out} of the images)" in card
+    code, said, errors = program("stage2/sample.py", f"{tmp_path}/2", "num_images=1")
+    assert (code, said.splitlines()[0]) == (0, "classes: 0, 1, 2"), errors
     train, evaluated, own = run_images(tmp_path / "2", {}, 1)
     assert (len(train), len(evaluated), own) == (161 - held_out, held_out, True)
     assert not set(train.names) & set(evaluated.names)

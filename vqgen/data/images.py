@@ -30,7 +30,7 @@ from vqgen.codes import shown
 from vqgen.data.deep import Kind, Levels, deep_of, find_levels
 from vqgen.data.identity import fingerprint_of
 from vqgen.data.look import look_at
-from vqgen.data.pixels import DECODE_ERRORS, opened, quiet_pillow, to_square
+from vqgen.data.pixels import DECODE_ERRORS, opened, quiet_pillow, to_square, upright_size
 from vqgen.data.skipped import PASSING, SkippedFile, one_line, reason
 from vqgen.data.sources import Source, open_source
 from vqgen.data.sources.arrays import ArraySource
@@ -577,7 +577,7 @@ def _sizes(source: Source, rows: np.ndarray) -> set[tuple[int, int]]:
     sizes = set()
     for row in rows[some_rows(len(rows), PROBED_IMAGES)]:
         with contextlib.suppress(DECODE_ERRORS), opened(source, row) as image:
-            sizes.add(image.size)
+            sizes.add(upright_size(image))
     return sizes
 
 

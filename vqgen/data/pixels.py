@@ -161,6 +161,11 @@ def orientation_of(image: Image.Image) -> int:
     return 1
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened image as it will be seen."""
+    return (image.height, image.width) if orientation_of(image) >= 5 else image.size
+
+
 def _is_coloured(image: Image.Image) -> bool:
     """Whether any pixel of an image of mode L or RGB is not grey."""
     if image.mode == "L":
