@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vqgen.adversarial.dcgan import DCGANGenerator, load_gan
 from vqgen.codes import sides
-from vqgen.data.pixels import to_square
+from vqgen.data.pixels import to_pixels
 from vqgen.errors import InputError, expanded, require
 from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import classes_in_turn, generate_images, sample_images
@@ -189,8 +189,8 @@ class Generator:
                 data.resize,
             )
         data = replace(data, image_size=self.image_size)
-        squares = [to_square(picture, self.channels, data) for picture in pictures]
-        parts = [squares[i : i + DEFAULTS.batch_size] for i in range(0, len(squares), DEFAULTS.batch_size)]
+        arrays = [to_pixels(picture, self.channels, data) for picture in pictures]
+        parts = [arrays[i : i + DEFAULTS.batch_size] for i in range(0, len(arrays), DEFAULTS.batch_size)]
         return [
             picture
             for part in parts

@@ -30,7 +30,7 @@ from vqgen.codes import shown
 from vqgen.data.deep import Kind, Levels, deep_of, find_levels
 from vqgen.data.identity import fingerprint_of
 from vqgen.data.look import look_at
-from vqgen.data.pixels import DECODE_ERRORS, opened, quiet_pillow, to_square, upright_size
+from vqgen.data.pixels import DECODE_ERRORS, crop_of, opened, quiet_pillow, to_pixels, upright_size
 from vqgen.data.skipped import PASSING, SkippedFile, one_line, reason
 from vqgen.data.sources import Source, open_source
 from vqgen.data.sources.arrays import ArraySource
@@ -227,9 +227,9 @@ class ImageSet:
         self._pixels: np.ndarray | None = None  # (N, C, H, W)
 
         self._channels = like.channels if like else data.channels  # None as long as all images seen are grey
-        squares = _squares(source, rows, data.size, self._channels)
-        if squares is not None:
-            self._pixels, self.channels = squares, squares.shape[1]
+        arrays = _as_they_are(source, rows, data.size, self._channels)
+        if arrays is not None:
+            self._pixels, self.channels = arrays, arrays.shape[1]
         elif not self._decode_all():
             self.channels, self.levels = computed_by_main(self._look)
         self._channels = self.channels
@@ -260,9 +260,7 @@ class ImageSet:
     @property
     def crop(self) -> dict[str, Any]:
         """The settings that say how the images came to one size; the black and the white level only if they matter."""
-        size, data = self.image_size, self.data
-        crop = {"image_size": size, "channels": self.channels, "resize": data.resize, "background": data.background}
-        return crop | {f"{kind}_levels": f"{each.black:g} {each.white:g}" for kind, each in sorted(self.levels.items())}
+        return crop_of(self.data, self.channels, self.levels)
 
     def resized(self, image_size: int | Sequence[int]) -> ImageSet:
         """The same images, of another size, decoded on request."""
@@ -289,7 +287,7 @@ class ImageSet:
         """
         with self.original(i) as image:
             data = dataclasses.replace(self.data, image_size=side, resize="pad")
-            return to_square(self._of_8_bits(i, image), self.channels, data)
+            return to_pixels(self._of_8_bits(i, image), self.channels, data)
 
     def report_skipped(self, path: Path) -> None:
         """Writes the images that do not load to a file, with the reason; images found broken later are added.
@@ -353,7 +351,7 @@ class ImageSet:
         """Image i as uint8 (C, H, W), or None if it does not load, with the reason in `_broken`."""
         try:
             with opened(self._source, self._rows[i]) as image:
-                return to_square(self._of_8_bits(i, image), self._channels, self.data)
+                return to_pixels(self._of_8_bits(i, image), self._channels, self.data)
         except DECODE_ERRORS as error:
             if isinstance(error, OSError) and error.errno in PASSING:
                 raise
@@ -485,7 +483,7 @@ class ImageSet:
         try:
             with opened(self._source, self._rows[i]) as image:
                 image = self._of_8_bits(i, image)
-                if self._channels is None and len(to_square(image, None, self.data)) == 3:
+                if self._channels is None and len(to_pixels(image, None, self.data)) == 3:
                     self._channels = 3
         except DECODE_ERRORS as error:
             return reason(error)
@@ -581,7 +579,7 @@ def _sizes(source: Source, rows: np.ndarray) -> set[tuple[int, int]]:
     return sizes
 
 
-def _squares(source: Source, rows: np.ndarray, size: tuple[int, int], channels: int | None) -> np.ndarray | None:
+def _as_they_are(source: Source, rows: np.ndarray, size: tuple[int, int], channels: int | None) -> np.ndarray | None:
     """The images (N, C, H, W) of an array that need no change; None for any other source."""
     if not isinstance(source, ArraySource) or source.images.dtype != np.uint8 or source.images.shape[1:3] != size:
         return None

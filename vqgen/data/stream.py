@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from vqgen.data.deep import deep_of, find_levels
 from vqgen.data.look import Look
-from vqgen.data.pixels import DECODE_ERRORS, open_image, opened, to_square
+from vqgen.data.pixels import DECODE_ERRORS, crop_of, open_image, opened, to_pixels
 from vqgen.data.skipped import PASSING, SkippedFile, one_line, reason
 from vqgen.data.sources.shards import Damaged, Sample
 from vqgen.data.sources.sides import side_label
@@ -137,7 +137,7 @@ class ImageStream:
                 if (deep := deep_of(image)) is not None:
                     levels = self.levels.get(deep.kind) or find_levels(deep.kind, [deep.extremes()], self.data.white)
                     image = deep.to_8_bits(levels)
-                return to_square(image, self.channels, self.data)
+                return to_pixels(image, self.channels, self.data)
         except DECODE_ERRORS as error:
             if isinstance(error, OSError) and error.errno in PASSING:
                 raise
@@ -204,13 +204,10 @@ class OrderedStream:
         return len(self.class_ids)
 
     @property
-    def crop(self) -> dict[str, int | str]:
-        """The settings that say how the images became squares, and which images are held out."""
-        data = self.stream.data
-        crop: dict[str, int | str] = {"image_size": self.image_size, "channels": self.channels}
-        crop |= {"resize": data.resize, "background": data.background, "stream": self.stream.look.folder.name}
-        levels = sorted(self.stream.levels.items())
-        return crop | {f"{kind}_levels": f"{each.black:g} {each.white:g}" for kind, each in levels}
+    def crop(self) -> dict[str, Any]:
+        """The settings that say how the images came to one size, and which images are held out."""
+        stream = self.stream
+        return crop_of(stream.data, stream.channels, stream.levels) | {"stream": stream.look.folder.name}
 
     def resized(self, image_size: int | Sequence[int]) -> OrderedStream:
         """The same images, of another size."""

@@ -233,12 +233,9 @@ def how_resumed(
     if state is None:
         return ""
     text = f"; going on from step {state['step']}"
-    if workers is not None and (state["processes"], state["workers"]) != (world_size(), workers):
-        return (
-            f"{text} by {world_size()} x {workers} readers after {state['processes']} x {state['workers']}: other "
-            "batches, because each reader has its own part of the stream"
-        )
     before, now = (state["processes"], state["accumulation"]), (world_size(), accumulation)
+    if workers is not None and (*before, state["workers"]) != (*now, workers):
+        return f"{text} with other batches of the stream, because processes, passes or data.workers have changed"
     if before == now:
         return text
     differ = by_pass if before[1] != now[1] else by_process
