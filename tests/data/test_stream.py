@@ -1,5 +1,6 @@
 """Streams: each image once an epoch, the same bits after a stop, what is held out, damage, remote shards."""
 
+import gc
 import gzip
 import io
 import itertools
@@ -303,6 +304,14 @@ def test_a_stream_of_broken_images_ends(shards, monkeypatch):
     monkeypatch.setattr(ImageStream, "decode", lambda self, sample: None)
     with pytest.raises(InputError, match="none of 40 images in a row loads; repair them or give others"):
         taken(train, 1)
+
+
+def test_a_shard_of_any_length_takes_no_memory(tmp_path):
+    write_shard(tmp_path / "x.tar", {str(k): (k, b"0") for k in range(200)})
+    samples = shards_module.TarShard(str(tmp_path / "x.tar"), "x.tar", None).samples(lambda name: False)
+    assert len(list(itertools.islice(samples, 150))) == 150
+    assert sum(type(thing) is tarfile.TarInfo for thing in gc.get_objects()) < 50
+    assert len(list(samples)) == 50
 
 
 def test_compressed_shards(shards, tmp_path):
