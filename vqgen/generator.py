@@ -172,6 +172,8 @@ class Generator:
     def reconstruct(self, images: Images) -> list[Image.Image]:
         """The tokenizer's reconstructions of images, which first come to the model's size, as in training.
 
+        An image of more than 8 bits has the white level that suits it alone, unless the run was given `data.white`.
+
         Args:
             images: one or a sequence of PIL images or uint8 arrays, (H, W) or (H, W, C); or an array (N, H, W, C).
 

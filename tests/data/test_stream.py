@@ -416,6 +416,12 @@ def test_a_stream_in_order_is_what_is_trained_on(shards, cache):
     assert [int(later.read(i)[0, 0, 0]) for i in range(60, 99)] == pixels[60:99]
     late = OrderedStream(train)  # of several threads, that of the first image need not be the first to ask
     assert [int(late.read(i)[0, 0, 0]) for i in (71, 70, 72)] == [pixels[71], pixels[70], pixels[72]]
+    shorter = OrderedStream(train)  # than when it was counted
+    shorter.starts[1:] += 9
+    first = int(shorter.starts[1])
+    assert shorter.read(first - 2) is None
+    assert int(shorter.read(first)[0, 0, 0]) == pixels[first - 9]
+    assert len(shorter._ahead) < 2 * 64
     with ThreadPoolExecutor(4) as pool:
         assert [int(x[0, 0, 0]) for x in pool.map(OrderedStream(train).read, range(40, 120))] == pixels[40:120]
     counts = stream._read_counts(train.look.folder)

@@ -226,9 +226,10 @@ class OrderedStream:
             self._samples = self._samples or self._from(max(0, i - BEHIND))
             while i not in self._ahead:
                 found = next(self._samples, None)
-                if found is None:  # a shard has changed since it was counted
+                if found is not None:
+                    self._ahead[found[0]] = found[1]
+                if found is None or found[0] > i:  # a shard has become shorter since it was counted
                     return None
-                self._ahead[found[0]] = found[1]
             sample = self._ahead.pop(i)
             self.class_ids[i] = self.stream.class_id(sample)
         return self.stream.decode(sample)
