@@ -60,6 +60,10 @@ def side_label(content: bytes, key: str | None) -> str | None:
     if key is not None:
         fields = json.loads(value)
         value = (flattened(fields) if isinstance(fields, dict) else {"label": fields}).get(key)
+    return _label(value)
+
+
+def _label(value: Any) -> str | None:
     label = as_label(value)
     return None if label == "-1" else label  # WebDataset has no other way to say that an image has no class
 
@@ -81,9 +85,10 @@ def _take_side_files(
         content = read(path)
         if len(content) > MAX_LABEL_BYTES:
             raise InputError(f"{one_line(path)}: {len(content):,} bytes, too large for a label; remove it")
+        value: Any = content.decode("utf-8", "replace")
         if extension == ".json":
             try:
-                fields = json.loads(content)
+                fields = json.loads(value)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{one_line(path)} cannot be read ({error}); repair or remove it") from error
             flat = flattened(fields) if isinstance(fields, dict) else {"label": fields}
@@ -96,7 +101,8 @@ def _take_side_files(
                     return False
             elif key is not None and not by_row and chosen not in flat:
                 raise InputError(f"label_key={key} is not in {one_line(path)}; its keys are {', '.join(flat)}")
-        label = side_label(content, chosen)
+            value = flat.get(chosen)
+        label = _label(value)
         if label is not None and extension != ".json" and re.search(r"[\n\r\0]", label):
             raise InputError(f"{one_line(path)} holds {label[:20]!r}, which is no class; make it a number or a name")
         if label is not None:

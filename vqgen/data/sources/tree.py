@@ -168,7 +168,8 @@ def _index(tree: Tree, data: DataConfig) -> tuple[list[Index], dict[str, Any], A
     labels = _labels(paths, keys, others, read, layout, data, dotted=tree.dotted)
     parts = _parts(layout, labels)
     lists = {path for path in others if tree.inner(path) in CLASS_LISTS}
-    names_of_numbers = class_list({**{tree.inner(path): read(path) for path in lists}, **_beside(tree)}.get)
+    contents = {tree.inner(path): read(path) for path in lists}
+    names_of_numbers = class_list(lambda name: contents.get(name) or tree.beside(name))
     by_part = [_labels_of(part, labels, train=part is parts[0]) for part in parts]
     indices, class_names = [], []
     for part, given in zip(parts, by_part, strict=True):
@@ -359,10 +360,6 @@ def _labels_of(part: Part, labels: Labels, *, train: bool) -> list[str | None]:
         path.partition("/")[0].encode("utf-8", "backslashreplace").decode() if "/" in path else None
         for path in part.inner
     ]
-
-
-def _beside(tree: Tree) -> dict[str, bytes]:
-    return {name: content for name in CLASS_LISTS if (content := tree.beside(name)) is not None}
 
 
 def class_list(beside: Callable[[str], bytes | None]) -> Mapping[str, str]:
