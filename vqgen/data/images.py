@@ -112,7 +112,8 @@ def _load_stream(data: DataConfig) -> tuple[ImageStream, ImageSet]:
     sample = ImageSet(look, rows, dataclasses.replace(data, cache_gb=0))  # it decides the channels and the levels
     stream = ImageStream(look, data, sample)
     note = f"images: {len(sample):,} that stand for all of {stream.amount} images, which are read as a stream"
-    stream.notes = sample.notes = [note, *look.notes, *sample.notes]
+    stream.notes = [*look.notes, *sample.notes]
+    sample.notes = [note, *stream.notes]
     if data.val_source is None:
         stream.split = sample.split = f"{look.held_out:,} of the {look.looked_at:,} images that were looked at"
         return stream, ImageSet(look, np.arange(look.held_out), data, like=stream)
