@@ -11,7 +11,7 @@ from vqgen.cli.program import run_program
 from vqgen.cli.sections import STAGE1_SECTIONS
 from vqgen.data.contact_sheet import contact_sheet
 from vqgen.data.describe import describe
-from vqgen.data.images import load_images, sample_of_stream
+from vqgen.data.images import load_images
 from vqgen.data.stream import ImageStream
 from vqgen.errors import InputError, require, section
 from vqgen.settings import PreviewConfig
@@ -26,7 +26,7 @@ def main(config: PreviewConfig) -> None:
         train_set, held_out = load_images(config.data)
     found = describe(train_set, held_out, config.train.batch_size)
     print(*found.lines(), sep="\n")
-    shown = sample_of_stream(train_set) if isinstance(train_set, ImageStream) else train_set
+    shown = train_set.sample if isinstance(train_set, ImageStream) else train_set
     picture, notes = contact_sheet(shown, found)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -183,6 +183,7 @@ def train(config: Stage1Config, run: Run) -> None:
         f"{train_set.amount} training and {len(val_set)} held-out images, {size / 1e6:.2f} M parameters",
         size,
         by_pass="the codebook, which moves at each pass",
+        stream_workers=max(1, config.data.workers) if isinstance(train_set, ImageStream) else None,
     )
     batches = image_batches(train_set, run.place, data=config.data, device=run.device)
     stopwatch, watch = Stopwatch(run.device), DiscriminatorWatch()

@@ -96,6 +96,7 @@ def train(config: GANConfig, run: Run) -> None:
         size,
         by_pass="batch normalisation",
         by_process="batch normalisation on CPUs",
+        stream_workers=max(1, config.data.workers) if isinstance(train_set, ImageStream) else None,
     )
     batches = image_batches(train_set, run.place, data=config.data, device=run.device)
     watch = DiscriminatorWatch()

@@ -29,7 +29,7 @@ from vqgen.cli.parse import load_config
 from vqgen.cli.program import run_program
 from vqgen.cli.reflect import check_options
 from vqgen.cli.sections import STAGE1_SECTIONS
-from vqgen.data.images import ImageSet, load_images, sample_of_stream, some_rows
+from vqgen.data.images import ImageSet, load_images, some_rows
 from vqgen.data.samples import load_samples, save_samples
 from vqgen.data.stream import ImageStream
 from vqgen.errors import InputError, need, require, section
@@ -64,7 +64,7 @@ def main(config: CompareConfig) -> None:
     with section("data"):
         train_set, held_out = load_images(data)
     if isinstance(train_set, ImageStream):
-        amount, train_set = train_set.amount, sample_of_stream(train_set)
+        amount, train_set = train_set.amount, train_set.sample
     else:
         amount = f"{len(train_set):,}"
     accelerator = evaluation_device()

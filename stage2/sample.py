@@ -66,7 +66,8 @@ def main(run_dir: str, config: SampleFilesConfig) -> None:
 def class_list(class_names: list[str], run: Path) -> str:
     """A line with the first classes: their ids, names, and numbers of training images if the run's data.json says."""
     try:
-        counts = json.loads((run / "data.json").read_text("utf-8"))["classes"]
+        found = json.loads((run / "data.json").read_text("utf-8"))
+        counts = {} if "stream" in found else found["classes"]  # of a stream only some images were counted
     except (OSError, ValueError, KeyError):  # an older run, or a model/ alone
         counts = {}
     listed = []

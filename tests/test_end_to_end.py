@@ -90,7 +90,7 @@ def test_what_the_model_s_card_says_is_so(runs, monkeypatch):
     ):
         card = (runs / stage / "model/README.md").read_text()
         assert said in card
-        assert "- Images: grey, 32x32 pixels, of which 20,000 were trained on." in card
+        assert "- Images: grey, 32x32 pixels; trained on 20,000 images." in card
         assert "- Classes: 10: 0 (1,960), 1 (2,184), " in card
         assert f"- Training: 40 steps, with vqgen {vqgen.__version__}." in card
         for name, value in untimed_metrics(runs / stage)[-1].items():

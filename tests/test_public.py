@@ -16,7 +16,7 @@ from programs import ENVIRONMENT, ROOT
 import vqgen
 from vqgen.adversarial.dcgan import DCGANGenerator
 from vqgen.codes import CodeLayout
-from vqgen.data.pixels import to_square
+from vqgen.data.pixels import to_pixels
 from vqgen.errors import InputError, need
 from vqgen.generator import Generator, _training_data
 from vqgen.priors.prior import Prior
@@ -266,7 +266,7 @@ def test_reconstructions_are_the_tokenizer_s_of_images_resized_as_in_training(ru
     tokenizer, _ = load_tokenizer(runs / "stage1")
 
     def expected(image: Image.Image, **settings) -> np.ndarray:
-        x = torch.from_numpy(to_square(image, 1, DataConfig(image_size=32, **settings)))[None]
+        x = torch.from_numpy(to_pixels(image, 1, DataConfig(image_size=32, **settings)))[None]
         with torch.no_grad():
             return to_uint8(tokenizer.decode(tokenizer.encode(from_uint8(x))))[0, 0].numpy()
 
@@ -293,7 +293,7 @@ def test_a_generator_of_images_that_are_no_squares(small):
     assert generator.image_size == [16, 40]
     assert [image.size for image in generator.sample(num_images=2)] == [(40, 16)] * 2
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8))
-    x = torch.from_numpy(to_square(photo, 1, DataConfig(image_size=[16, 40])))[None]
+    x = torch.from_numpy(to_pixels(photo, 1, DataConfig(image_size=[16, 40])))[None]
     with torch.no_grad():
         expected = to_uint8(small.tokenizer.decode(small.tokenizer.encode(from_uint8(x))))[0, 0].numpy()
     (made,) = generator.reconstruct(photo)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vqgen.adversarial.dcgan import DCGANGenerator, load_gan
 from vqgen.codes import sides
-from vqgen.data.pixels import to_square
+from vqgen.data.pixels import to_pixels
 from vqgen.errors import InputError, expanded, require
 from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import classes_in_turn, generate_images, sample_images
@@ -172,6 +172,8 @@ class Generator:
     def reconstruct(self, images: Images) -> list[Image.Image]:
         """The tokenizer's reconstructions of images, which first come to the model's size, as in training.
 
+        An image of more than 8 bits has the white level that suits it alone, unless the run was given `data.white`.
+
         Args:
             images: one or a sequence of PIL images or uint8 arrays, (H, W) or (H, W, C); or an array (N, H, W, C).
 
@@ -189,8 +191,8 @@ class Generator:
                 data.resize,
             )
         data = replace(data, image_size=self.image_size)
-        squares = [to_square(picture, self.channels, data) for picture in pictures]
-        parts = [squares[i : i + DEFAULTS.batch_size] for i in range(0, len(squares), DEFAULTS.batch_size)]
+        arrays = [to_pixels(picture, self.channels, data) for picture in pictures]
+        parts = [arrays[i : i + DEFAULTS.batch_size] for i in range(0, len(arrays), DEFAULTS.batch_size)]
         return [
             picture
             for part in parts

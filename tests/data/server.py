@@ -16,6 +16,8 @@ class Server(ThreadingHTTPServer):
         counts: number of requests, by method and path.
         bytes_sent: bytes of files that were sent.
         answers: by path, the status to answer instead of the file.
+        redirects: by path, the address that has the file.
+        logins: the passwords that were sent, by path.
         cuts: by path, the byte of the file after which the connection ends, once for each entry of the list.
         ranges: whether it serves a part of a file.
         versions: whether it sends an ETag.
@@ -28,6 +30,8 @@ class Server(ThreadingHTTPServer):
         self.root = root
         self.counts, self.bytes_sent = Counter[str](), 0
         self.answers: dict[str, int] = {}
+        self.redirects: dict[str, str] = {}
+        self.logins: dict[str, str | None] = {}
         self.cuts: dict[str, list[int]] = {}
         self.ranges = self.versions = True
 
@@ -53,6 +57,9 @@ class Handler(BaseHTTPRequestHandler):
         server.counts[f"{self.command} {path}"] += 1
         status, content, headers = server.answers.get(path, 200), b"", {}
         file = server.root / path.lstrip("/")
+        server.logins[path] = self.headers.get("Authorization")
+        if path in server.redirects:
+            status, headers["Location"] = 302, server.redirects[path]
         if status == 200 and not file.is_file():
             status = 404
         if status == 200:

@@ -12,7 +12,7 @@ from data.files import load, read_one, save
 from PIL import Image
 
 from vqgen.data.deep import ValuesImage, deep_of, find_levels
-from vqgen.data.pixels import open_image, to_square
+from vqgen.data.pixels import open_image, to_pixels
 from vqgen.data.skipped import reason
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
@@ -245,7 +245,7 @@ def test_a_white_level_that_is_given(tmp_path):
         train, _ = load(tmp_path / "x", val_fraction=0, white=8190, cache_gb=cache_gb)
         np.testing.assert_allclose(train.read(0)[0], ramp(0, 4095) / 8190 * 255, atol=0.51)
         assert train.notes == ["white is 8190 in images of more than 8 bits, as data.white says"]
-    square = to_square(Image.fromarray(ramp(0, 4095)), 1, DataConfig(image_size=8, white=8190))
+    square = to_pixels(Image.fromarray(ramp(0, 4095)), 1, DataConfig(image_size=8, white=8190))
     np.testing.assert_array_equal(square, train.read(0))
     for wrong in (0, -1, float("nan"), float("inf")):
         with pytest.raises(InputError, match=r"^white="):
@@ -285,8 +285,8 @@ def test_the_levels_do_not_depend_on_the_order_of_the_images():
 def test_an_array_of_any_numbers_is_an_image():
     values = np.random.default_rng(0).random((8, 8, 3))
     data = DataConfig(image_size=8)
-    np.testing.assert_allclose(to_square(ValuesImage.of(values), 3, data), values.transpose(2, 0, 1) * 255, atol=0.51)
-    assert to_square(ValuesImage.of(values[..., 0] > 0.5), None, data).shape == (1, 8, 8)
+    np.testing.assert_allclose(to_pixels(ValuesImage.of(values), 3, data), values.transpose(2, 0, 1) * 255, atol=0.51)
+    assert to_pixels(ValuesImage.of(values[..., 0] > 0.5), None, data).shape == (1, 8, 8)
     for wrong in (np.zeros((8, 8, 5)), np.zeros(8), np.zeros((8, 8), complex)):
         with pytest.raises(OSError, match="an image has 1 channel"):
             ValuesImage.of(wrong)

@@ -391,6 +391,14 @@ def test_a_size_is_a_side_or_height_and_width():
             DataConfig(image_size=wrong)
 
 
+def test_the_size_that_a_set_has_is_that_of_upright_images(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    save(tmp_path / "0.jpg", Image.new("RGB", (30, 20)), exif=exif)
+    save(tmp_path / "1.jpg", Image.new("RGB", (20, 30)))
+    assert load_set("images", DataConfig(source=str(tmp_path)))[0].image_size == [30, 20]
+
+
 def test_a_whole_set_of_one_shape_that_is_no_square_keeps_it(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (12, 20, 28, 3), np.uint8)
     np.savez(tmp_path / "images.npz", images=images)

@@ -19,7 +19,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from vqgen.data import deep
 from vqgen.data import pixels as pixels_module
-from vqgen.data.pixels import open_image, to_square
+from vqgen.data.pixels import open_image, to_pixels
 from vqgen.settings import DataConfig
 
 # Kinds of image
@@ -119,7 +119,7 @@ def test_exif_orientation_is_applied(tmp_path, extension, width):
 def test_the_first_of_the_pictures_of_a_phone_s_jpeg_is_read(tmp_path):
     first, second = scene(300, 200), Image.new("RGB", (300, 200), "red")
     path = save(tmp_path / "a" / "x.jpg", first, format="MPO", save_all=True, append_images=[second], quality=95)
-    expected = to_square(first, 3, DataConfig(image_size=8)).astype(int)
+    expected = to_pixels(first, 3, DataConfig(image_size=8)).astype(int)
     assert np.abs(read_one(path) - expected).mean() < 2
 
 
@@ -184,7 +184,7 @@ def scene(width: int, height: int) -> Image.Image:
 def in_full(monkeypatch, content: bytes, **settings) -> np.ndarray:
     with monkeypatch.context() as patched:
         patched.setattr(pixels_module, "SPARE", {})
-        return to_square(open_image(content), 3, DataConfig(**settings)).astype(int)
+        return to_pixels(open_image(content), 3, DataConfig(**settings)).astype(int)
 
 
 @pytest.mark.parametrize("resize", ["crop", "pad"])
@@ -202,7 +202,7 @@ def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(monkeypatch, resize,
         whole = in_full(monkeypatch, buffer.getvalue(), **settings)
         assert decoded[0] == size
         decoded.clear()
-        read = to_square(open_image(buffer.getvalue()), 3, DataConfig(**settings))
+        read = to_pixels(open_image(buffer.getvalue()), 3, DataConfig(**settings))
         needed = (min if resize == "crop" else max)(size)
         factors = [factor for factor, times in pixels_module.SPARE.items() if needed >= times * image_size]
         if orientation != 1:
@@ -218,7 +218,7 @@ def test_a_turned_jpeg_is_decoded_smaller_for_a_shape_that_is_no_square(monkeypa
     exif[0x0112] = 6
     scene(1200, 400).save(buffer, "JPEG", quality=92, exif=exif)
     image, settings = open_image(buffer.getvalue()), {"image_size": [96, 24]}
-    read = to_square(image, 3, DataConfig(**settings))
+    read = to_pixels(image, 3, DataConfig(**settings))
     assert image.size == (300, 100)
     assert np.abs(read - in_full(monkeypatch, buffer.getvalue(), **settings)).mean() < 1
 
@@ -228,7 +228,7 @@ def test_a_small_jpeg_and_a_png_are_decoded_in_full(monkeypatch):
         buffer = io.BytesIO()
         scene(side, side).save(buffer, form)
         whole = in_full(monkeypatch, buffer.getvalue(), image_size=24)
-        np.testing.assert_array_equal(to_square(open_image(buffer.getvalue()), 3, DataConfig(image_size=24)), whole)
+        np.testing.assert_array_equal(to_pixels(open_image(buffer.getvalue()), 3, DataConfig(image_size=24)), whole)
 
 
 # Small images

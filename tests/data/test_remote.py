@@ -286,12 +286,18 @@ def test_an_address_that_is_signed_for_get_alone_and_one_with_a_password(server,
 
     monkeypatch.setattr(remote.Web, "_request", request)
     assert Path(local_copy(f"{server.url}/x-000.tar?signature=1%2F")[0]).name == "x-000.tar"
-    asked = []
-    monkeypatch.setattr(remote.urllib.request, "urlopen", lambda request, timeout: asked.append(request) or 1 / 0)
-    with pytest.raises(InputError):
-        local_copy("http://me:p%40ss@host:81/x.tar")
-    assert asked[0].full_url == "http://host:81/x.tar"
-    assert asked[0].headers["Authorization"] == "Basic bWU6cEBzcw=="
+    url = server.url.replace("//", "//me:p%40ss@")
+    assert Path(local_copy(f"{url}/x-001.tar")[0]).name == "x-001.tar"
+    assert server.logins["/x-001.tar"] == "Basic bWU6cEBzcw=="
+
+
+def test_a_password_goes_to_no_other_server(server, shards):
+    with serving(shards) as other:
+        server.redirects = {"/x.tar": f"{other.url}/x-000.tar", "/y.tar": "/x-001.tar"}
+        for name in ("x", "y"):
+            assert Path(local_copy(f"{server.url}/{name}.tar".replace("//", "//me:p%40ss@", 1))[0]).is_file()
+        assert other.logins["/x-000.tar"] is None
+    assert server.logins["/x-001.tar"] == "Basic bWU6cEBzcw=="
 
 
 class Hub(BaseHTTPRequestHandler):

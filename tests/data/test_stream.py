@@ -1,5 +1,6 @@
 """Streams: each image once an epoch, the same bits after a stop, what is held out, damage, remote shards."""
 
+import gc
 import gzip
 import io
 import itertools
@@ -24,11 +25,13 @@ from PIL import Image
 
 from vqgen.cli.runs import run_images
 from vqgen.data import look, order, stream
+from vqgen.data.describe import describe
 from vqgen.data.order import Place, StreamBatches, image_batches, streamed_batches
 from vqgen.data.sources import remote
 from vqgen.data.sources import shards as shards_module
 from vqgen.data.sources.shards import sample_of
 from vqgen.data.stream import ImageStream, OrderedStream
+from vqgen.distributed import computed_by_main
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
 
@@ -177,6 +180,17 @@ def test_streams_of_several_processes_are_disjoint_and_go_on(shards, tmp_path):
     assert not set(flat(first[0][0])) & set(flat(second[0][0]))
 
 
+def test_the_main_process_alone_describes_a_stream(shards, tmp_path):
+    def work(rank: int) -> object:
+        train, held_out = opened(shards / "x-*.tar")
+        lines = describe(train, held_out, 8).short_lines() if rank == 0 else []
+        return [lines[:1], computed_by_main(lambda: "in step")]
+
+    (lines, first), (_, second) = in_two(tmp_path, work)
+    assert lines[0].startswith("images: ")
+    assert first == second == "in step"
+
+
 def test_images_are_the_same_as_where_they_are_read_at_random(shards):
     train, _ = opened(shards / "x-*.tar")
     data = DataConfig(flip=True, workers=0)
@@ -292,6 +306,14 @@ def test_a_stream_of_broken_images_ends(shards, monkeypatch):
         taken(train, 1)
 
 
+def test_a_shard_of_any_length_takes_no_memory(tmp_path):
+    write_shard(tmp_path / "x.tar", {str(k): (k, b"0") for k in range(200)})
+    samples = shards_module.TarShard(str(tmp_path / "x.tar"), "x.tar", None).samples(lambda name: False)
+    assert len(list(itertools.islice(samples, 150))) == 150
+    assert sum(type(thing) is tarfile.TarInfo for thing in gc.get_objects()) < 50
+    assert len(list(samples)) == 50
+
+
 def test_compressed_shards(shards, tmp_path):
     (tmp_path / "gz").mkdir()
     for shard in shards.glob("*.tar"):
@@ -392,6 +414,14 @@ def test_a_stream_in_order_is_what_is_trained_on(shards, cache):
     assert ordered.class_ids.tolist() == [-1 if k in (5, 70) else k % 3 for k in pixels]
     later = OrderedStream(train)
     assert [int(later.read(i)[0, 0, 0]) for i in range(60, 99)] == pixels[60:99]
+    late = OrderedStream(train)  # of several threads, that of the first image need not be the first to ask
+    assert [int(late.read(i)[0, 0, 0]) for i in (71, 70, 72)] == [pixels[71], pixels[70], pixels[72]]
+    shorter = OrderedStream(train)  # than when it was counted
+    shorter.starts[1:] += 9
+    first = int(shorter.starts[1])
+    assert shorter.read(first - 2) is None
+    assert int(shorter.read(first)[0, 0, 0]) == pixels[first - 9]
+    assert len(shorter._ahead) < 2 * 64
     with ThreadPoolExecutor(4) as pool:
         assert [int(x[0, 0, 0]) for x in pool.map(OrderedStream(train).read, range(40, 120))] == pixels[40:120]
     counts = stream._read_counts(train.look.folder)
@@ -420,6 +450,9 @@ def test_programs_train_on_a_stream_and_go_on_with_the_same_bits(shards, tmp_pat
     for part in {"model", "disc"} & after.keys():
         for name, tensor in after[part].items():
             assert tensor.equal(before[1][part][name]), name
+    shutil.rmtree(last)
+    code, said, errors = program(f"stage1/{script}", f"run_dir={tmp_path}/1", *given, "data.workers=0")
+    assert (code, "from step 3 with other batches of the stream, " in said) == (0, True), said + errors
 
 
 def test_stage_2_encodes_a_stream_once_and_the_evaluations_take_some_of_it(shards, tmp_path, program):
@@ -436,6 +469,11 @@ def test_stage_2_encodes_a_stream_once_and_the_evaluations_take_some_of_it(shard
     assert (
         f"note: images: {161 - held_out} that stand for all of 7 shards of images, which are read as a stream" in said
     )
+    card = (tmp_path / "2" / "model" / "README.md").read_text()
+    assert "trained on 7 shards of images." in card
+    assert f"(counted among {161 - held_out} of the images)" in card
+    code, said, errors = program("stage2/sample.py", f"{tmp_path}/2", "num_images=1")
+    assert (code, said.splitlines()[0]) == (0, "classes: 0, 1, 2"), errors
     train, evaluated, own = run_images(tmp_path / "2", {}, 1)
     assert (len(train), len(evaluated), own) == (161 - held_out, held_out, True)
     assert not set(train.names) & set(evaluated.names)

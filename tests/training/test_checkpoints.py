@@ -293,6 +293,10 @@ def test_how_a_run_goes_on_is_said_with_what_it_cannot_keep():
     said = how_resumed(state, 4, by_pass="the codebook")
     assert said.startswith("; going on from step 5 by 1 x 4 passes per step after 1 x 2: the same batches; ")
     assert said.endswith(", and the codebook")
+    assert how_resumed(state | {"workers": 3}, 2, workers=3) == "; going on from step 5"
+    for accumulation, workers in ((2, 2), (4, 3)):
+        said = how_resumed(state | {"workers": 3}, accumulation, workers=workers)
+        assert said.startswith("; going on from step 5 with other batches of the stream, because ")
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew_by_itself(tmp_path):

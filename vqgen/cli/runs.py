@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vqgen.cli.reflect import check_options
-from vqgen.data.images import ImageSet, load_images, sample_of_stream
+from vqgen.data.images import ImageSet, load_images
 from vqgen.data.sources.hub import PREFIX as HUB
 from vqgen.data.sources.remote import is_remote
 from vqgen.data.stream import ImageStream
@@ -77,7 +77,7 @@ def run_images(run: Path, given: Mapping[str, Any], channels: int) -> tuple[Imag
     if not same:
         checkpoint = load_checkpoint(run)
         same = checkpoint is not None and checkpoint["data"] == train.fingerprint
-    return sample_of_stream(train) if isinstance(train, ImageStream) else train, held_out, same
+    return train.sample if isinstance(train, ImageStream) else train, held_out, same
 
 
 def run_tracking(run: Path, given: Mapping[str, Any]) -> TrackingConfig:

@@ -21,7 +21,7 @@ from vqgen.codes import CodeLayout
 from vqgen.data.crops import ENLARGED, Versions
 from vqgen.data.images import MAX_THREADS, ImageSet
 from vqgen.data.skipped import SkippedFile, read_skipped
-from vqgen.data.stream import OrderedStream
+from vqgen.data.stream import BEHIND, OrderedStream
 from vqgen.distributed import cores_per_process, from_main, rank, world_size
 from vqgen.errors import InputError
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8
@@ -29,7 +29,7 @@ from vqgen.tokenizers.vqmodel import VQModel, from_uint8
 logger = logging.getLogger("vqgen")
 
 LEFT_OUT = -2  # the class id, on disk, of an image that did not load
-ENCODED_AT_ONCE = 64
+ENCODED_AT_ONCE = BEHIND  # several threads read these
 
 
 class TokenStore:

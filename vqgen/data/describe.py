@@ -7,17 +7,16 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vqgen.codes import sides
-from vqgen.data.images import MAX_THREADS, ImageSet, sample_of_stream, some_rows
-from vqgen.data.pixels import DECODE_ERRORS, orientation_of
+from vqgen.data.images import MAX_THREADS, ImageSet, some_rows
+from vqgen.data.pixels import DECODE_ERRORS, upright_size
 from vqgen.data.skipped import one_line
 from vqgen.data.stream import ImageStream
 from vqgen.distributed import cores_per_process
+from vqgen.settings import DataConfig
 
 LOOKED_AT = 1000  # images whose headers are read for their sizes
 SHOWN_CLASSES, SHOWN_CLASSES_SHORT = 12, 6
@@ -46,13 +45,14 @@ class Description:
         split: where the held-out images come from, in words.
         channels_from: how the channels were decided, in words.
         made_by: how the originals came to their size, in words.
+        stream: how long the stream is of which these are only some images, in words; empty if these are all.
     """
 
     train: int
     held_out: int | None
     classes: dict[str, int]
     channels: int
-    image_size: Any
+    image_size: int | Sequence[int]
     sizes: dict[str, dict[str, int]]
     left_out: dict[str, int]
     notes: list[str]
@@ -60,6 +60,7 @@ class Description:
     split: str
     channels_from: str
     made_by: str
+    stream: str = ""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -68,7 +69,7 @@ class Description:
 
     def as_json(self) -> str:
         """The content of preview.json: the numbers, and the notes with the hints."""
-        words = ("hints", "split", "channels_from", "made_by")
+        words = ("hints", "split", "channels_from", "made_by", *([] if self.stream else ["stream"]))
         kept = {key: value for key, value in asdict(self).items() if key not in words}
         return json.dumps(kept | {"notes": [*self.notes, *self.hints]}, indent=1, ensure_ascii=False) + "\n"
 
@@ -132,8 +133,13 @@ def describe(train: ImageSet | ImageStream, held_out: ImageSet | None, batch_siz
         held_out: the held-out set, if there is one.
         batch_size: the images of a training step; None if nothing is trained, so that no hint about training is due.
     """
+    stream = ""
     if isinstance(train, ImageStream):
-        train, batch_size = sample_of_stream(train), None  # numbers of a sample call for no hint about training
+        stream, train, batch_size = (
+            train.amount,
+            train.sample,
+            None,
+        )  # numbers of a sample call for no hint about training
     data = train.data
     split = train.split or f"{100 * data.val_fraction:g} % by a hash of the names"
     if data.val_source is not None:
@@ -160,6 +166,7 @@ def describe(train: ImageSet | ImageStream, held_out: ImageSet | None, batch_siz
         split=split,
         channels_from="as data.channels says" if data.channels else colour,
         made_by="cropped" if data.resize == "crop" else f"padded with {data.background}",
+        stream=stream,
     )
 
 
@@ -168,7 +175,7 @@ def original_sizes(images: ImageSet) -> np.ndarray:
 
     def size(i: int) -> tuple[int, int, int] | None:
         with contextlib.suppress(DECODE_ERRORS), images.original(i) as image:
-            return i, *_upright_size(image)
+            return i, *upright_size(image)
         return None
 
     rows = some_rows(len(images), LOOKED_AT)
@@ -201,11 +208,6 @@ def shown_size(size: int | Sequence[int]) -> str:
     return f"{width}x{height}"
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of an opened image as it will be seen."""
-    return (image.height, image.width) if orientation_of(image) >= 5 else image.size
-
-
 def _spread(sizes: np.ndarray) -> dict[str, dict[str, int]]:
     """Min, median and max of widths and heights (n, 2)."""
     if not len(sizes):
@@ -216,7 +218,9 @@ def _spread(sizes: np.ndarray) -> dict[str, dict[str, int]]:
     }
 
 
-def _hints(count: int, classes: Mapping[str, int], sizes: np.ndarray, data: Any, batch_size: int | None) -> list[str]:
+def _hints(
+    count: int, classes: Mapping[str, int], sizes: np.ndarray, data: DataConfig, batch_size: int | None
+) -> list[str]:
     """What a user would want to change before training; sizes are widths and heights (n, 2)."""
     hints = []
     height, width = data.size

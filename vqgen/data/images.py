@@ -30,7 +30,7 @@ from vqgen.codes import shown
 from vqgen.data.deep import Kind, Levels, deep_of, find_levels
 from vqgen.data.identity import fingerprint_of
 from vqgen.data.look import look_at
-from vqgen.data.pixels import DECODE_ERRORS, opened, quiet_pillow, to_square
+from vqgen.data.pixels import DECODE_ERRORS, crop_of, opened, quiet_pillow, to_pixels, upright_size
 from vqgen.data.skipped import PASSING, SkippedFile, one_line, reason
 from vqgen.data.sources import Source, open_source
 from vqgen.data.sources.arrays import ArraySource
@@ -108,11 +108,14 @@ def _load_stream(data: DataConfig) -> tuple[ImageStream, ImageSet]:
         look = look_at(data)
     except InputError as error:
         raise InputError(f"source={data.source}: {error}") from error
-    seen = ImageSet(look, np.arange(len(look.names)), dataclasses.replace(data, cache_gb=0))  # channels and levels
-    stream = ImageStream(look, data, seen.channels, seen.levels)
-    stream.notes += [*look.notes, *seen.notes]
+    rows = np.arange(look.held_out, len(look.names))
+    sample = ImageSet(look, rows, dataclasses.replace(data, cache_gb=0))  # it decides the channels and the levels
+    stream = ImageStream(look, data, sample)
+    note = f"images: {len(sample):,} that stand for all of {stream.amount} images, which are read as a stream"
+    stream.notes = [*look.notes, *sample.notes]
+    sample.notes = [note, *stream.notes]
     if data.val_source is None:
-        stream.split = f"{look.held_out:,} of the {look.looked_at:,} images that were looked at"
+        stream.split = sample.split = f"{look.held_out:,} of the {look.looked_at:,} images that were looked at"
         return stream, ImageSet(look, np.arange(look.held_out), data, like=stream)
     found = open_source("val_source", data.val_source, data)
     held_out = found.held_out or found.train
@@ -121,17 +124,9 @@ def _load_stream(data: DataConfig) -> tuple[ImageStream, ImageSet]:
     except InputError as error:
         remedy = f"{look.looked_at:,} images were looked at; list all classes in a classes.json beside the first shard"
         raise InputError(f"val_source={data.val_source}: {error}; {remedy}") from error
-    stream.split, rows = data.val_source, np.arange(len(held_out.names))
+    stream.split = sample.split = data.val_source
+    rows = np.arange(len(held_out.names))
     return stream, ImageSet(held_out, rows, data, like=stream, prefix=f"{data.val_source}/")
-
-
-def sample_of_stream(stream: ImageStream) -> ImageSet:
-    """Up to 2,000 of a stream's training images, which stand for all where images are read at random."""
-    rows = np.arange(stream.look.held_out, len(stream.look.names))
-    images = ImageSet(stream.look, rows, stream.data, like=stream)
-    note = f"images: {len(images):,} that stand for all of {stream.amount} images, which are read as a stream"
-    images.split, images.left_out, images.notes = stream.split, stream.left_out, [note, *stream.notes]
-    return images
 
 
 def load_set(
@@ -225,7 +220,7 @@ class ImageSet:
         self.left_out = Counter[str]()
         self.levels: dict[Kind, Levels] = dict(like.levels) if like else {}
         self.data = data
-        self._source, self._rows, self._data, self._prefix = source, rows, data, prefix
+        self._source, self._rows, self._prefix = source, rows, prefix
         self._kept = rows  # without the images that are known not to load
         self._broken: dict[int, str] = {}  # index among `rows`: reason
         self._extremes: dict[int, tuple[Kind, float, float]] = {}  # of images whose levels are not known yet
@@ -233,9 +228,9 @@ class ImageSet:
         self._pixels: np.ndarray | None = None  # (N, C, H, W)
 
         self._channels = like.channels if like else data.channels  # None as long as all images seen are grey
-        squares = _squares(source, rows, data.size, self._channels)
-        if squares is not None:
-            self._pixels, self.channels = squares, squares.shape[1]
+        arrays = _as_they_are(source, rows, data.size, self._channels)
+        if arrays is not None:
+            self._pixels, self.channels = arrays, arrays.shape[1]
         elif not self._decode_all():
             self.channels, self.levels = computed_by_main(self._look)
         self._channels = self.channels
@@ -266,15 +261,13 @@ class ImageSet:
     @property
     def crop(self) -> dict[str, Any]:
         """The settings that say how the images came to one size; the black and the white level only if they matter."""
-        size, data = self.image_size, self._data
-        crop = {"image_size": size, "channels": self.channels, "resize": data.resize, "background": data.background}
-        return crop | {f"{kind}_levels": f"{each.black:g} {each.white:g}" for kind, each in sorted(self.levels.items())}
+        return crop_of(self.data, self.channels, self.levels)
 
     def resized(self, image_size: int | Sequence[int]) -> ImageSet:
         """The same images, of another size, decoded on request."""
         other = copy.copy(self)
-        other._data = dataclasses.replace(self._data, image_size=image_size)
-        other.image_size, other.size = other._data.image_size, other._data.size
+        other.data = dataclasses.replace(self.data, image_size=image_size)
+        other.image_size, other.size = other.data.image_size, other.data.size
         other._rows, other._pixels, other._broken = self._kept, None, {}
         return other
 
@@ -294,8 +287,8 @@ class ImageSet:
             Exception: it does not load; see `DECODE_ERRORS`.
         """
         with self.original(i) as image:
-            data = dataclasses.replace(self._data, image_size=side, resize="pad")
-            return to_square(self._of_8_bits(i, image), self.channels, data)
+            data = dataclasses.replace(self.data, image_size=side, resize="pad")
+            return to_pixels(self._of_8_bits(i, image), self.channels, data)
 
     def report_skipped(self, path: Path) -> None:
         """Writes the images that do not load to a file, with the reason; images found broken later are added.
@@ -359,13 +352,13 @@ class ImageSet:
         """Image i as uint8 (C, H, W), or None if it does not load, with the reason in `_broken`."""
         try:
             with opened(self._source, self._rows[i]) as image:
-                return to_square(self._of_8_bits(i, image), self._channels, self._data)
+                return to_pixels(self._of_8_bits(i, image), self._channels, self.data)
         except DECODE_ERRORS as error:
             if isinstance(error, OSError) and error.errno in PASSING:
                 raise
             found_before = i in self._broken
             self._broken[i] = reason(error)
-            if self._data.on_error == "raise":
+            if self.data.on_error == "raise":
                 remedy = "repair or remove it, or skip such images with data.on_error=skip"
                 raise InputError(f"an image does not load: {self._describe(i)}; {remedy}") from error
             if self._skipped is not None and not found_before:
@@ -389,7 +382,7 @@ class ImageSet:
         levels = self.levels.get(deep.kind)
         if levels is None and deep.white is None:
             self._extremes[i] = deep.kind, *deep.extremes()
-            levels = find_levels(deep.kind, [self._extremes[i][1:]], self._data.white)
+            levels = find_levels(deep.kind, [self._extremes[i][1:]], self.data.white)
         return deep.to_8_bits(levels)
 
     def _found_levels(self) -> dict[Kind, Levels]:
@@ -397,7 +390,7 @@ class ImageSet:
         found = dict(self.levels)
         for kind in sorted({kind for kind, *_ in self._extremes.values()}):
             extremes = [(low, high) for other, low, high in self._extremes.values() if other == kind]
-            found[kind] = find_levels(kind, extremes, self._data.white)
+            found[kind] = find_levels(kind, extremes, self.data.white)
         return found
 
     def _decode_all(self) -> bool:
@@ -406,8 +399,8 @@ class ImageSet:
         Until an image has colour, the pixels have one channel. Images of more than 8 bits are decoded again, when the
         levels of all are known.
         """
-        height, width = self._data.size
-        room = self._data.cache_gb * 2**30 // (height * width * max(1, len(self)))  # in channels
+        height, width = self.data.size
+        room = self.data.cache_gb * 2**30 // (height * width * max(1, len(self)))  # in channels
         if (self._channels or 1) > room:
             return False
         pixels = np.empty((len(self), self._channels or 1, height, width), np.uint8)
@@ -422,7 +415,7 @@ class ImageSet:
                     break
                 grey, pixels = pixels, np.empty((len(self), self._channels, height, width), np.uint8)
                 pixels[: len(kept)] = grey[: len(kept)]
-            if len(image) == 1 and self._data.resize == "pad":
+            if len(image) == 1 and self.data.resize == "pad":
                 again.add(i)  # in a set with colour, the padding has colour
             pixels[len(kept)] = image
             kept.append(i)
@@ -491,7 +484,7 @@ class ImageSet:
         try:
             with opened(self._source, self._rows[i]) as image:
                 image = self._of_8_bits(i, image)
-                if self._channels is None and len(to_square(image, None, self._data)) == 3:
+                if self._channels is None and len(to_pixels(image, None, self.data)) == 3:
                     self._channels = 3
         except DECODE_ERRORS as error:
             return reason(error)
@@ -583,11 +576,11 @@ def _sizes(source: Source, rows: np.ndarray) -> set[tuple[int, int]]:
     sizes = set()
     for row in rows[some_rows(len(rows), PROBED_IMAGES)]:
         with contextlib.suppress(DECODE_ERRORS), opened(source, row) as image:
-            sizes.add(image.size)
+            sizes.add(upright_size(image))
     return sizes
 
 
-def _squares(source: Source, rows: np.ndarray, size: tuple[int, int], channels: int | None) -> np.ndarray | None:
+def _as_they_are(source: Source, rows: np.ndarray, size: tuple[int, int], channels: int | None) -> np.ndarray | None:
     """The images (N, C, H, W) of an array that need no change; None for any other source."""
     if not isinstance(source, ArraySource) or source.images.dtype != np.uint8 or source.images.shape[1:3] != size:
         return None

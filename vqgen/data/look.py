@@ -1,4 +1,4 @@
-"""A look at some images of a stream before the first step: classes, channels, and which images are held out."""
+"""A look at some images of a stream before the first step: the classes, and which images are held out."""
 
 from __future__ import annotations
 

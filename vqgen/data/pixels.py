@@ -9,14 +9,14 @@ import math
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
 
 from vqgen.data.colour import to_srgb
-from vqgen.data.deep import deep_of, find_levels
+from vqgen.data.deep import Kind, Levels, deep_of, find_levels
 from vqgen.data.formats import formats_of
 from vqgen.data.tiff import TiffImage, is_unusual_tiff
 
@@ -89,7 +89,7 @@ def checked_size(num_bytes: int) -> int:
     return num_bytes
 
 
-def to_square(image: Image.Image, channels: int | None, data: DataConfig) -> np.ndarray:
+def to_pixels(image: Image.Image, channels: int | None, data: DataConfig) -> np.ndarray:
     """An opened image as uint8 (C, H, W); H and W are `data.size`.
 
     Args:
@@ -120,6 +120,12 @@ def to_square(image: Image.Image, channels: int | None, data: DataConfig) -> np.
     if channels is None:
         channels = 3 if _is_coloured(image) else 1
     return _planes(_centred(_as("L" if channels == 1 else "RGB", image), size, data.background))
+
+
+def crop_of(data: DataConfig, channels: int, levels: Mapping[Kind, Levels]) -> dict[str, Any]:
+    """The settings that say how images came to one size; the black and the white level only if they matter."""
+    crop = {"image_size": data.image_size, "channels": channels, "resize": data.resize, "background": data.background}
+    return crop | {f"{kind}_levels": f"{each.black:g} {each.white:g}" for kind, each in sorted(levels.items())}
 
 
 def _planes(image: Image.Image) -> np.ndarray:
@@ -159,6 +165,11 @@ def orientation_of(image: Image.Image) -> int:
     with contextlib.suppress(DECODE_ERRORS):  # damaged EXIF data do not spoil the pixels
         return int(image.getexif().get(ORIENTATION, 1))
     return 1
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened image as it will be seen."""
+    return (image.height, image.width) if orientation_of(image) >= 5 else image.size
 
 
 def _is_coloured(image: Image.Image) -> bool:

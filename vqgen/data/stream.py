@@ -23,7 +23,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -31,9 +31,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from vqgen.data.deep import Kind, Levels, deep_of, find_levels
+from vqgen.data.deep import deep_of, find_levels
 from vqgen.data.look import Look
-from vqgen.data.pixels import DECODE_ERRORS, open_image, opened, to_square
+from vqgen.data.pixels import DECODE_ERRORS, crop_of, open_image, opened, to_pixels
 from vqgen.data.skipped import PASSING, SkippedFile, one_line, reason
 from vqgen.data.sources.shards import Damaged, Sample
 from vqgen.data.sources.sides import side_label
@@ -41,31 +41,36 @@ from vqgen.distributed import computed_by_main, rank
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
 
+if TYPE_CHECKING:
+    from vqgen.data.images import ImageSet
+
 logger = logging.getLogger("vqgen")
 
 BROKEN_IN_A_ROW = 1000  # images; no set that can be used has as many
+BEHIND = 64  # images by which a thread may ask later than another one for an earlier image
 EMPTY_EPOCHS = 10
 
 
 class ImageStream:
-    """Square uint8 images of one size with their class ids, in the order of a stream; a sibling of `ImageSet`.
+    """Uint8 images of one size with their class ids, in the order of a stream; a sibling of `ImageSet`.
 
     Args:
         look: what is known of the stream.
         data: the settings.
-        channels: C, 1 or 3.
-        levels: of images of more than 8 bits, as of `ImageSet`.
+        sample: some of the training images, which stand for all where images are read at random.
 
     Attributes:
-        class_names, channels, image_size, levels, split, left_out, notes: as of `ImageSet`.
+        class_names, channels, image_size, levels, split, left_out, notes: as of `ImageSet`; channels and levels are
+            those of the sample.
         fingerprint: hex digest that changes with the shards or the classes.
         amount: how many images there are, for a sentence.
     """
 
     in_memory = False
 
-    def __init__(self, look: Look, data: DataConfig, channels: int, levels: dict[Kind, Levels]):
-        self.look, self.data, self.channels, self.levels = look, data, channels, levels
+    def __init__(self, look: Look, data: DataConfig, sample: ImageSet):
+        self.look, self.data, self.sample = look, data, sample
+        self.channels, self.levels = sample.channels, sample.levels
         self.class_names, self.fingerprint, self.image_size = look.class_names, look.fingerprint, data.image_size
         self.amount = f"{len(look.shards)} shards of"
         self.split, self.notes, self.left_out = "", list[str](), Counter[str]()
@@ -132,7 +137,7 @@ class ImageStream:
                 if (deep := deep_of(image)) is not None:
                     levels = self.levels.get(deep.kind) or find_levels(deep.kind, [deep.extremes()], self.data.white)
                     image = deep.to_8_bits(levels)
-                return to_square(image, self.channels, self.data)
+                return to_pixels(image, self.channels, self.data)
         except DECODE_ERRORS as error:
             if isinstance(error, OSError) and error.errno in PASSING:
                 raise
@@ -199,13 +204,10 @@ class OrderedStream:
         return len(self.class_ids)
 
     @property
-    def crop(self) -> dict[str, int | str]:
-        """The settings that say how the images became squares, and which images are held out."""
-        data = self.stream.data
-        crop: dict[str, int | str] = {"image_size": self.image_size, "channels": self.channels}
-        crop |= {"resize": data.resize, "background": data.background, "stream": self.stream.look.folder.name}
-        levels = sorted(self.stream.levels.items())
-        return crop | {f"{kind}_levels": f"{each.black:g} {each.white:g}" for kind, each in levels}
+    def crop(self) -> dict[str, Any]:
+        """The settings that say how the images came to one size, and which images are held out."""
+        stream = self.stream
+        return crop_of(stream.data, stream.channels, stream.levels) | {"stream": stream.look.folder.name}
 
     def resized(self, image_size: int | Sequence[int]) -> OrderedStream:
         """The same images, of another size."""
@@ -215,18 +217,19 @@ class OrderedStream:
         return OrderedStream(other)
 
     def read(self, i: int) -> np.ndarray | None:
-        """Image i as uint8 (C, H, W), or None if it does not load. Several threads may read, none far behind.
+        """Image i as uint8 (C, H, W), or None if it does not load. Several threads may read, none behind by over 64.
 
         Raises:
             InputError: it does not load and data.on_error=raise, or a shard cannot be read.
         """
         with self._lock:
-            self._samples = self._samples or self._from(i)
+            self._samples = self._samples or self._from(max(0, i - BEHIND))
             while i not in self._ahead:
                 found = next(self._samples, None)
-                if found is None:  # a shard has changed since it was counted
+                if found is not None:
+                    self._ahead[found[0]] = found[1]
+                if found is None or found[0] > i:  # a shard has become shorter since it was counted
                     return None
-                self._ahead[found[0]] = found[1]
             sample = self._ahead.pop(i)
             self.class_ids[i] = self.stream.class_id(sample)
         return self.stream.decode(sample)

@@ -41,9 +41,11 @@ def model_card(folder: Path, step: int, num_parameters: int, found: Description,
         height, width = found.size
         code = TOKENIZER.format(channels=found.channels, height=height, width=width)
     colour = "grey" if found.channels == 1 else "RGB"
+    counted = f" (counted among {found.train:,} of the images)" if found.stream and found.classes else ""
+    amount = found.stream or f"{found.train:,}"
     facts = [
-        f"Images: {colour}, {shown_size(found.image_size)} pixels, of which {found.train:,} were trained on.",
-        f"Classes: {listed_classes(found.classes, SHOWN_CLASSES)}.",
+        f"Images: {colour}, {shown_size(found.image_size)} pixels; trained on {amount} images.",
+        f"Classes: {listed_classes(found.classes, SHOWN_CLASSES)}{counted}.",
         f"Training: {step:,} steps, with vqgen {vqgen.__version__}.",
     ]
     if figures:

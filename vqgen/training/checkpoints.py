@@ -27,7 +27,7 @@ logger = logging.getLogger("vqgen")
 # A run may resume with other values of these settings. Most of them do not affect the result.
 FREE_SETTINGS = ["run_dir", WORKING_DIR, "tracking", "data.workers", "train.log_every", "train.checkpoint_every"]
 FREE_SETTINGS += ["train.keep_checkpoints", "train.milestone_every", "train.max_hours", "train.eval_every"]
-FREE_SETTINGS += ["train.accumulation"]  # changes rounding; `how_resumed` says so
+FREE_SETTINGS += ["train.accumulation"]  # changes rounding, and data.workers a stream; `how_resumed` says so
 # The data and the tokenizer may have moved; `check_made_from` checks that they are the same.
 FREE_SETTINGS += ["data.source", "data.val_source", "data.cache_gb", "stage1", "codes_dir"]
 
@@ -213,19 +213,29 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
     return None if folder is None else torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
 
 
-def how_resumed(state: dict[str, Any] | None, accumulation: int, *, by_pass: str = "", by_process: str = "") -> str:
-    """Says where a run goes on, and what a new number of processes or passes changes about its result.
+def how_resumed(
+    state: dict[str, Any] | None,
+    accumulation: int,
+    *,
+    by_pass: str = "",
+    by_process: str = "",
+    workers: int | None = None,
+) -> str:
+    """Says where a run goes on, and what a new number of processes, passes or workers changes about its result.
 
     Args:
         state: the checkpoint's state; None if there is no checkpoint.
         accumulation: passes per step now.
         by_pass: the part of the model whose numbers depend on the passes per step, in words.
         by_process: the part whose numbers depend on the number of processes, in words.
+        workers: the number of workers that read a stream in each process; None if the data are no stream.
     """
     if state is None:
         return ""
     text = f"; going on from step {state['step']}"
     before, now = (state["processes"], state["accumulation"]), (world_size(), accumulation)
+    if workers is not None and (*before, state["workers"]) != (*now, workers):
+        return f"{text} with other batches of the stream, because processes, passes or data.workers have changed"
     if before == now:
         return text
     differ = by_pass if before[1] != now[1] else by_process

@@ -156,6 +156,7 @@ class Run:
         self.step = self.evaluated = self.saved = 0
         self._found: Description | None = None
         self._num_parameters = 0
+        self._workers: int | None = None  # that read a stream
         self._figures: dict[str, float] = {}  # of the newest evaluation
         self._guards: dict[str, FiniteGuard] = {}
         self._waited = 0.0  # seconds for batches since the last line of the log
@@ -266,7 +267,15 @@ class Run:
             update_config(self.config)
         return False
 
-    def start(self, what: str, num_parameters: int, *, by_pass: str = "", by_process: str = "") -> None:
+    def start(
+        self,
+        what: str,
+        num_parameters: int,
+        *,
+        by_pass: str = "",
+        by_process: str = "",
+        stream_workers: int | None = None,
+    ) -> None:
         """Opens the log, and prints what the run trains and the step it goes on from.
 
         Args:
@@ -274,9 +283,10 @@ class Run:
             num_parameters: the model's number of parameters, for the tracker.
             by_pass: the part of the model whose numbers depend on the number of passes per update, in words.
             by_process: the part whose numbers depend on the number of processes, in words.
+            stream_workers: the number of workers that read a stream in each process; None if the data are no stream.
         """
         saved, self._state = self._state, None  # frees memory: the state is as large as the models and optimizers
-        self._num_parameters = num_parameters
+        self._num_parameters, self._workers = num_parameters, stream_workers
         if self._found is not None:
             (self.dir / "data.json").write_text(self._found.as_json(), "utf-8")
         self._tracker = Tracker(
@@ -286,7 +296,7 @@ class Run:
             is_main=self.is_main,
             facts={"num_parameters": num_parameters},
         )
-        resumed = how_resumed(saved, self.accumulation, by_pass=by_pass, by_process=by_process)
+        resumed = how_resumed(saved, self.accumulation, by_pass=by_pass, by_process=by_process, workers=stream_workers)
         self.say(f"{self.dir}: {what}, {world_size()} x {self.device.type}{resumed}{self._threads}")
 
     # The loop
@@ -431,6 +441,7 @@ class Run:
             "processes": world_size(),
             "accumulation": self.accumulation,
             "threads": torch.get_num_threads(),
+            "workers": self._workers,
             "rollbacks": self.rollbacks,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
             "means": self.means.state_dict(),

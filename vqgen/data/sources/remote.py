@@ -333,7 +333,18 @@ class Web:
             url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         headers["User-Agent"] = "vqgen"  # some servers refuse Python's own
         url = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers, method=method), timeout=TIMEOUT)
+        request = urllib.request.Request(url, headers=headers, method=method)
+        return urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows a server's redirections; a password goes to no other server."""
+
+    def redirect_request(self, req: urllib.request.Request, *args: Any) -> urllib.request.Request | None:
+        request = super().redirect_request(req, *args)
+        if request is not None and request.host != req.host:
+            request.remove_header("Authorization")
+        return request
 
 
 class FileSystem:

@@ -112,7 +112,7 @@ class TarShard:
             # A stream cannot go back; a file on the disk can pass over what is not wanted.
             mode: Any = "r|*" if is_remote(self.place) else "r:*"
             with contextlib.closing(self.open()) as file, tarfile.open(fileobj=file, mode=mode, bufsize=1 << 20) as tar:
-                for key, members in itertools.groupby(filter(_is_part, tar), key=lambda member: _parts(member)[0]):
+                for key, members in itertools.groupby(_parts_of(tar), key=lambda member: _parts(member)[0]):
                     name = f"{self.name}/{key}"
                     is_wanted = wanted(name)
                     contents = {_parts(member)[1]: _content(tar, member, is_wanted) for member in members}
@@ -129,16 +129,19 @@ class TarShard:
             raise InputError(f"{self.place} cannot be read ({reason(error)}); the same command goes on") from error
 
 
+def _parts_of(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members that may be files of a sample; a hidden file is none."""
+    for member in tar:
+        tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them, 1 KB each
+        if member.isfile() and not member.name.rpartition("/")[2].startswith("."):
+            yield member
+
+
 def _parts(member: tarfile.TarInfo) -> tuple[str, str]:
     """A member's key and extension."""
     folder, slash, name = member.name.removeprefix("./").rpartition("/")
     stem, _, extension = name.partition(".")
     return folder + slash + stem, f".{extension.lower()}"
-
-
-def _is_part(member: tarfile.TarInfo) -> bool:
-    """Whether a member may be a file of a sample; a hidden file is none."""
-    return member.isfile() and not member.name.rpartition("/")[2].startswith(".")
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, is_wanted: bool) -> bytes:
