@@ -46,7 +46,7 @@ def read_side_files(
         if taken:
             break
     for extension in present:
-        if not any(path.endswith(extension) for path in labels.used):
+        if not any(path.lower().endswith(extension) for path in labels.used):
             count = sum(path is not None for path in found[extension])
             hint = "; data.label_key=txt takes them as classes" if extension == ".txt" else ""
             if not any(note.startswith(f"{extension}:") for note in labels.notes):
@@ -107,9 +107,11 @@ def _take_side_files(
             f"{extension}: not used, as its {distinct:,} values hardly repeat; data.label_key={chosen or extension[1:]}"
         )
         return False
+    if not by_row:
+        return False
     labels.by_row |= by_row
     labels.side = extension, chosen
     labels.used |= {path for path in paths if path is not None}
     what = f"key {chosen} of the .json files" if extension == ".json" else f"{extension} files"
     labels.notes.append(f"the class is in the {what} beside the images")
-    return bool(by_row)
+    return True
