@@ -19,7 +19,7 @@ import numpy as np
 
 from vqgen.distributed import all_agree, computed_by_main
 
-VERSION = 2  # of the files; raise it whenever images are read in another way
+VERSION = 3  # of the files; raise it whenever images are read in another way
 KEPT_FROM = 10_000  # images; a smaller index is made anew each time
 DAMAGES = (OSError, EOFError, ValueError, KeyError, TypeError)
 ENCODING = ("utf-8", "surrogateescape")  # file names may hold any bytes
