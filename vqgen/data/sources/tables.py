@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from vqgen.data.formats import EXTENSIONS
 from vqgen.data.pixels import DECODE_ERRORS, checked_size, open_image
 from vqgen.data.skipped import one_line
 from vqgen.data.sources.arrow import as_file, copy_images, located, num_rows, read_column, schema_of
-from vqgen.data.sources.base import Found
+from vqgen.data.sources.base import Found, file_size
 from vqgen.data.sources.index import Index, kept_index
-from vqgen.data.sources.labels import CLASS_COLUMNS, SPLIT_COLUMNS, as_label
+from vqgen.data.sources.labels import CLASS_COLUMNS, SPLIT_COLUMNS, are_classes, as_label
 from vqgen.data.sources.splits import TRAIN, find_split, split_word
 from vqgen.data.sources.tree import class_ids_of
 from vqgen.errors import InputError
@@ -81,12 +80,7 @@ class TableSource:
 
     def num_bytes(self, row: int) -> int:
         size = int(self.index.places[row, 2])
-        if size >= 0:
-            return checked_size(size)
-        info = os.stat(self._file(row))
-        if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for a writer
-            raise OSError("a pipe, a socket or a device")
-        return checked_size(info.st_size)
+        return checked_size(size) if size >= 0 else file_size(self._file(row))
 
     def open(self, row: int) -> Image.Image:
         num_bytes = self.num_bytes(row)
@@ -398,7 +392,7 @@ def _label_column(
         if pa.types.is_floating(schema.field(name).type) and _has_fractions(values):
             notes.append(f"{one_line(name)}: holds fractions, so no classes")
             continue
-        repeated = name in known or len(values) < 10 or len(set(values)) <= len(values) / 2
+        repeated = name in known or are_classes(values)
         if values and repeated and (len(set(values)) > 1 or name in known or name in named):
             usable.append(name)
         elif values and not repeated:
@@ -445,8 +439,7 @@ def _labels(tables: Sequence[Table], column: str) -> list[str | None]:
     for table in tables:
         for chunk in read_column(table.path, column).chunks:
             encoded = chunk if isinstance(chunk, pa.DictionaryArray) else chunk.dictionary_encode()
-            # A number that is none, which pandas writes for nothing, is not equal to itself.
-            known = [as_label(value) if value == value else None for value in encoded.dictionary.to_pylist()]
+            known = [as_label(value) for value in encoded.dictionary.to_pylist()]
             labels += [None if row is None else known[row] for row in encoded.indices.to_pylist()]
     if "-1" in (distinct := set(labels)) and distinct - {None} != {"-1", "1"}:  # -1 means no class
         labels = [None if label == "-1" else label for label in labels]
