@@ -125,6 +125,12 @@ def test_parts_that_hold_a_folder_of_their_own_name(tmp_path):
     assert train.left_out["seg_pred/"] == 10
 
 
+def test_parts_that_were_unpacked_into_a_folder_of_their_name(tmp_path):
+    write(tmp_path, [f"train/train/{c}.{i}.jpg" for c in ("cat", "dog") for i in range(4)] + ten("test1/test1/{}.jpg"))
+    train, held_out = load(tmp_path)
+    assert (classes(train), classes(held_out), train.split) == ({"-": 8}, {"-": 10}, "test1/")
+
+
 def test_only_a_folder_called_train(tmp_path):
     write(tmp_path, [f"train/{c}/{i}.png" for c in "ab" for i in range(5)])
     train, held_out = load(tmp_path)
@@ -624,6 +630,11 @@ def test_folders_and_files_that_belong_to_images(tmp_path):
     train, _ = load(tmp_path / "files")
     assert both(tmp_path / "files") == {"a": 4, "b": 4}
     assert train.left_out == {"that belong to the images of the same names": 16}
+    write(tmp_path / "inside", [f"{c}/{k}/{i}.png" for c in "ab" for k in ("images", "masks") for i in range(4)])
+    assert both(tmp_path / "inside") == {"a": 4, "b": 4}
+    assert load(tmp_path / "inside")[0].left_out == {"*/masks/": 8}
+    write(tmp_path / "rooms", [f"{k}/{i}.png" for k in ("rgb", "depth") for i in range(4)])
+    assert both(tmp_path / "rooms") == {"-": 4}
     write(tmp_path / "icons", [*ten("{}.png"), "9-preview.png"])
     assert both(tmp_path / "icons") == {"-": 11}
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from vqgen.data.formats import EXTENSIONS
 from vqgen.data.pixels import checked_size
 from vqgen.data.skipped import one_line, reason
 from vqgen.data.sources.base import Found, reading
@@ -64,6 +65,8 @@ def open_archives(source: str, path: Path, data: DataConfig) -> Found | None:
             return None
     elif source.lower().endswith(ARCHIVES) or (not path.exists() and re.search(r"[{*?\[]", source)) or _packs(path):
         archives = computed_by_main(lambda: find_shards(path))
+        if image := next((one for one in archives if one.suffix.lower() in EXTENSIONS), None):
+            raise InputError(f"the pattern stands for images, such as {image.name}; give their folder")
     else:
         return None
     computed_by_main(lambda: [_unpacked(archive) for archive in archives])

@@ -124,7 +124,7 @@ def read_label_files(
             if label is not None:
                 givers.setdefault(index, path)
     if column is not None and column not in columns_seen:
-        known = f"the columns are {', '.join(map(one_line, columns_seen))}" if columns_seen else "leave it out"
+        known = f"the columns are {shown_columns([*columns_seen])}" if columns_seen else "leave it out"
         raise InputError(f"label_column={column} is in no label file; {known}")
     if unused:
         labels.notes.append(
@@ -342,13 +342,14 @@ def _class_column(table: _Table, column: str | None, folders: Container[str], la
         labels.notes.append(f"{path}: the class is its column {one_line(usable[0])}{more}")
         return usable[0]
     if others:
-        labels.notes.append(f"{path}: not used for classes; data.label_column= takes one of {_shown(others)}")
+        labels.notes.append(f"{path}: not used for classes; data.label_column= takes one of {shown_columns(others)}")
     elif table.path not in labels.used and (is_label_file(table.path) or not table.path.lower().endswith(".txt")):
         labels.notes.append(f"{path}: no column beside the images' names, so no classes from it")
     return None
 
 
-def _shown(columns: Sequence[str]) -> str:
+def shown_columns(columns: Sequence[str]) -> str:
+    """Up to twelve columns' names, and how many more there are."""
     shown = ", ".join(one_line(c) for c in columns[:12])
     return f"{shown} and {len(columns) - 12:,} more" if len(columns) > 12 else shown
 

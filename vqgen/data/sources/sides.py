@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vqgen.data.skipped import one_line
-from vqgen.data.sources.labels import CLASS_COLUMNS, Labels, are_classes, as_label
+from vqgen.data.sources.labels import CLASS_COLUMNS, Labels, are_classes, as_label, shown_columns
 from vqgen.data.sources.rows import flat as flattened
 from vqgen.errors import InputError
 
@@ -90,12 +90,12 @@ def _take_side_files(
             if chosen is None:
                 chosen = next((k for name in CLASS_COLUMNS for k in flat if k.lower() == name), None)
                 if chosen is None or not isinstance(flat[chosen], int | str):
-                    known = ", ".join(one_line(k) for k in flat)
+                    known = shown_columns([*flat])
                     count = sum(path is not None for path in paths)
                     labels.notes.append(f".json: {count:,} files, not used; data.label_key= takes one of {known}")
                     return False
             elif key is not None and not by_row and chosen not in flat:
-                raise InputError(f"label_key={key} is not in {one_line(path)}; its keys are {', '.join(flat)}")
+                raise InputError(f"label_key={key} is not in {one_line(path)}; its keys are {shown_columns([*flat])}")
         label = side_label(content, chosen)
         if label is not None and extension != ".json" and re.search(r"[\n\r\0]", label):
             raise InputError(f"{one_line(path)} holds {label[:20]!r}, which is no class; make it a number or a name")

@@ -24,7 +24,7 @@ from vqgen.data.skipped import one_line
 from vqgen.data.sources.arrow import as_file, copy_images, located, num_rows, read_column, schema_of
 from vqgen.data.sources.base import Found, file_size
 from vqgen.data.sources.index import Index, kept_index
-from vqgen.data.sources.labels import CLASS_COLUMNS, SPLIT_COLUMNS, are_classes, as_label
+from vqgen.data.sources.labels import CLASS_COLUMNS, SPLIT_COLUMNS, are_classes, as_label, shown_columns
 from vqgen.data.sources.splits import TRAIN, find_split, split_word
 from vqgen.data.sources.tree import class_ids_of
 from vqgen.errors import InputError
@@ -262,7 +262,7 @@ def stream_columns(
     image, notes = _chosen_image("the data set", schema, images, data.image_column)
     labels = [field.name for field in schema if field.name != image and _is_label(field.type)]
     if data.label_column is not None and data.label_column not in labels:
-        shown = ", ".join(map(one_line, labels)) or "none"
+        shown = shown_columns(labels) or "none"
         raise InputError(f"label_column={data.label_column}: no column of names or numbers; such columns are {shown}")
     declared = [name for name in labels if _is(features.get(name), "ClassLabel")]
     named = [name for word in CLASS_COLUMNS for name in declared or labels if name.lower() == word]
@@ -321,7 +321,7 @@ def _image_column(
 
 def _chosen_image(where: str, schema: pa.Schema, found: list[str], wanted: str | None) -> tuple[str, list[str]]:
     """The one of the columns found to hold images that is taken, and what to say about it."""
-    columns = ", ".join(f"{one_line(field.name)} ({field.type})"[:100] for field in schema) or "none"
+    columns = shown_columns([f"{field.name} ({field.type})"[:100] for field in schema]) or "none"
     if wanted is not None and wanted not in schema.names:
         raise InputError(f"image_column={wanted}: no such column; the columns of {where} are {columns}")
     found = [name for name in found if wanted in (None, name)]
@@ -370,7 +370,7 @@ def _label_column(
     others = [name for name in schema.names if name != image and not name.startswith("__")]  # pandas adds an index
     if wanted is not None:
         if wanted not in others:
-            shown = ", ".join(map(one_line, others)) or "none beside the images"
+            shown = shown_columns(others) or "none beside the images"
             raise InputError(f"label_column={wanted}: no such column; the columns are {shown}")
         kind = schema.field(wanted).type
         if not _is_label(kind) or (pa.types.is_floating(kind) and _has_fractions(_labels(split.tables, wanted))):
