@@ -391,6 +391,8 @@ def test_names_of_classes_that_count_from_one(tmp_path):
     write(tmp_path, [f"{c}/{i}.png" for c in "12" for i in range(5)])
     (tmp_path / "classes.txt").write_text("1 cat\n2 dog\n3 fox\n")
     assert both(tmp_path) == {"cat": 5, "dog": 5}
+    (tmp_path / "classes.txt").write_text("0 dog\n1 crane\n2 crane\n")
+    assert both(tmp_path) == {"crane (1)": 5, "crane (2)": 5}
 
 
 def test_images_that_a_table_does_not_name_have_no_class(tmp_path):

@@ -426,7 +426,9 @@ def class_ids_of(
             raise InputError(
                 f"the list of class names has {len(names_of_numbers)} names, and none for class {unnamed[0]}; add it"
             )
-        found = [names_of_numbers[str(int(label))] for label in found]
+        names = [names_of_numbers[str(int(label))] for label in found]
+        counts = Counter(names)  # two of ImageNet's classes are called crane
+        found = [name if counts[name] == 1 else f"{name} ({label})" for name, label in zip(names, found, strict=True)]
     return class_ids, found
 
 
