@@ -609,6 +609,16 @@ def test_names_of_folders_that_say_only_that_they_hold_images(tmp_path, name):
     assert both(tmp_path) == {"-": 10}
 
 
+def test_folders_of_images_that_are_numbered_are_no_classes(tmp_path):
+    write(tmp_path / "scans", [f"HAM_images_part_{k}/{k}{i}.jpg" for k in (1, 2) for i in range(5)])
+    assert both(tmp_path / "scans") == {"-": 10}
+    write(tmp_path / "chests", [f"images_{k:03}/images/{k}{i}.png" for k in (1, 2) for i in range(5)])
+    assert both(tmp_path / "chests") == {"-": 10}
+    assert "images_001/ images_002/: no classes, by their names" in load(tmp_path / "chests")[0].notes[0]
+    write(tmp_path / "pets", [f"{c}_images/{i}.jpg" for c in ("cat", "dog") for i in range(5)])
+    assert both(tmp_path / "pets") == {"cat_images": 5, "dog_images": 5}
+
+
 def test_folders_and_files_that_belong_to_images(tmp_path):
     write(
         tmp_path / "voc", ten("JPEGImages/{}.jpg") + ten("SegmentationClass/{}.png") + ten("SegmentationObject/{}.png")
@@ -738,6 +748,14 @@ def test_paths_of_other_machines(tmp_path, root):
     ]
     table(tmp_path / "labels.csv", [("path", "label"), *rows])
     assert both(tmp_path) == {"s1": 3, "s2": 3, "dog": 4}
+
+
+@pytest.mark.parametrize("name", ["train_labels.csv", "trainLabels.csv"])
+def test_a_table_of_one_part_means_the_images_of_that_part(tmp_path, name):
+    write(tmp_path, ten("train/{}.png") + ten("test/{}.png"))
+    table(tmp_path / name, [("id", "label"), *((n[:-4], c) for n, c in ROWS)])
+    train, held_out = load(tmp_path)
+    assert (classes(train), classes(held_out)) == (PETS, {"-": 10})
 
 
 def test_names_that_several_images_share(tmp_path):

@@ -17,7 +17,7 @@ from vqgen.errors import InputError
 
 LABEL_FILES = re.compile(r"_*(labels?|metadata|annotations?|classes)\.(csv|tsv|jsonl|json|txt)", re.IGNORECASE)
 # Words in the names of tables beside that for a part: train.csv, val_labels.csv, test_list.txt.
-TABLE_WORDS = re.compile(r"(labels?|annotations?|metadata|list|files?|names?)?")
+TABLE_WORDS = re.compile(r"(labels?|annotations?|metadata|list|files?|names?)?", re.IGNORECASE)
 TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".json")
 NO_LABELS = re.compile(
     r".*submission.*|(classes|class_names)\.(json|txt)|package(-lock)?\.json|readme.*|licen[sc]e.*", re.IGNORECASE
@@ -151,8 +151,8 @@ def is_label_file(path: str) -> bool:
 
 
 def _part_of(path: str) -> str | None:
-    """The word for a part in the name of a table: train.csv, test_labels.csv, val_annotations.txt ..."""
-    found = split_word(_name(path).rpartition(".")[0])
+    """The word for a part in the name of a table: train.csv, test_labels.csv, trainLabels.csv ..."""
+    found = split_word(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", _name(path).rpartition(".")[0]))
     return found[0] if found is not None and TABLE_WORDS.fullmatch(found[1]) else None
 
 

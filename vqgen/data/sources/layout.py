@@ -71,6 +71,7 @@ def find_layout(paths: Sequence[str]) -> Layout:
     layout = Layout(Part("", list(range(len(paths))), list(paths)))
     _unwrap(layout, layout.train, "")
     _leave_out_companions(layout, layout.train)
+    _join_numbered_folders(layout, layout.train)
     if not _split_on_top(layout) and not _split_by_pairs(layout):
         _split_in_classes(layout)
     for part in filter(None, (layout.train, layout.held_out)):
@@ -131,6 +132,16 @@ def _unwrap(layout: Layout, part: Part, name: str, classes: Container[str] = ())
         inside += below
     if inside != name:
         layout.notes.append(f"{one_line(inside)}: holds all images; the classes, if any, are looked for in it")
+
+
+def _join_numbered_folders(layout: Layout, part: Part) -> None:
+    """Steps into folders such as images_001 and images_002, which are one that was divided by size."""
+    found = sorted(folders_of(part))
+    if len(found) > 1 and all(map(is_wrapper, found)) and len({re.sub(r"\d+", "", name) for name in found}) == 1:
+        shown = " ".join(one_line(f"{name}/") for name in found[:3]) + " ..." * (len(found) > 3)
+        layout.notes.append(f"{shown}: no classes, by their names parts of one folder of images")
+        part.inner = [path.partition("/")[2] for path in part.inner]
+        _unwrap(layout, part, part.name)
 
 
 def _split_on_top(layout: Layout) -> bool:
