@@ -750,6 +750,17 @@ def test_paths_of_other_machines(tmp_path, root):
     assert both(tmp_path) == {"s1": 3, "s2": 3, "dog": 4}
 
 
+@pytest.mark.parametrize("column", ["label", "grade"])
+def test_labels_that_are_names_of_images_as_well(tmp_path, column):
+    write(tmp_path, ten("{}.png"))
+    rows = [("file", column), *((f"{i}.png", i % 2) for i in range(11))]
+    table(tmp_path / "labels.csv", rows)
+    with pytest.raises(InputError, match=r"labels\.csv names an image that is not there, first 10\.png"):
+        load(tmp_path)
+    table(tmp_path / "labels.csv", rows[:-1])
+    assert both(tmp_path) == {"0": 5, "1": 5}
+
+
 @pytest.mark.parametrize("name", ["train_labels.csv", "trainLabels.csv"])
 def test_a_table_of_one_part_means_the_images_of_that_part(tmp_path, name):
     write(tmp_path, ten("train/{}.png") + ten("test/{}.png"))

@@ -277,7 +277,12 @@ def _match(
     found = {c: [references.find(str(row[c]), path) for row in probe if row.get(c) is not None] for c in columns}
     hits = {c: sum(index != References.MISSING for index in indices) for c, indices in found.items()}
     known = {name: -rank for rank, name in enumerate(FILE_COLUMNS)}
-    best = max(columns, key=lambda c: (hits[c], known.get(c.lower(), -len(known))), default=None)
+
+    def fitness(column: str) -> tuple[bool, int, int]:  # labels that are numbers may be names of images as well
+        is_known = column.lower() in known and hits[column] >= len(probe) / 2
+        return is_known, hits[column], known.get(column.lower(), -len(known))
+
+    best = max((c for c in columns if c.lower() not in CLASS_COLUMNS), key=fitness, default=None)
     named = next((c for name in FILE_COLUMNS[:4] for c in columns if c.lower() == name), None)
     label_file = is_label_file(path)
     if best is not None and not hits[best]:
