@@ -199,3 +199,12 @@ def test_idx_files_in_the_only_folder(tmp_path):
         write_idx(tmp_path / "MNIST" / "raw" / f"{part}-images-idx3-ubyte", np.zeros((count, 8, 8), np.uint8))
     train, held_out = load(tmp_path)
     assert (len(train), len(held_out)) == (6, 2)
+
+
+def test_an_array_called_classes_that_has_a_name_for_each_image(tmp_path):
+    np.savez(tmp_path / "a.npz", images=PIXELS, classes=np.array(["cat", "dog"] * 10))
+    train, _ = load(tmp_path / "a.npz")
+    assert train.class_names == ["cat", "dog"]
+    np.savez(tmp_path / "a.npz", images=PIXELS, labels=LABELS, classes=np.array(["cat", "dog", "fox", "owl"]))
+    train, _ = load(tmp_path / "a.npz")
+    assert (train.class_names, train.notes) == (["cat", "dog", "fox", "owl"], [])

@@ -125,6 +125,12 @@ def test_parts_that_hold_a_folder_of_their_own_name(tmp_path):
     assert train.left_out["seg_pred/"] == 10
 
 
+def test_parts_that_were_unpacked_into_a_folder_of_their_name(tmp_path):
+    write(tmp_path, [f"train/train/{c}.{i}.jpg" for c in ("cat", "dog") for i in range(4)] + ten("test1/test1/{}.jpg"))
+    train, held_out = load(tmp_path)
+    assert (classes(train), classes(held_out), train.split) == ({"-": 8}, {"-": 10}, "test1/")
+
+
 def test_only_a_folder_called_train(tmp_path):
     write(tmp_path, [f"train/{c}/{i}.png" for c in "ab" for i in range(5)])
     train, held_out = load(tmp_path)
@@ -328,9 +334,70 @@ def test_captions_and_measures_are_no_classes(tmp_path):
         assert train.notes[0] == "metadata.csv: not used for classes; data.label_column= takes one of text"
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("labels.csv", "file_name,label\n" + "".join(f'{n}, "{c}"\n' for n, c in ROWS)),
+        ("labels.csv", "file_name,label\n" + "".join(f"{n[:-4]}.JPG,{c}\n" for n, c in ROWS)),
+        ("list.csv", ",photo,label\n" + "".join(f"{9 - i},{n},{c}\n" for i, (n, c) in enumerate(ROWS))),  # pandas'
+        (
+            "metadata.jsonl",
+            "\n".join(
+                json.dumps({"file_name": n, "label": c, "text": "two\u2028lines"}, ensure_ascii=False) for n, c in ROWS
+            ),
+        ),
+    ],
+    ids=["spaces", "other extension", "pandas", "line separators"],
+)
+def test_tables_that_programs_and_people_write(tmp_path, name, text):
+    write(tmp_path, ten("{}.png"))
+    (tmp_path / name).write_text(text, "utf-8")
+    for part in load(tmp_path):
+        assert [part.class_names[i] for i in part.class_ids] == [dict(ROWS)[name] for name in part.names]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("labels.csv", "id,class_name\n0,cat\n1,dog\n"), ("labels.txt", "0 a\n1 b\n")]
+)
+def test_a_table_of_the_classes_is_none_of_the_images(tmp_path, name, text):
+    for numbers in (range(5), range(5, 10)):
+        write(tmp_path, [f"{numbers[0] // 5}/{i}.png" for i in numbers])
+    (tmp_path / name).write_text(text)
+    assert both(tmp_path) == {"0": 5, "1": 5}
+    assert load(tmp_path)[0].notes == [f"{name}: not used, as it names none of the images"]
+
+
+def test_a_column_that_no_file_has_is_refused(tmp_path):
+    write(tmp_path, [f"{c}/{i}.png" for c in "ab" for i in range(5)])
+    with pytest.raises(InputError, match="label_column=breed is in no label file; leave it out"):
+        load(tmp_path, label_column="breed")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("classes.txt", "cat\ndog\n"),
+        ("classes.txt", "\ufeff00 cat\n01: dog\n"),
+        ("classes.json", '{"00": "cat", "1": "dog"}'),
+    ],
+)
+def test_names_of_classes_with_numbers(tmp_path, name, text):
+    write(tmp_path, [f"{c}/{i}.png" for c in ("00", "01") for i in range(5)])
+    (tmp_path / name).write_text(text, "utf-8")
+    assert both(tmp_path) == {"cat": 5, "dog": 5}
+
+
+def test_names_of_classes_that_count_from_one(tmp_path):
+    write(tmp_path, [f"{c}/{i}.png" for c in "12" for i in range(5)])
+    (tmp_path / "classes.txt").write_text("1 cat\n2 dog\n3 fox\n")
+    assert both(tmp_path) == {"cat": 5, "dog": 5}
+    (tmp_path / "classes.txt").write_text("0 dog\n1 crane\n2 crane\n")
+    assert both(tmp_path) == {"crane (1)": 5, "crane (2)": 5}
+
+
 def test_images_that_a_table_does_not_name_have_no_class(tmp_path):
     write(tmp_path, ten("{}.png"))
-    table(tmp_path / "labels.csv", [("file_name", "label"), *ROWS[:6], (ROWS[6][0], "")])
+    table(tmp_path / "labels.csv", [("file_name", "label"), *ROWS[:6], (ROWS[6][0], ""), ("", "6 in all")])
     assert both(tmp_path) == {"dog": 3, "cat": 3, "-": 4}
     assert "4 of 10 images have no label: no class" in load(tmp_path)[0].notes
 
@@ -439,6 +506,14 @@ def test_a_table_inside_a_zip(tmp_path):
     assert "labels.csv: the class is its column label" in load(path)[0].notes
 
 
+def test_a_table_beside_an_archive_is_said(tmp_path):
+    path = pack(tmp_path / "images.zip", dict.fromkeys(ten("{}.png"), PNG))
+    table(tmp_path / "labels.csv", [("file_name", "label"), *ROWS])
+    for source in (path, tmp_path):
+        said = "labels.csv: beside the archives, not used; label files are read inside them only"
+        assert load(source)[0].notes == [said]
+
+
 def test_a_folder_of_shards_whose_names_are_the_parts(tmp_path):
     for part, count in (("train", 3), ("test", 1)):
         for shard in range(count):
@@ -462,6 +537,9 @@ def test_labels_beside_the_images_of_shards(tmp_path):
     assert both(shard("cls", [b" 1\n", b"-1", b"3"] * 3)) == {"1": 3, "3": 3, "-": 3}
     objects = [json.dumps({"label": c.decode(), "kind": "x"}).encode() for c in names]
     assert both(shard("json", objects)) == PETS
+    files = {f"{i}.{e}": c for i in range(10) for e, c in (("png", PNG), ("cls", b""), ("json", objects[i]))}
+    assert both(pack(tmp_path / "empty.tar", files)) == PETS
+    assert ".cls: 10 files beside the images, not used" in load(tmp_path / "empty.tar")[0].notes
     assert both(tmp_path / "json.tar", label_key="kind") == {"x": 10}
     assert both(shard("txt", names)) == {"-": 10}
     assert both(tmp_path / "txt.tar", label_key="txt") == PETS
@@ -531,6 +609,16 @@ def test_names_of_folders_that_say_only_that_they_hold_images(tmp_path, name):
     assert both(tmp_path) == {"-": 10}
 
 
+def test_folders_of_images_that_are_numbered_are_no_classes(tmp_path):
+    write(tmp_path / "scans", [f"HAM_images_part_{k}/{k}{i}.jpg" for k in (1, 2) for i in range(5)])
+    assert both(tmp_path / "scans") == {"-": 10}
+    write(tmp_path / "chests", [f"images_{k:03}/images/{k}{i}.png" for k in (1, 2) for i in range(5)])
+    assert both(tmp_path / "chests") == {"-": 10}
+    assert "images_001/ images_002/: no classes, by their names" in load(tmp_path / "chests")[0].notes[0]
+    write(tmp_path / "pets", [f"{c}_images/{i}.jpg" for c in ("cat", "dog") for i in range(5)])
+    assert both(tmp_path / "pets") == {"cat_images": 5, "dog_images": 5}
+
+
 def test_folders_and_files_that_belong_to_images(tmp_path):
     write(
         tmp_path / "voc", ten("JPEGImages/{}.jpg") + ten("SegmentationClass/{}.png") + ten("SegmentationObject/{}.png")
@@ -554,6 +642,11 @@ def test_folders_and_files_that_belong_to_images(tmp_path):
     train, _ = load(tmp_path / "files")
     assert both(tmp_path / "files") == {"a": 4, "b": 4}
     assert train.left_out == {"that belong to the images of the same names": 16}
+    write(tmp_path / "inside", [f"{c}/{k}/{i}.png" for c in "ab" for k in ("images", "masks") for i in range(4)])
+    assert both(tmp_path / "inside") == {"a": 4, "b": 4}
+    assert load(tmp_path / "inside")[0].left_out == {"*/masks/": 8}
+    write(tmp_path / "rooms", [f"{k}/{i}.png" for k in ("rgb", "depth") for i in range(4)])
+    assert both(tmp_path / "rooms") == {"-": 4}
     write(tmp_path / "icons", [*ten("{}.png"), "9-preview.png"])
     assert both(tmp_path / "icons") == {"-": 11}
 
@@ -604,6 +697,14 @@ def test_lists_of_labels(tmp_path, text):
     assert load(tmp_path)[0].left_out == {".txt": 1}
 
 
+def test_a_list_without_a_header_whose_name_says_that_it_divides_the_images(tmp_path):
+    write(tmp_path, ten("img_align_celeba/{}.jpg"))
+    (tmp_path / "identity_CelebA.txt").write_text("".join(f"{i}.jpg {i % 2}\n" for i in range(10)))
+    (tmp_path / "list_eval_partition.txt").write_text("".join(f"{i}.jpg {(i > 5) + (i > 7)}\n" for i in range(10)))
+    train, held_out = load(tmp_path)
+    assert (classes(train), classes(held_out)) == ({"0": 3, "1": 3}, {"0": 1, "1": 1})
+
+
 def test_lists_that_divide_the_images(tmp_path):
     write(tmp_path / "food", [f"images/{c}/{i}.jpg" for c in ("pie", "soup") for i in range(5)])
     (tmp_path / "food" / "meta").mkdir()
@@ -649,6 +750,25 @@ def test_paths_of_other_machines(tmp_path, root):
     assert both(tmp_path) == {"s1": 3, "s2": 3, "dog": 4}
 
 
+@pytest.mark.parametrize("column", ["label", "grade"])
+def test_labels_that_are_names_of_images_as_well(tmp_path, column):
+    write(tmp_path, ten("{}.png"))
+    rows = [("file", column), *((f"{i}.png", i % 2) for i in range(11))]
+    table(tmp_path / "labels.csv", rows)
+    with pytest.raises(InputError, match=r"labels\.csv names an image that is not there, first 10\.png"):
+        load(tmp_path)
+    table(tmp_path / "labels.csv", rows[:-1])
+    assert both(tmp_path) == {"0": 5, "1": 5}
+
+
+@pytest.mark.parametrize("name", ["train_labels.csv", "trainLabels.csv"])
+def test_a_table_of_one_part_means_the_images_of_that_part(tmp_path, name):
+    write(tmp_path, ten("train/{}.png") + ten("test/{}.png"))
+    table(tmp_path / name, [("id", "label"), *((n[:-4], c) for n, c in ROWS)])
+    train, held_out = load(tmp_path)
+    assert (classes(train), classes(held_out)) == (PETS, {"-": 10})
+
+
 def test_names_that_several_images_share(tmp_path):
     write(tmp_path, [f"{part}/{i}.png" for part in ("train", "test") for i in range(4)])
     for part, label in (("train", "cat"), ("test", "dog")):
@@ -685,10 +805,12 @@ def test_columns_of_zeros_and_ones(tmp_path):
 def test_what_may_be_labels_is_named(tmp_path):
     write(tmp_path, ten("{}.jpg"))
     write(
-        tmp_path, ["imagelabels.mat", "Annotations/0.xml", "labels/0.txt", "labels/1.txt", "labels.xlsx"], b"0 0.5 0.5"
+        tmp_path,
+        ["imagelabels.mat", "Annotations/0.xml", "labels/0.txt", "labels/1.txt", "labels.feather"],
+        b"0 0.5 0.5",
     )
     notes = load(tmp_path)[0].notes
-    assert notes[0].startswith("Annotations/, imagelabels.mat, labels.xlsx and 1 more: not used; perhaps labels")
+    assert notes[0].startswith("Annotations/, imagelabels.mat, labels.feather and 1 more: not used; perhaps labels")
     assert ".mat: 1 file not read; Matlab's: save its arrays as .npz, such as images and labels" in notes
 
 

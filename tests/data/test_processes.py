@@ -14,7 +14,7 @@ from PIL import Image
 
 from vqgen import distributed
 from vqgen.data import identity, images
-from vqgen.data.sources import archive
+from vqgen.data.sources import archive, index
 from vqgen.data.sources import folder as folder_module
 from vqgen.distributed import computed_by_main, cores_per_process
 from vqgen.errors import InputError
@@ -96,6 +96,27 @@ def test_what_the_main_process_finds_wrong_all_processes_raise(tmp_path):
         assert first == second
         assert first.startswith("InputError: ")
         assert message in first
+
+
+@pytest.mark.parametrize("other", ["none", "older"])
+def test_a_machine_without_the_index_of_the_main_process_gets_it_from_there(tmp_path, monkeypatch, other):
+    monkeypatch.setattr(index, "KEPT_FROM", 1)
+    new = index.Index.of(["new"], np.zeros((1, 0), np.int64), np.zeros(1, np.int64))
+
+    def content_of_the_other_machine(folder: Path) -> dict:
+        if other == "none":
+            raise FileNotFoundError
+        return {"checksum": "another", "count": 1, "facts": {}}
+
+    def work(rank: int) -> object:
+        os.environ["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+        if rank > 0:
+            index._content = content_of_the_other_machine
+        make = forbidden if rank > 0 else lambda: ([new], {}, "state")
+        (found,), _ = index.kept_index(["x"], lambda state: False, make)
+        return list(found.names)
+
+    assert in_two(tmp_path, work) == [["new"], ["new"]]
 
 
 def test_an_error_that_is_not_the_user_s_is_not_shared(tmp_path):

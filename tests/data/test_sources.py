@@ -89,5 +89,9 @@ def test_sources_that_are_refused(tmp_path):
             load(tmp_path / name)
         assert str(error.value).startswith(f"source={tmp_path / name}"), error.value
         assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"^source= is empty; give a folder"):
+        load("")
+    with pytest.raises(InputError, match=r"the pattern stands for images, such as a\.png; give their folder"):
+        load(tmp_path / "single" / "*.png")
     with pytest.raises(InputError, match=r"^val_source=nowhere: no such file or folder; "):
         load("digits", val_source="nowhere")

@@ -549,10 +549,11 @@ def _split(source: Source, val_fraction: float) -> tuple[np.ndarray, np.ndarray]
     lowest_first = np.lexsort((hashes, alone & (source.class_ids >= 0)))
     held_out[lowest_first[0]] = True
     held_out[np.argmax(hashes)] = False
-    for class_id in np.setdiff1d(source.class_ids[held_out], source.class_ids[~held_out]):
-        rows = np.flatnonzero(source.class_ids == class_id)
-        if class_id >= 0 and held_out.sum() > 1:
-            held_out[rows[np.argmax(hashes[rows])]] = False
+    by_class = np.lexsort((hashes, source.class_ids))
+    ids = source.class_ids[by_class]
+    last = by_class[np.append(ids[1:] != ids[:-1], True)]  # of each class, the one that would be held out last
+    lost = last[held_out[last] & (source.class_ids[last] >= 0)]
+    held_out[lost[: held_out.sum() - 1]] = False
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 

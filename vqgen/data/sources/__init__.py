@@ -51,6 +51,8 @@ def open_source(key: str, source: str | Path, data: DataConfig) -> Found:
     Raises:
         InputError: there is no such source, or it cannot be read.
     """
+    if not str(source):  # of a shell's unset variable; as a path, it would be the current folder
+        raise InputError(f"{key}= is empty; {REMEDY}")
     try:
         local, notes = local_copy(str(source)) if is_remote(str(source)) else (str(source), [])
         path = Path(local).expanduser()

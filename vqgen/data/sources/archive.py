@@ -22,13 +22,15 @@ from typing import Any
 
 import numpy as np
 
+from vqgen.data.formats import EXTENSIONS
 from vqgen.data.pixels import checked_size
 from vqgen.data.skipped import one_line, reason
 from vqgen.data.sources.base import Found, reading
 from vqgen.data.sources.index import user_cache_folder
+from vqgen.data.sources.labels import TABLES, is_label_file, some_names
 from vqgen.data.sources.listing import is_hidden, list_files
 from vqgen.data.sources.splits import HELD_OUT, TRAIN, split_word
-from vqgen.data.sources.tree import Listing, open_tree
+from vqgen.data.sources.tree import CLASS_LISTS, Listing, open_tree
 from vqgen.distributed import computed_by_main
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
@@ -63,6 +65,8 @@ def open_archives(source: str, path: Path, data: DataConfig) -> Found | None:
             return None
     elif source.lower().endswith(ARCHIVES) or (not path.exists() and re.search(r"[{*?\[]", source)) or _packs(path):
         archives = computed_by_main(lambda: find_shards(path))
+        if image := next((one for one in archives if one.suffix.lower() in EXTENSIONS), None):
+            raise InputError(f"the pattern stands for images, such as {image.name}; give their folder")
     else:
         return None
     computed_by_main(lambda: [_unpacked(archive) for archive in archives])
@@ -120,6 +124,8 @@ class ArchiveTree:
         if self._are_classes(members):
             self._tops = [f"{_stem(archive)}/" for archive in self.archives]
             notes.append(f"{self.archives[0].name} ...: each archive is taken for a class, as all have names")
+        if tables := [path.name for path in self._beside() if path.name not in CLASS_LISTS]:
+            notes.append(f"{some_names(tables)}: beside the archives, not used; label files are read inside them only")
         paths, places = [], []
         for number, found in enumerate(members):
             before = f"{number}{SEPARATOR}" if len(self.archives) > 1 else ""
@@ -141,7 +147,7 @@ class ArchiveTree:
 
     def state(self, read: Sequence[str]) -> Any:
         state = []
-        for path in (*self.archives, *self._lists()):
+        for path in (*self.archives, *self._beside()):
             info = os.stat(path)
             state.append([str(path), info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns])
         return state
@@ -152,8 +158,10 @@ class ArchiveTree:
         except OSError:
             return False
 
-    def _lists(self) -> Sequence[Path]:
-        return sorted(self.archives[0].parent.glob("class*.*"))
+    def _beside(self) -> Sequence[Path]:
+        """The lists of classes and the label files beside the archives."""
+        found = (path for path in self.archives[0].parent.iterdir() if path.suffix.lower() in TABLES)
+        return sorted(path for path in found if path.name in CLASS_LISTS or is_label_file(path.name))
 
     def beside(self, name: str) -> bytes | None:
         path = self.archives[0].parent / name

@@ -17,6 +17,7 @@ from PIL import Image
 from vqgen.data.deep import ValuesImage
 from vqgen.data.skipped import one_line
 from vqgen.data.sources.base import Found, reading
+from vqgen.data.sources.index import Names
 from vqgen.data.sources.listing import is_hidden
 from vqgen.data.sources.splits import TRAIN, find_split, split_word
 from vqgen.data.sources.tree import class_ids_of
@@ -138,7 +139,7 @@ class ArraySource:
     ):
         self.files = files
         self.images = images
-        self.names = [str(row) for row in range(len(images))]
+        self.names = Names.of([str(row) for row in range(len(images))])
         self.class_ids, self.class_names = class_ids_of(labels, names_of_numbers)
 
     def num_bytes(self, row: int) -> int:
@@ -181,8 +182,10 @@ def _found(arrays: Mapping[str, np.ndarray], files: list[Path]) -> Found:
 
 
 def _class_names(name: str, array: np.ndarray) -> Mapping[str, str] | None:
-    """The names of classes 0, 1 ... if an array is called so."""
+    """The names of classes 0, 1 ... if an array is called so; names that repeat are each image's class."""
     if _bare(name) not in CLASS_NAMES or array.ndim != 1 or array.dtype.kind not in "US":
+        return None
+    if len(np.unique(array)) < len(array):
         return None
     return {str(i): label for i, label in enumerate(_texts(array)) if label is not None}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import stat
 import struct
 import tarfile
 import zipfile
@@ -16,10 +18,9 @@ import numpy as np
 from PIL import Image
 
 from vqgen.data.formats import EXTENSIONS as EXTENSIONS
+from vqgen.data.pixels import checked_size
 from vqgen.data.skipped import reason
 from vqgen.errors import InputError
-
-MAX_CLASSES = 1_000_000  # every id up to the largest gets a name
 
 CONTAINER_ERRORS = (OSError, EOFError, ValueError, struct.error, zlib.error, zipfile.BadZipFile, tarfile.TarError)
 
@@ -90,6 +91,13 @@ def reading(path: Path) -> Iterator[None]:
         raise InputError(f"{path} cannot be read ({reason(error)}); repair it or fetch it again") from error
 
 
-def numbers_as_names(class_ids: np.ndarray) -> list[str]:
-    """Names for classes that have only numbers: "0", "1", ... up to the largest id."""
-    return [str(class_id) for class_id in range(int(class_ids.max()) + 1)]
+def file_size(path: str) -> int:
+    """The size of an image's file.
+
+    Raises:
+        OSError: it is not there, is too large, or is no plain file.
+    """
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for a writer
+        raise OSError("a pipe, a socket or a device")
+    return checked_size(info.st_size)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vqgen.data.pixels import checked_size
-from vqgen.data.sources.base import Found, reading
+from vqgen.data.sources.base import Found, file_size, reading
 from vqgen.data.sources.labels import some_names
 from vqgen.data.sources.listing import Files, list_files, signature
 from vqgen.data.sources.tree import Listing, open_tree
@@ -96,10 +94,7 @@ class FolderTree:
         return [os.path.join(self.root, name) for name in names]
 
     def num_bytes(self, name: str, place: np.ndarray) -> int:
-        info = os.stat(os.path.join(self.root, name))
-        if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for a writer
-            raise OSError("a pipe, a socket or a device")
-        return checked_size(info.st_size)
+        return file_size(os.path.join(self.root, name))
 
     def read(self, name: str, place: np.ndarray) -> bytes:
         with open(os.path.join(self.root, name), "rb", buffering=0) as file:

@@ -13,13 +13,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import numpy as np
 
-from vqgen.distributed import all_agree, computed_by_main, object_from_main
+from vqgen.distributed import all_agree, computed_by_main
 
-VERSION = 2  # of the files; raise it whenever images are read in another way
+VERSION = 3  # of the files; raise it whenever images are read in another way
 KEPT_FROM = 10_000  # images; a smaller index is made anew each time
 DAMAGES = (OSError, EOFError, ValueError, KeyError, TypeError)
 ENCODING = ("utf-8", "surrogateescape")  # file names may hold any bytes
@@ -144,6 +144,13 @@ def hashes_of(names: Sequence[str]) -> np.ndarray:
 Made: TypeAlias = "tuple[list[Index], dict[str, Any]]"
 
 
+class Kept(NamedTuple):
+    """Where the main process keeps indices, and what tells them from others in the same place."""
+
+    folder: Path
+    checksum: str
+
+
 def kept_index(
     key: Sequence[str], is_current: Callable[[Any], bool], make: Callable[[], tuple[list[Index], dict[str, Any], Any]]
 ) -> Made:
@@ -158,24 +165,25 @@ def kept_index(
             nothing would tell that the source changes; then nothing is kept.
     """
 
-    def made() -> Path | Made:
+    def made() -> Kept | Made:
         folder = _folder(key)
         if folder is not None and _is_valid(folder, is_current):
-            return folder
+            return Kept(folder, _content(folder)["checksum"])
         indices, facts, state = make()
         large = sum(len(index.names) for index in indices) >= KEPT_FROM
         if large and folder is not None and state is not None and _write(folder, indices, facts, state):
-            return folder
+            return Kept(folder, _content(folder)["checksum"])
         return indices, facts
 
     result = computed_by_main(made)
-    if not isinstance(result, Path):
+    if not isinstance(result, Kept):
         return result
     loaded = None
     with contextlib.suppress(*DAMAGES):
-        loaded = _load(result)
+        if _content(result.folder)["checksum"] == result.checksum:  # another machine may keep an older index there
+            loaded = _load(result.folder)
     if not all_agree(loaded is not None):  # the machines share no cache folder, so the main process sends the arrays
-        loaded = object_from_main(_in_memory(*loaded) if loaded is not None else make()[:2])
+        return computed_by_main(lambda: _in_memory(*loaded) if loaded is not None else make()[:2])
     assert loaded is not None
     return loaded
 
@@ -199,7 +207,7 @@ def _folder(key: Sequence[str]) -> Path | None:
 def _is_valid(folder: Path, is_current: Callable[[Any], bool]) -> bool:
     """Whether a folder holds an undamaged index of a source that has not changed since."""
     with contextlib.suppress(*DAMAGES):
-        content = json.loads((folder / "facts.json").read_bytes())
+        content = _content(folder)
         return is_current(content["state"]) and content["checksum"] == _checksum(_load(folder)[0])
     return False
 
@@ -213,8 +221,12 @@ def _checksum(indices: list[Index]) -> str:
 
 
 def _load(folder: Path) -> Made:
-    facts = json.loads((folder / "facts.json").read_bytes())
-    return [Index.load(folder / str(number)) for number in range(facts["count"])], facts["facts"]
+    content = _content(folder)
+    return [Index.load(folder / str(number)) for number in range(content["count"])], content["facts"]
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "facts.json").read_bytes())
 
 
 def _write(folder: Path, indices: list[Index], facts: dict[str, Any], state: Any) -> bool:

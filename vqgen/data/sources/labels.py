@@ -9,6 +9,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vqgen.data.formats import EXTENSIONS
 from vqgen.data.skipped import one_line
 from vqgen.data.sources.rows import FILE_COLUMNS, FILE_NAME, rows_of
 from vqgen.data.sources.splits import HELD_OUT, TRAIN, split_word
@@ -16,7 +17,7 @@ from vqgen.errors import InputError
 
 LABEL_FILES = re.compile(r"_*(labels?|metadata|annotations?|classes)\.(csv|tsv|jsonl|json|txt)", re.IGNORECASE)
 # Words in the names of tables beside that for a part: train.csv, val_labels.csv, test_list.txt.
-TABLE_WORDS = re.compile(r"(labels?|annotations?|metadata|list|files?|names?)?")
+TABLE_WORDS = re.compile(r"(labels?|annotations?|metadata|list|files?|names?)?", re.IGNORECASE)
 TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".json")
 NO_LABELS = re.compile(
     r".*submission.*|(classes|class_names)\.(json|txt)|package(-lock)?\.json|readme.*|licen[sc]e.*", re.IGNORECASE
@@ -26,20 +27,10 @@ LIKE_LABELS = re.compile(
     r".*(label|annot|metadata|categor|caption|bbox|ground_?truth|list_attr|split).*|devkit|imagesets", re.IGNORECASE
 )
 DATA_FILES = (
-    *TABLES,
-    ".mat",
-    ".xml",
-    ".xls",
-    ".xlsx",
-    ".yaml",
-    ".yml",
-    ".gz",
-    ".pkl",
-    ".pickle",
-    ".h5",
-    ".npy",
-    ".npz",
+    *(*TABLES, ".mat", ".xml", ".xls", ".xlsx", ".yaml", ".yml", ".gz", ".pkl", ".pickle", ".h5", ".npy", ".npz"),
+    *(".parquet", ".pq", ".arrow", ".feather"),
 )
+SPLIT_TABLES = re.compile(r"(^|[\W_])(splits?|partitions?)[\W_]", re.IGNORECASE)  # in names of tables without a header
 MAX_TABLES = 50
 CLASS_COLUMNS = ("label", "labels", "class", "class_name", "category", "target", "cls", "class_id", "label_name", "y")
 SPLIT_COLUMNS = ("split", "set", "subset", "partition", "usage")
@@ -69,8 +60,11 @@ class Labels:
 
 
 def as_label(value: Any) -> str | None:
-    """A class's name from a value in a file: numbers that are whole lose their point, empty values are no label."""
-    if value is None or isinstance(value, dict | list):
+    """A class's name from a value in a file: numbers that are whole lose their point, empty values are no label.
+
+    Nor is NaN, which pandas writes for nothing.
+    """
+    if value is None or isinstance(value, dict | list) or value != value:
         return None
     text = str(value).strip()
     if isinstance(value, bool | int):
@@ -111,7 +105,7 @@ def read_label_files(
     unread = [path for path in others if path not in tables]
     for path in tables:
         rows = _read_rows(path, read, labels)
-        table = _match(path, rows, references, [*others, *images]) if rows and references is not None else None
+        table = _match(path, rows, references, folders, [*others, *images]) if rows and references is not None else None
         if table is None:
             (unread if path.lower().endswith(".txt") and not is_label_file(path) else unused).append(path)
             continue
@@ -129,10 +123,9 @@ def read_label_files(
                 raise InputError(_disagreement(givers[index], path, images[index], labels.by_row[index], label))
             if label is not None:
                 givers.setdefault(index, path)
-    if column is not None and columns_seen and column not in columns_seen:
-        raise InputError(
-            f"label_column={column} is in no label file; the columns are {', '.join(map(one_line, columns_seen))}"
-        )
+    if column is not None and column not in columns_seen:
+        known = f"the columns are {shown_columns([*columns_seen])}" if columns_seen else "leave it out"
+        raise InputError(f"label_column={column} is in no label file; {known}")
     if unused:
         labels.notes.append(
             f"{some_names(unused)}: not used, as {'it names' if len(unused) == 1 else 'they name'} none of the images"
@@ -158,8 +151,8 @@ def is_label_file(path: str) -> bool:
 
 
 def _part_of(path: str) -> str | None:
-    """The word for a part in the name of a table: train.csv, test_labels.csv, val_annotations.txt ..."""
-    found = split_word(_name(path).rpartition(".")[0])
+    """The word for a part in the name of a table: train.csv, test_labels.csv, trainLabels.csv ..."""
+    found = split_word(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", _name(path).rpartition(".")[0]))
     return found[0] if found is not None and TABLE_WORDS.fullmatch(found[1]) else None
 
 
@@ -206,7 +199,7 @@ class References:
 
     That is a path from the table's folder or one around it; or else, as tables come from other machines, the name,
     with as many of the folders before it as are needed to tell images of the same name apart. The extension may be
-    missing.
+    missing, or that of the images before they were converted.
 
     Args:
         images: paths of the images.
@@ -233,6 +226,11 @@ class References:
     def find(self, text: str, table: str) -> int:
         """The index of the image that a table means; MISSING if there is none, SEVERAL if it may be any of several."""
         text = text.strip().replace("\\", "/").removeprefix("./")
+        found = self._find(text, table)
+        other_extension = found == self.MISSING and text.lower().endswith(EXTENSIONS)
+        return self._find(text.rpartition(".")[0], table) if other_extension else found
+
+    def _find(self, text: str, table: str) -> int:
         folder = table.rpartition("/")[0]
         while folder or text in self.paths:
             found = self.paths.get(f"{folder}/{text}" if folder else text)
@@ -240,6 +238,9 @@ class References:
                 return found
             folder = folder.rpartition("/")[0]
         *folders, name = text.split("/")
+        for start in range(1, len(folders)):  # before the search among all of a name, which may be thousands
+            if (found := self.paths.get("/".join([*folders[start:], name]))) is not None:
+                return found
         if name not in self.more:
             return self.first.get(name, self.MISSING)
         candidates = self.more[name]
@@ -258,19 +259,30 @@ class References:
 
 
 def _match(
-    path: str, rows: Sequence[Mapping[str, Any]], references: References, others: Sequence[str]
+    path: str,
+    rows: Sequence[Mapping[str, Any]],
+    references: References,
+    classes: Container[str],
+    others: Sequence[str],
 ) -> _Table | None:
     """Finds the column that names images, and the image of each row; None if most rows name none.
+
+    Numbers may name both classes and images, such as 0/ and 0.png; a table of nothing but classes is about these.
 
     Raises:
         InputError: rows name images that are not there, or one of several.
     """
-    columns = list(dict.fromkeys(name for row in rows[:100] for name in row))
+    columns = list(dict.fromkeys(name for row in rows[:100] for name in row if name))  # pandas' index has no name
     probe = rows[:: max(1, len(rows) // 200)]
     found = {c: [references.find(str(row[c]), path) for row in probe if row.get(c) is not None] for c in columns}
     hits = {c: sum(index != References.MISSING for index in indices) for c, indices in found.items()}
     known = {name: -rank for rank, name in enumerate(FILE_COLUMNS)}
-    best = max(columns, key=lambda c: (hits[c], known.get(c.lower(), -len(known))), default=None)
+
+    def fitness(column: str) -> tuple[bool, int, int]:  # labels that are numbers may be names of images as well
+        is_known = column.lower() in known and hits[column] >= len(probe) / 2
+        return is_known, hits[column], known.get(column.lower(), -len(known))
+
+    best = max((c for c in columns if c.lower() not in CLASS_COLUMNS), key=fitness, default=None)
     named = next((c for name in FILE_COLUMNS[:4] for c in columns if c.lower() == name), None)
     label_file = is_label_file(path)
     if best is not None and not hits[best]:
@@ -278,7 +290,10 @@ def _match(
         best = named if label_file and names_files else None
     if best is None or not (label_file or sum(index >= 0 for index in found[best]) > len(probe) / 2):
         return None
-    taken = [(references.find(str(row.get(best, "")), path), row) for row in rows]
+    if all(str(row.get(best)) in classes for row in probe):
+        return None
+    named_rows = [row for row in rows if as_label(row.get(best)) is not None]  # and no line of sums, for example
+    taken = [(references.find(str(row[best]), path), row) for row in named_rows]
     _check_references(path, [(index, str(row.get(best))) for index, row in taken], label_file, others)
     return _Table(path, [(index, row) for index, row in taken if index >= 0], [c for c in columns if c != best])
 
@@ -315,7 +330,8 @@ def _without_one_hot(table: _Table, labels: Labels) -> _Table:
 
 def _class_column(table: _Table, column: str | None, folders: Container[str], labels: Labels) -> str | None:
     """The column that is the class; None, with a note, if no column clearly is."""
-    path, others = one_line(table.path), [c for c in table.others if c.lower() not in SPLIT_COLUMNS]
+    parts = _split_column(table)
+    path, others = one_line(table.path), [c for c in table.others if c.lower() not in SPLIT_COLUMNS and c != parts]
     if column is not None:
         if column in others:
             labels.notes.append(f"{path}: the class is its column {one_line(column)} (data.label_column)")
@@ -331,13 +347,14 @@ def _class_column(table: _Table, column: str | None, folders: Container[str], la
         labels.notes.append(f"{path}: the class is its column {one_line(usable[0])}{more}")
         return usable[0]
     if others:
-        labels.notes.append(f"{path}: not used for classes; data.label_column= takes one of {_shown(others)}")
+        labels.notes.append(f"{path}: not used for classes; data.label_column= takes one of {shown_columns(others)}")
     elif table.path not in labels.used and (is_label_file(table.path) or not table.path.lower().endswith(".txt")):
         labels.notes.append(f"{path}: no column beside the images' names, so no classes from it")
     return None
 
 
-def _shown(columns: Sequence[str]) -> str:
+def shown_columns(columns: Sequence[str]) -> str:
+    """Up to twelve columns' names, and how many more there are."""
     shown = ", ".join(one_line(c) for c in columns[:12])
     return f"{shown} and {len(columns) - 12:,} more" if len(columns) > 12 else shown
 
@@ -351,10 +368,18 @@ def are_classes(values: Iterable[Any]) -> bool:
     return len(found) < 10 or len(distinct) <= len(found) / 2
 
 
+def _split_column(table: _Table) -> str | None:
+    """The column that says each image's part, by its own name or the table's, such as list_eval_partition.txt."""
+    named = [c for c in table.others if c.lower() in SPLIT_COLUMNS]
+    if not named and len(table.others) == 1 and _part_of(table.path) is None:
+        named = table.others if SPLIT_TABLES.search(_name(table.path)) else []
+    return named[0] if named else None
+
+
 def _take_parts(table: _Table, labels: Labels) -> None:
     """Takes the images' parts from a column called split, or from a table called train.csv, val.txt and so on."""
     path = one_line(table.path)
-    column = next((c for c in table.others if c.lower() in SPLIT_COLUMNS), None)
+    column = _split_column(table)
     words: dict[int, str | None] = {}
     if column is not None:
         values = {index: as_label(row.get(column)) or "" for index, row in table.rows}

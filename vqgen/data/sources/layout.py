@@ -13,7 +13,7 @@ from vqgen.data.sources.splits import TRAIN, find_pairs, find_split, split_word
 # Words in the names of folders that hold images and say nothing about them: My Photos, JPEGImages, img_align_celeba.
 IMAGE_WORDS = {"image", "img", "jpg", "jpeg", "png", "picture", "pic", "photo"}
 # Names that consist of these say nothing either: data, all_files, raw ...
-DATA_WORDS = {"data", "dataset", "sample", "raw", "input", "file"}
+DATA_WORDS = {"data", "dataset", "sample", "raw", "input", "file", "rgb"}
 # Words in the names of folders and files that belong to the images beside them: masks, SegmentationClass, 1_mask.png.
 COMPANION_WORDS = {
     *("mask", "segmentation", "seg", "annotation", "label", "depth", "edge", "thumb", "thumbnail", "preview"),
@@ -71,12 +71,14 @@ def find_layout(paths: Sequence[str]) -> Layout:
     layout = Layout(Part("", list(range(len(paths))), list(paths)))
     _unwrap(layout, layout.train, "")
     _leave_out_companions(layout, layout.train)
+    _join_numbered_folders(layout, layout.train)
     if not _split_on_top(layout) and not _split_by_pairs(layout):
         _split_in_classes(layout)
     for part in filter(None, (layout.train, layout.held_out)):
         _unwrap(layout, part, part.name, classes=folders_of(layout.train) if part is layout.held_out else ())
         _leave_out_companions(layout, part)
         _leave_out_strays(layout, part)
+        _leave_out_companions_in_classes(layout, part)
         _leave_out_companion_files(layout, part)
     _note_what_folders_do_not_say(layout)
     return layout
@@ -91,7 +93,7 @@ def words_of(name: str) -> set[str]:
 def is_wrapper(name: str) -> bool:
     """Whether a folder's name says only that it holds images, or data."""
     words = words_of(name)
-    return bool(words & IMAGE_WORDS) or (bool(words & DATA_WORDS) and words <= DATA_WORDS | {"all", "the", "x", "rgb"})
+    return bool(words & IMAGE_WORDS) or (bool(words & DATA_WORDS) and words <= DATA_WORDS | {"all", "the", "x"})
 
 
 def _holds_images(part: Part, folder: str) -> bool:
@@ -122,13 +124,24 @@ def _unwrap(layout: Layout, part: Part, name: str, classes: Container[str] = ())
         word = split_word(folder)
         if word is not None and not layout.train.name and word[0] in TRAIN:
             break  # _split_on_top names the part
-        if not deeper and alone is None and (word is None or layout.held_out is not None):
+        again = word is not None and word[0] in part.name.lower()  # train/train/, as some programs unpack train.zip
+        if not deeper and alone is None and not again and (word is None or layout.held_out is not None):
             break  # one class
         _leave_out(layout, part, below, f"beside {inside}{folder}/")
         part.inner = [path.removeprefix(below) for path in part.inner]
         inside += below
     if inside != name:
         layout.notes.append(f"{one_line(inside)}: holds all images; the classes, if any, are looked for in it")
+
+
+def _join_numbered_folders(layout: Layout, part: Part) -> None:
+    """Steps into folders such as images_001 and images_002, which are one that was divided by size."""
+    found = sorted(folders_of(part))
+    if len(found) > 1 and all(map(is_wrapper, found)) and len({re.sub(r"\d+", "", name) for name in found}) == 1:
+        shown = " ".join(one_line(f"{name}/") for name in found[:3]) + " ..." * (len(found) > 3)
+        layout.notes.append(f"{shown}: no classes, by their names parts of one folder of images")
+        part.inner = [path.partition("/")[2] for path in part.inner]
+        _unwrap(layout, part, part.name)
 
 
 def _split_on_top(layout: Layout) -> bool:
@@ -239,6 +252,18 @@ def _leave_out_companions(layout: Layout, part: Part) -> None:
             )
         part.keep(lambda path: path.partition("/")[0] not in companions)
         _unwrap(layout, part, part.name)
+
+
+def _leave_out_companions_in_classes(layout: Layout, part: Part) -> None:
+    """Leaves out folders such as cat/masks/ that lie beside a folder such as cat/images/."""
+    inside = Counter(path.split("/")[1] for path in part.inner if path.count("/") > 1)
+    companions = {name for name in inside if COMPANION_WORDS & words_of(name)}
+    if any(is_wrapper(name) for name in inside if name not in companions):
+        for name in sorted(companions):
+            shown = one_line(f"{part.name}*/{name}/")
+            layout.left_out[shown] += inside[name]
+            layout.notes.append(f"{shown}: {_images(inside[name])} that belong to those beside, not used")
+        part.keep(lambda path: path.count("/") < 2 or path.split("/")[1] not in companions)
 
 
 def _leave_out_companion_files(layout: Layout, part: Part) -> None:

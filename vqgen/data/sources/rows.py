@@ -27,7 +27,7 @@ def rows_of(path: str, content: bytes) -> tuple[list[dict[str, Any]], str]:
     text, assumed = _decode(content)
     path = path.lower()
     if path.endswith(".jsonl"):
-        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+        lines = [json.loads(line) for line in text.split("\n") if line.strip()]  # others may be in a caption
         return [flat(line) for line in lines if isinstance(line, dict)], assumed
     if path.endswith(".json"):
         return _json_rows(json.loads(text)), assumed
@@ -54,8 +54,8 @@ def _decode(content: bytes) -> tuple[str, str]:
 def _csv_rows(text: str) -> list[dict[str, Any]]:
     first = text.partition("\n")[0]
     delimiter = max(",;\t|", key=lambda d: (first.count(d), d == ","))
-    lines = [[cell.strip() for cell in line] for line in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)]
-    return _with_header([line for line in lines if any(line)])
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    return _with_header([cells for line in lines if any(cells := [cell.strip() for cell in line])])
 
 
 def _list_rows(text: str) -> list[dict[str, Any]]:

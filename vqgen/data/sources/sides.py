@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vqgen.data.skipped import one_line
-from vqgen.data.sources.labels import CLASS_COLUMNS, Labels, are_classes, as_label
+from vqgen.data.sources.labels import CLASS_COLUMNS, Labels, are_classes, as_label, shown_columns
 from vqgen.data.sources.rows import flat as flattened
 from vqgen.errors import InputError
 
@@ -46,7 +46,7 @@ def read_side_files(
         if taken:
             break
     for extension in present:
-        if not any(path.endswith(extension) for path in labels.used):
+        if not any(path.lower().endswith(extension) for path in labels.used):
             count = sum(path is not None for path in found[extension])
             hint = "; data.label_key=txt takes them as classes" if extension == ".txt" else ""
             if not any(note.startswith(f"{extension}:") for note in labels.notes):
@@ -95,12 +95,12 @@ def _take_side_files(
             if chosen is None:
                 chosen = next((k for name in CLASS_COLUMNS for k in flat if k.lower() == name), None)
                 if chosen is None or not isinstance(flat[chosen], int | str):
-                    known = ", ".join(one_line(k) for k in flat)
+                    known = shown_columns([*flat])
                     count = sum(path is not None for path in paths)
                     labels.notes.append(f".json: {count:,} files, not used; data.label_key= takes one of {known}")
                     return False
             elif key is not None and not by_row and chosen not in flat:
-                raise InputError(f"label_key={key} is not in {one_line(path)}; its keys are {', '.join(flat)}")
+                raise InputError(f"label_key={key} is not in {one_line(path)}; its keys are {shown_columns([*flat])}")
             value = flat.get(chosen)
         label = _label(value)
         if label is not None and extension != ".json" and re.search(r"[\n\r\0]", label):
@@ -113,9 +113,11 @@ def _take_side_files(
             f"{extension}: not used, as its {distinct:,} values hardly repeat; data.label_key={chosen or extension[1:]}"
         )
         return False
+    if not by_row:
+        return False
     labels.by_row |= by_row
     labels.side = extension, chosen
     labels.used |= {path for path in paths if path is not None}
     what = f"key {chosen} of the .json files" if extension == ".json" else f"{extension} files"
     labels.notes.append(f"the class is in the {what} beside the images")
-    return bool(by_row)
+    return True

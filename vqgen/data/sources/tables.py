@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from vqgen.data.formats import EXTENSIONS
 from vqgen.data.pixels import DECODE_ERRORS, checked_size, open_image
 from vqgen.data.skipped import one_line
 from vqgen.data.sources.arrow import as_file, copy_images, located, num_rows, read_column, schema_of
-from vqgen.data.sources.base import Found
+from vqgen.data.sources.base import Found, file_size
 from vqgen.data.sources.index import Index, kept_index
-from vqgen.data.sources.labels import CLASS_COLUMNS, SPLIT_COLUMNS, as_label
+from vqgen.data.sources.labels import CLASS_COLUMNS, SPLIT_COLUMNS, are_classes, as_label, shown_columns
 from vqgen.data.sources.splits import TRAIN, find_split, split_word
 from vqgen.data.sources.tree import class_ids_of
 from vqgen.errors import InputError
@@ -81,12 +80,7 @@ class TableSource:
 
     def num_bytes(self, row: int) -> int:
         size = int(self.index.places[row, 2])
-        if size >= 0:
-            return checked_size(size)
-        info = os.stat(self._file(row))
-        if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for a writer
-            raise OSError("a pipe, a socket or a device")
-        return checked_size(info.st_size)
+        return checked_size(size) if size >= 0 else file_size(self._file(row))
 
     def open(self, row: int) -> Image.Image:
         num_bytes = self.num_bytes(row)
@@ -268,7 +262,7 @@ def stream_columns(
     image, notes = _chosen_image("the data set", schema, images, data.image_column)
     labels = [field.name for field in schema if field.name != image and _is_label(field.type)]
     if data.label_column is not None and data.label_column not in labels:
-        shown = ", ".join(map(one_line, labels)) or "none"
+        shown = shown_columns(labels) or "none"
         raise InputError(f"label_column={data.label_column}: no column of names or numbers; such columns are {shown}")
     declared = [name for name in labels if _is(features.get(name), "ClassLabel")]
     named = [name for word in CLASS_COLUMNS for name in declared or labels if name.lower() == word]
@@ -327,7 +321,7 @@ def _image_column(
 
 def _chosen_image(where: str, schema: pa.Schema, found: list[str], wanted: str | None) -> tuple[str, list[str]]:
     """The one of the columns found to hold images that is taken, and what to say about it."""
-    columns = ", ".join(f"{one_line(field.name)} ({field.type})"[:100] for field in schema) or "none"
+    columns = shown_columns([f"{field.name} ({field.type})"[:100] for field in schema]) or "none"
     if wanted is not None and wanted not in schema.names:
         raise InputError(f"image_column={wanted}: no such column; the columns of {where} are {columns}")
     found = [name for name in found if wanted in (None, name)]
@@ -376,7 +370,7 @@ def _label_column(
     others = [name for name in schema.names if name != image and not name.startswith("__")]  # pandas adds an index
     if wanted is not None:
         if wanted not in others:
-            shown = ", ".join(map(one_line, others)) or "none beside the images"
+            shown = shown_columns(others) or "none beside the images"
             raise InputError(f"label_column={wanted}: no such column; the columns are {shown}")
         kind = schema.field(wanted).type
         if not _is_label(kind) or (pa.types.is_floating(kind) and _has_fractions(_labels(split.tables, wanted))):
@@ -398,7 +392,7 @@ def _label_column(
         if pa.types.is_floating(schema.field(name).type) and _has_fractions(values):
             notes.append(f"{one_line(name)}: holds fractions, so no classes")
             continue
-        repeated = name in known or len(values) < 10 or len(set(values)) <= len(values) / 2
+        repeated = name in known or are_classes(values)
         if values and repeated and (len(set(values)) > 1 or name in known or name in named):
             usable.append(name)
         elif values and not repeated:
@@ -445,8 +439,7 @@ def _labels(tables: Sequence[Table], column: str) -> list[str | None]:
     for table in tables:
         for chunk in read_column(table.path, column).chunks:
             encoded = chunk if isinstance(chunk, pa.DictionaryArray) else chunk.dictionary_encode()
-            # A number that is none, which pandas writes for nothing, is not equal to itself.
-            known = [as_label(value) if value == value else None for value in encoded.dictionary.to_pylist()]
+            known = [as_label(value) for value in encoded.dictionary.to_pylist()]
             labels += [None if row is None else known[row] for row in encoded.indices.to_pylist()]
     if "-1" in (distinct := set(labels)) and distinct - {None} != {"-1", "1"}:  # -1 means no class
         labels = [None if label == "-1" else label for label in labels]

@@ -15,7 +15,7 @@ from PIL import Image
 from vqgen.data.formats import EXTENSIONS, plugin_hint
 from vqgen.data.pixels import open_image
 from vqgen.data.skipped import one_line, reason
-from vqgen.data.sources.base import MAX_CLASSES, Found, NoImages
+from vqgen.data.sources.base import Found, NoImages
 from vqgen.data.sources.index import Index, kept_index
 from vqgen.data.sources.labels import TABLES, Labels, part_words, read_label_files, some_names
 from vqgen.data.sources.layout import Layout, Part, find_layout
@@ -23,6 +23,7 @@ from vqgen.data.sources.sides import read_side_files
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
 
+MAX_CLASSES = 1_000_000  # more labels are rather the images' own names
 SIDES = (".cls", ".json", ".txt")
 _ARRAYS = "save its arrays as .npz, such as images and labels"
 PICKLE = re.compile(rb"\x80[\2-\5]")  # how files of Python's pickles begin
@@ -250,10 +251,10 @@ def _keys(paths: Sequence[str], images: list[int], left_out: Counter[str]) -> tu
         return images, None
     if len(keys) < 1.5 * len(set(keys)):  # a few images that are called alike, such as logo.png and logo.gif
         return images, None
-    order = sorted(kinds, key=lambda word: ("." in word, words.index(word)))
+    order = {word: rank for rank, word in enumerate(sorted(kinds, key=lambda word: "." in word))}  # else the first
     chosen: dict[str, int] = {}
     for i, key in enumerate(keys):
-        if key not in chosen or order.index(words[i]) < order.index(words[chosen[key]]):
+        if key not in chosen or order[words[i]] < order[words[chosen[key]]]:
             chosen[key] = i
     kept = sorted(chosen.values())
     left_out.update(f"{word} beside {words[kept[0]]}" for i, word in enumerate(words) if chosen[keys[i]] != i)
@@ -365,6 +366,8 @@ def _labels_of(part: Part, labels: Labels, *, train: bool) -> list[str | None]:
 def class_list(beside: Callable[[str], bytes | None]) -> Mapping[str, str]:
     """The names of classes that are numbers, from a classes.json or the like: {"0": "cat", ...}.
 
+    The lines of a .txt are the names in order, or each begins with its number, as in `1 cat`.
+
     Args:
         beside: the content of a file by its name; None if there is none.
 
@@ -376,8 +379,11 @@ def class_list(beside: Callable[[str], bytes | None]) -> Mapping[str, str]:
         if content is None:
             continue
         if name.endswith(".txt"):
-            lines = [line.strip() for line in content.decode("utf-8", "replace").splitlines()]
-            return {str(i): line for i, line in enumerate(line for line in lines if line)}
+            lines = [line.strip() for line in content.decode("utf-8-sig", "replace").splitlines() if line.strip()]
+            numbered = [re.fullmatch(r"(\d+)[\s,:;]+(\S.*)", line) for line in lines]
+            if all(numbered):
+                return {str(int(match[1])): match[2] for match in numbered if match is not None}
+            return {str(i): line for i, line in enumerate(lines)}
         try:
             found = json.loads(content)
         except ValueError as error:
@@ -387,7 +393,7 @@ def class_list(beside: Callable[[str], bytes | None]) -> Mapping[str, str]:
         if isinstance(found, dict) and all(isinstance(value, int) for value in found.values()):
             return {str(value): str(one) for one, value in found.items()}
         if isinstance(found, dict) and all(re.fullmatch(r"\d+", key) for key in found):
-            return {key: str(one) for key, one in found.items()}
+            return {str(int(key)): str(one) for key, one in found.items()}
         raise InputError(f'{name} is no list of class names; make it one, such as ["cat", "dog"]')
     return {}
 
@@ -401,7 +407,7 @@ def class_ids_of(
 
     Args:
         labels: each image's label; None for no class.
-        names_of_numbers: names of classes whose labels are numbers.
+        names_of_numbers: names of classes whose labels are numbers, which are written without leading zeros here.
 
     Raises:
         InputError: one of the numbers has no name, or there are too many classes.
@@ -412,12 +418,14 @@ def class_ids_of(
     ids: dict[str | None, int] = {label: i for i, label in enumerate(found)}
     class_ids = np.array([ids.get(label, -1) for label in labels], np.int64)
     if names_of_numbers and found and all(re.fullmatch(r"\d+", label) for label in found):
-        unnamed = [label for label in found if label not in names_of_numbers]
+        unnamed = [label for label in found if str(int(label)) not in names_of_numbers]
         if unnamed:
             raise InputError(
                 f"the list of class names has {len(names_of_numbers)} names, and none for class {unnamed[0]}; add it"
             )
-        found = [names_of_numbers[label] for label in found]
+        names = [names_of_numbers[str(int(label))] for label in found]
+        counts = Counter(names)  # two of ImageNet's classes are called crane
+        found = [name if counts[name] == 1 else f"{name} ({label})" for name, label in zip(names, found, strict=True)]
     return class_ids, found
 
 
