@@ -367,10 +367,10 @@ def test_a_table_of_the_classes_is_none_of_the_images(tmp_path, name, text):
     assert load(tmp_path)[0].notes == [f"{name}: not used, as it names none of the images"]
 
 
-def test_a_column_that_no_file_has_is_refused(tmp_path):
+def test_a_column_without_a_label_file_is_said(tmp_path):
     write(tmp_path, [f"{c}/{i}.png" for c in "ab" for i in range(5)])
-    with pytest.raises(InputError, match="label_column=breed is in no label file; leave it out"):
-        load(tmp_path, label_column="breed")
+    train, _ = load(tmp_path, label_column="breed")
+    assert train.notes == ["label_column=breed: not used, as no label file names the images"]
 
 
 @pytest.mark.parametrize(

@@ -123,9 +123,10 @@ def read_label_files(
                 raise InputError(_disagreement(givers[index], path, images[index], labels.by_row[index], label))
             if label is not None:
                 givers.setdefault(index, path)
-    if column is not None and column not in columns_seen:
-        known = f"the columns are {shown_columns([*columns_seen])}" if columns_seen else "leave it out"
-        raise InputError(f"label_column={column} is in no label file; {known}")
+    if column is not None and not columns_seen:  # held-out images in another source need no labels
+        labels.notes.append(f"label_column={one_line(column)}: not used, as no label file names the images")
+    elif column is not None and column not in columns_seen:
+        raise InputError(f"label_column={column} is in no label file; the columns are {shown_columns([*columns_seen])}")
     if unused:
         labels.notes.append(
             f"{some_names(unused)}: not used, as {'it names' if len(unused) == 1 else 'they name'} none of the images"
