@@ -87,6 +87,8 @@ def reading(path: Path) -> Iterator[None]:
     """Turns an error that a damaged file causes into an InputError that names the file."""
     try:
         yield
+    except InputError:  # is a ValueError, and says what is wrong
+        raise
     except CONTAINER_ERRORS as error:
         raise InputError(f"{path} cannot be read ({reason(error)}); repair it or fetch it again") from error
 
