@@ -3,9 +3,9 @@
 python tests/benchmarks/data.py [IMAGES]
 
 The work is: from the files to uint8 squares of 64 pixels, in order. All kinds hold the same images, made up from smooth
-noise: 64x64 PNG with transparency, and JPEG photos of 256 and 1024 pixels. Measured on one thread, in turn, several
-times; the table has medians, and the ratio to plain Pillow at the same files. The last lines say what training eats:
-the small configurations' own speed on this machine, and that of a step without any model. Quiet machines only.
+noise: 64x64 PNG with transparency, and JPEG photos of 256 and 1024 pixels. Measured on one thread unless a line says
+otherwise, in turn, several times; the table has medians, and the ratio to plain Pillow at the same files. The last
+lines say what training eats: a forward and backward pass of two shipped tokenizers on one thread. Quiet machines only.
 """
 
 import io
@@ -24,6 +24,7 @@ import torch
 from PIL import Image, ImageOps
 
 from vqgen.data.images import load_images
+from vqgen.distributed import cores_per_process
 from vqgen.errors import InputError
 
 SIZE, ROUNDS = 64, 5
@@ -141,6 +142,7 @@ def speeds(work: dict[str, Callable[[], int]]) -> dict[str, float]:
 
 def training_speed() -> Iterator[tuple[str, float]]:
     """Images per second that a training step of two shipped configurations eats, on random images."""
+    from vqgen.settings import DataConfig
     from vqgen.tokenizers import build_tokenizer
     from vqgen.yaml_file import read_yaml
 
@@ -152,7 +154,7 @@ def training_speed() -> Iterator[tuple[str, float]]:
         except (InputError, TypeError):
             continue
         batch = config.get("train", {}).get("batch_size", 64)
-        x = torch.rand(batch, 3, config["data"]["image_size"], config["data"]["image_size"]) * 2 - 1
+        x = torch.rand(batch, 3, *DataConfig(**config["data"]).size) * 2 - 1
 
         def step(model: torch.nn.Module = model, x: torch.Tensor = x) -> int:
             x_rec, q = model(x)
@@ -174,7 +176,7 @@ def main() -> None:
             work = dict(others(sources, files))
             work |= {f"vqgen, {name}": ours(source) for name, source in sources.items()}
             if kind == "png":
-                work["vqgen, folder into memory"] = ours_into_memory(sources["folder"])
+                work[f"vqgen, folder into memory, {cores_per_process()} threads"] = ours_into_memory(sources["folder"])
             found = speeds(work)
             for name, speed in found.items():
                 print(f"| {kind} | {name} | {speed:,.0f} | {speed / found['Pillow alone, files']:.2f} |", flush=True)
