@@ -405,7 +405,7 @@ BAD = {
 
 def made(runs: Path) -> dict[Path, int]:
     """The runs' files with their times, without those that other tests add at the same time."""
-    return {p: p.stat().st_mtime_ns for p in runs.rglob("*") if {"codes", "evaluation"}.isdisjoint(p.parts)}
+    return {p: p.stat().st_mtime_ns for p in runs.rglob("*") if {"codes", "evaluation", "wandb"}.isdisjoint(p.parts)}
 
 
 @pytest.mark.parametrize("case", BAD)
