@@ -15,6 +15,7 @@ class Server(ThreadingHTTPServer):
     Attributes:
         counts: number of requests, by method and path.
         bytes_sent: bytes of files that were sent.
+        starts: the first byte of each answer to a GET.
         answers: by path, the status to answer instead of the file.
         redirects: by path, the address that has the file.
         logins: the passwords that were sent, by path.
@@ -29,6 +30,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.root = root
         self.counts, self.bytes_sent = Counter[str](), 0
+        self.starts: list[int] = []
         self.answers: dict[str, int] = {}
         self.redirects: dict[str, str] = {}
         self.logins: dict[str, str | None] = {}
@@ -78,11 +80,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, str(value))
         self.end_headers()
         if self.command == "GET":
+            server.starts.append(start)
             if cuts := server.cuts.get(path):
                 end = max(start, cuts.pop(0))
                 self.close_connection = True
+            server.bytes_sent += end - start  # before the client has them and looks
             self.wfile.write(content[start:end])
-            server.bytes_sent += end - start
 
     def log_message(self, *args: object) -> None:
         pass
