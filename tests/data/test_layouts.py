@@ -525,6 +525,18 @@ def test_a_folder_of_shards_whose_names_are_the_parts(tmp_path):
     assert classes(load(tmp_path / "x-train-*.tar")[0]).keys() == {"0", "1"}
 
 
+def test_a_few_pictures_beside_archives_are_left_out(tmp_path):
+    files = {f"{c}/{i}.png": PNG for c in ("cat", "dog") for i in range(5)}
+    pack(tmp_path / "images.zip", files)
+    write(tmp_path, ["cover.png", "docs/sketch.jpg"])
+    train, held_out = load(tmp_path)
+    assert dict(Counter(classes(train)) + Counter(classes(held_out))) == PETS
+    assert train.left_out["beside the archives"] == 2
+    assert train.notes[0] == "cover.png, docs/sketch.jpg: 2 images beside the archives, not used"
+    write(tmp_path, ten("{}.png"))  # so many are the images that are meant
+    assert len(load(tmp_path)[0]) + len(load(tmp_path)[1]) == 12
+
+
 def test_labels_beside_the_images_of_shards(tmp_path):
     def shard(extension: str, contents: list[bytes]) -> Path:
         files = {

@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ PACKED: dict[bytes, Callable[[Path], Any]] = {
 # Packing makes images hardly smaller, except for a few flat ones. Whatever unpacks to more than this is a bomb.
 MAX_RATIO = 200
 MAX_SMALL_BYTES = 1 << 26
+FEW_BESIDE_ARCHIVES = 9  # images in a folder that show what its archives hold; more are what the user means
 SYNSET = re.compile(r"n\d{8}")  # ImageNet's classes
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a zip's member; the lengths of its name and its extra field come last
 PLAIN, ZIP_STORED, ZIP_DEFLATED = range(3)  # how the bytes of a member are stored
@@ -59,10 +61,14 @@ def open_archives(source: str, path: Path, data: DataConfig) -> Found | None:
     Raises:
         InputError: an archive is missing, damaged or unsafe, or none has an image.
     """
+    beside: list[str] = []
     if path.is_dir():
-        archives = computed_by_main(lambda: _archives_in(path))
+        archives = computed_by_main(lambda: archives_in(path))
         if not archives:
             return None
+        beside = computed_by_main(
+            lambda: [name for name in list_files(path).names if name.lower().endswith(EXTENSIONS)]
+        )
     elif source.lower().endswith(ARCHIVES) or (not path.exists() and re.search(r"[{*?\[]", source)) or _packs(path):
         archives = computed_by_main(lambda: find_shards(path))
         if image := next((one for one in archives if one.suffix.lower() in EXTENSIONS), None):
@@ -70,10 +76,20 @@ def open_archives(source: str, path: Path, data: DataConfig) -> Found | None:
     else:
         return None
     computed_by_main(lambda: [_unpacked(archive) for archive in archives])
-    return open_tree(ArchiveTree(archives), data)
+    found = open_tree(ArchiveTree(archives), data)
+    if not beside:
+        return found
+    note = f"{some_names(beside)}: {len(beside):,} image{'' if len(beside) == 1 else 's'} beside the archives, not used"
+    left_out = {**found.left_out, "beside the archives": len(beside)}
+    return replace(found, left_out=left_out, notes=[note, *found.notes])
 
 
-def _archives_in(folder: Path) -> list[Path]:
+def archives_in(folder: Path) -> list[Path]:
+    """The archives in a folder and below it.
+
+    Raises:
+        InputError: the folder cannot be listed.
+    """
     with reading(folder):
         return [folder / name for name in list_files(folder).names if name.lower().endswith(ARCHIVES)]
 

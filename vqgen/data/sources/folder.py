@@ -10,22 +10,28 @@ from typing import Any
 
 import numpy as np
 
+from vqgen.data.sources.archive import FEW_BESIDE_ARCHIVES, archives_in
 from vqgen.data.sources.base import Found, file_size, reading
 from vqgen.data.sources.labels import some_names
 from vqgen.data.sources.listing import Files, list_files, signature
 from vqgen.data.sources.tree import Listing, open_tree
+from vqgen.distributed import computed_by_main
 from vqgen.settings import DataConfig
 
 MAX_WATCHED = 1000  # label files; checking that more have not changed would take as long as reading them
 
 
 def open_folder(source: str, path: Path, data: DataConfig) -> Found | None:
-    """The images of a folder; see `open_tree`.
+    """The images of a folder; see `open_tree`. None if it holds archives, with only a few pictures beside them.
 
     Raises:
         InputError: the folder has no images, or cannot be listed.
     """
-    return open_tree(FolderTree(path), data) if path.is_dir() else None
+    if not path.is_dir():
+        return None
+    found = open_tree(FolderTree(path), data)
+    few = len(found.train.names) + len(found.held_out.names if found.held_out else ()) <= FEW_BESIDE_ARCHIVES
+    return None if few and computed_by_main(lambda: archives_in(path)) else found
 
 
 def _empty_folders(found: Files) -> list[str]:
