@@ -405,7 +405,8 @@ BAD = {
 
 def made(runs: Path) -> dict[Path, int]:
     """The runs' files with their times, without those that other tests add at the same time."""
-    return {p: p.stat().st_mtime_ns for p in runs.rglob("*") if {"codes", "evaluation", "wandb"}.isdisjoint(p.parts)}
+    files = (p for p in runs.rglob("*") if p.is_file() and {"codes", "evaluation", "wandb"}.isdisjoint(p.parts))
+    return {p: p.stat().st_mtime_ns for p in files}
 
 
 @pytest.mark.parametrize("case", BAD)
