@@ -46,6 +46,15 @@ def test_a_folder_of_the_hub(tmp_path):
     assert (held_out.class_names, held_out.class_ids.tolist()) == (["cat", "dog"], [1, 0])
 
 
+def test_that_images_are_copied_is_said_once_and_before(tmp_path, caplog):
+    write_hub_folder(tmp_path / "pets")
+    opened(tmp_path / "pets")
+    (message,) = caplog.messages
+    assert message.startswith(f"the images of tables are copied once to {tmp_path / 'cache'}")
+    opened(tmp_path / "pets")
+    assert caplog.messages == [message]
+
+
 def test_patterns_name_files(tmp_path):
     write_hub_folder(tmp_path / "pets")
     data = tmp_path / "pets" / "data"

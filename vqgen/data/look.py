@@ -16,9 +16,10 @@ from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
+from vqgen.data.formats import EXTENSIONS
 from vqgen.data.pixels import open_image
 from vqgen.data.skipped import reason
-from vqgen.data.sources.base import EXTENSIONS, NoImages
+from vqgen.data.sources.base import NoImages
 from vqgen.data.sources.index import hashes_of, user_cache_folder
 from vqgen.data.sources.labels import Labels
 from vqgen.data.sources.shards import Damaged, Sample, Shard, Shards, open_shards

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,6 +27,8 @@ from vqgen.data.skipped import one_line, reason
 from vqgen.data.sources.base import CONTAINER_ERRORS
 from vqgen.data.sources.index import user_cache_folder
 from vqgen.errors import InputError
+
+logger = logging.getLogger("vqgen")
 
 try:
     import fcntl
@@ -296,6 +300,11 @@ def _only_one(store: Path) -> Iterator[None]:
         yield
 
 
+@functools.cache  # one line for all files
+def _say_copies(folder: Path) -> None:
+    logger.warning(f"the images of tables are copied once to {folder}, as a packed table cannot be read at any place")
+
+
 def _write_copy(path: Path, column: str, target: Path) -> None:
     writer = None
     with contextlib.ExitStack() as stack:
@@ -314,6 +323,7 @@ def _write_copy(path: Path, column: str, target: Path) -> None:
                 f"{path}: a copy of its images needs {num_bytes / 2**30:,.1f} GiB in {target.parent}, which has "
                 f"{free / 2**30:,.1f}; make room there, or set XDG_CACHE_HOME"
             )
+        _say_copies(target.parent)
         sink = stack.enter_context(pa.OSFile(str(target), "wb"))
         progress = stack.enter_context(
             tqdm(desc=f"copying {path.name}", total=count, unit=" images", leave=False, disable=None)

@@ -17,7 +17,6 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from vqgen.data.formats import EXTENSIONS as EXTENSIONS
 from vqgen.data.pixels import checked_size
 from vqgen.data.skipped import reason
 from vqgen.errors import InputError

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
+from vqgen.data.formats import EXTENSIONS
 from vqgen.data.pixels import checked_size
 from vqgen.data.skipped import reason
 from vqgen.data.sources.archive import TARS, find_shards
-from vqgen.data.sources.base import EXTENSIONS
 from vqgen.data.sources.hub import HubShard, hub_shards
 from vqgen.data.sources.hub import parse as parse_hub
 from vqgen.data.sources.remote import Unreached, asking, is_remote, remote_of
