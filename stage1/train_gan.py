@@ -11,7 +11,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from vqgen.adversarial.dcgan import DCGANDiscriminator, DCGANGenerator, settle_batch_norm
+from vqgen.adversarial.dcgan import DCGANDiscriminator, DCGANGenerator, load_gan, settle_batch_norm
 from vqgen.adversarial.losses import DiscriminatorWatch, discriminator_accuracy, discriminator_loss, generator_loss
 from vqgen.cli.program import run_program
 from vqgen.cli.reflect import check_options
@@ -23,6 +23,7 @@ from vqgen.errors import require, section
 from vqgen.priors.sampling import classes_in_turn, generate_images, latents
 from vqgen.settings import GANConfig
 from vqgen.training.average import WeightEMA
+from vqgen.training.origin import class_rows
 from vqgen.training.run import Now, Run, attempts
 from vqgen.training.schedule import lr_at, num_parameters, parameter_groups, set_lr
 from vqgen.training.state import TrainState
@@ -69,6 +70,7 @@ def generator_pass(nets: Nets, z: Tensor, class_ids: Tensor, name: str, run: Run
 
 
 def train(config: GANConfig, run: Run) -> None:
+    run.find_origin("generator", load_gan)
     train_set = load_data(config, run)
     nets = build(config, run, train_set)
     run.open(train_set)
@@ -150,6 +152,14 @@ def load_data(config: GANConfig, run: Run) -> ImageSet | ImageStream:
         train_set, held_out = load_images(config.data)
     run.show_data(train_set, held_out)
     config.data.channels = train_set.channels
+    if run.origin is not None:
+        its = run.origin.model
+        shape, own_shape = (its.image_size, its.channels), (config.data.image_size, config.data.channels)
+        same = f"draws images of data.image_size={shape[0]} and data.channels={shape[1]}, here are {own_shape}"
+        require(shape == own_shape, f"init_from={config.init_from}: {same}")
+        options = {"latent_dim": its.latent_dim, "width": its.width}
+        run.origin.check("generator", config.generator, options)
+        config.generator = options
     config.generator = check_options(DCGANGenerator, config.generator, "generator")
     config.discriminator = check_options(DCGANDiscriminator, config.discriminator, "discriminator")
     return train_set
@@ -165,6 +175,11 @@ def build(config: GANConfig, run: Run, train_set: ImageSet | ImageStream) -> Net
         generator: Any = DCGANGenerator(*shape, classes, **config.generator)
     with section("discriminator"):
         disc: Any = DCGANDiscriminator(*shape, len(classes), **config.discriminator)
+    if run.origin is not None:
+        no_class = [(len(classes), len(run.origin.model.class_names))]
+        run.origin.fill_by_class(generator, generator.class_tables, no_class, 0, classes)
+        rows = [*no_class, *class_rows(classes, run.origin.model.class_names)]
+        run.origin.fill_part("disc", disc, "discriminator", disc.class_tables, rows)
     memory_format = torch.contiguous_format
     if run.device.type == "cuda":
         memory_format = torch.channels_last
