@@ -235,6 +235,9 @@ def load_data(config: Stage1Config, run: Run) -> tuple[ImageSet | ImageStream, I
     """The training and the held-out images; completes the configuration with settings that follow from the images."""
     if run.origin is not None:
         own = complete_options(SECTIONS, "model", run.origin.model.options)
+        same = config.data.channels in (None, own["channels"])
+        other = f"is for data.channels={own['channels']}, not {config.data.channels}; leave data.channels out"
+        require(same, f"init_from={config.init_from}: {other}")
         run.origin.check("model", config.model, own, free=LEARNING)
         config.model = merged(own, config.model)
     config.data.channels = config.data.channels or config.model.get("channels")

@@ -30,6 +30,7 @@ from vqgen.priors.sampling import classes_in_turn, sample_images
 from vqgen.settings import DataConfig, SampleConfig, Stage2Config
 from vqgen.tokenizers.vqmodel import VQModel, load_tokenizer
 from vqgen.training.average import WeightEMA
+from vqgen.training.origin import differing
 from vqgen.training.run import Run, attempts
 from vqgen.training.schedule import lr_at, num_parameters, parameter_groups, set_lr
 from vqgen.training.state import TrainState
@@ -144,8 +145,11 @@ def build(config: Stage2Config, run: Run, tokenizer: VQModel, tokenizer_hash: st
     torch.manual_seed(config.seed)
     if run.origin is not None:
         its, dropout = run.origin.model, [option for option in config.model if "drop" in option]
-        codes = f"is for {its.layout}, but the codes are {layout}; train from scratch"
-        require(its.layout == layout, f"init_from={config.init_from}: {codes}")
+        codes = [
+            f"{key}={there}, here {here}" for key, here, there in differing("codes", asdict(layout), asdict(its.layout))
+        ]
+        other = f"is for codes of another tokenizer, size or order: {'; '.join(codes)}; train from scratch"
+        require(not codes, f"init_from={config.init_from}: {other}")
         run.origin.check("model", config.model, its.all_options, free=dropout)
         config.model = its.options | config.model
     config.model = check_options(Prior, config.model, "model")

@@ -43,6 +43,8 @@ class Origin:
         self.path, folder = path, Path(path)
         require(folder.is_dir(), f"init_from={path}: is not a folder; {WHAT}")
         is_checkpoint = (folder / "state.pt").is_file()
+        fault = damage(folder) if is_checkpoint else None
+        require(fault is None, f"init_from={path}: is damaged ({fault}); give another checkpoint")
         run = folder.absolute().parents[1] if is_checkpoint else folder
         try:
             self.model = load(run)
@@ -65,8 +67,6 @@ class Origin:
         """Loads a checkpoint's average into the model, and returns its state; {} if it is of another model."""
         if checkpoint is None:
             return {}
-        fault = damage(checkpoint)
-        require(fault is None, f"init_from={self.path}: is damaged ({fault}); give another checkpoint")
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=True)
         if state["ema"].keys() != self.model.state_dict().keys():  # a prior's, say, in the run of a tokenizer's prior
             require(not named, f"init_from={self.path}: is a checkpoint of another kind of model")
