@@ -82,6 +82,25 @@ def test_the_tokenizer_of_a_prior_is_a_source_too(runs):
     assert origin.at == ""  # its checkpoint's step is the prior's
 
 
+@pytest.mark.parametrize("quantizer", ["ema", "vq", "residual"])
+def test_a_codebook_without_counts_is_not_made_anew(tmp_path, quantizer):
+    """As other projects' checkpoints have it."""
+    options = {"base": {"name": "vq"}} if quantizer == "residual" else {}
+    model = build_tokenizer(channels=1, widths=[8, 16], quantizer={"name": quantizer, **options})
+    for name, value in model.state_dict().items():
+        if name.endswith(".codebook"):
+            value.normal_()
+    model.save_pretrained(tmp_path)
+    origin = Origin(str(tmp_path), lambda folder: load_tokenizer(folder)[0])
+    copied = build_tokenizer(**model.options).train()
+    origin.fill(copied)
+    x, _ = first_batch(16)
+    assert torch.equal(copied(x)[1][0].codes, model.eval().encode(x)[0])
+    for name, value in copied.state_dict().items():
+        if name.endswith(".codebook"):
+            assert (value - model.state_dict()[name]).abs().amax(dim=1).median() < 0.01
+
+
 # What the run makes of it
 
 

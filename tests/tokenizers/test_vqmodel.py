@@ -380,7 +380,10 @@ def test_codes_that_stay_cost_no_gradient_and_no_loss():
         model = small(quantizer={"name": name, "codebook_size": 16, "code_dim": 4})
         model.freeze(["encoder", "quantizer"])
         codes = model.encode(images())[0]
+        recorded = []  # ibq's softmax over all codes, say, serves only a gradient
+        model.quantizer.register_forward_hook(lambda *_: recorded.append(torch.is_grad_enabled()))  # noqa: B023
         x_rec, (q,) = model.train()(images())
+        assert recorded == [False]
         assert torch.equal(q.codes, codes)
         assert q.loss == 0
         assert not q.loss.requires_grad
