@@ -37,7 +37,7 @@ from vqgen.evaluation.perceptual import PerceptualDistance
 from vqgen.quantizers import LEARNING
 from vqgen.settings import Stage1Config
 from vqgen.tokenizers import build_tokenizer
-from vqgen.tokenizers.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
+from vqgen.tokenizers.vqmodel import VQModel, from_uint8, to_uint8
 from vqgen.training.average import WeightEMA
 from vqgen.training.launchers import refuse_compiled
 from vqgen.training.means import Stopwatch
@@ -161,7 +161,7 @@ def discriminator_pass(
 
 def train(config: Stage1Config, run: Run) -> None:
     adversarial = config.loss.adversarial
-    run.find_origin("model", lambda folder: load_tokenizer(folder)[0])
+    run.find_origin("model", VQModel.from_pretrained)
     train_set, val_set = load_data(config, run)
     nets = build(config, run)
     run.open(train_set, val_set)
@@ -235,9 +235,7 @@ def load_data(config: Stage1Config, run: Run) -> tuple[ImageSet | ImageStream, I
     """The training and the held-out images; completes the configuration with settings that follow from the images."""
     if run.origin is not None:
         own = complete_options(SECTIONS, "model", run.origin.model.options)
-        same = config.data.channels in (None, own["channels"])
-        other = f"is for data.channels={own['channels']}, not {config.data.channels}; leave data.channels out"
-        require(same, f"init_from={config.init_from}: {other}")
+        run.origin.check("data", {"channels": config.data.channels or own["channels"]}, own)
         run.origin.check("model", config.model, own, free=LEARNING)
         config.model = merged(own, config.model)
     config.data.channels = config.data.channels or config.model.get("channels")

@@ -15,6 +15,7 @@ from vqgen.adversarial.dcgan import DCGANDiscriminator, DCGANGenerator, load_gan
 from vqgen.adversarial.losses import DiscriminatorWatch, discriminator_accuracy, discriminator_loss, generator_loss
 from vqgen.cli.program import run_program
 from vqgen.cli.reflect import check_options
+from vqgen.codes import shown
 from vqgen.data.images import ImageSet, load_images
 from vqgen.data.order import image_batches, mixed_seed, own_part
 from vqgen.data.stream import ImageStream
@@ -148,18 +149,18 @@ def train(config: GANConfig, run: Run) -> None:
 
 def load_data(config: GANConfig, run: Run) -> ImageSet | ImageStream:
     """The training images; completes the configuration with settings that follow from them."""
+    if run.origin is not None:
+        its = run.origin.model
+        config.data.channels = config.data.channels or its.channels
+        run.origin.check("data", {"channels": config.data.channels}, vars(its))
+        size = f"draws images of data.image_size={shown(its.image_size)}; give that, or train from scratch"
+        require(its.image_size == config.data.image_size, f"init_from={config.init_from}: {size}")
+        run.origin.check("generator", config.generator, vars(its))
+        config.generator = {"latent_dim": its.latent_dim, "width": its.width}
     with section("data"):
         train_set, held_out = load_images(config.data)
     run.show_data(train_set, held_out)
     config.data.channels = train_set.channels
-    if run.origin is not None:
-        its = run.origin.model
-        shape, own_shape = (its.image_size, its.channels), (config.data.image_size, config.data.channels)
-        same = f"draws images of data.image_size={shape[0]} and data.channels={shape[1]}, here are {own_shape}"
-        require(shape == own_shape, f"init_from={config.init_from}: {same}")
-        options = {"latent_dim": its.latent_dim, "width": its.width}
-        run.origin.check("generator", config.generator, options)
-        config.generator = options
     config.generator = check_options(DCGANGenerator, config.generator, "generator")
     config.discriminator = check_options(DCGANDiscriminator, config.discriminator, "discriminator")
     return train_set

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from programs import untimed_metrics
 from safetensors.torch import load_file
 
-from vqgen.adversarial.dcgan import load_gan
+from vqgen.adversarial.dcgan import DCGANDiscriminator, DCGANGenerator, load_gan
 from vqgen.data.images import load_images
 from vqgen.data.order import BatchOrder
 from vqgen.priors.prior import Prior
 from vqgen.settings import DataConfig
 from vqgen.tokenizers import build_tokenizer
-from vqgen.tokenizers.vqmodel import load_tokenizer
-from vqgen.training.origin import Origin
+from vqgen.tokenizers.vqmodel import VQModel, load_tokenizer
+from vqgen.training.origin import Origin, class_rows
 from vqgen.yaml_file import read_yaml
 
 SHORT = ["train.max_steps=1", "train.log_every=1", "train.batch_size=16", "train.eval_images=32"]
@@ -57,7 +57,7 @@ def same(a: dict, b: dict) -> bool:
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_runs_models_and_checkpoints_are_sources_and_their_weights_are_those_of_evaluations(runs, tmp_path, stage):
     run, inside = runs / stage, "" if stage == "stage1" else "prior"
-    load = Prior.from_pretrained if stage == "stage2" else lambda folder: load_tokenizer(folder)[0]
+    load = Prior.from_pretrained if stage == "stage2" else VQModel.from_pretrained
     bare = tmp_path / "bare"  # as a converted one: no run around it
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -77,7 +77,7 @@ def test_runs_models_and_checkpoints_are_sources_and_their_weights_are_those_of_
 
 
 def test_the_tokenizer_of_a_prior_is_a_source_too(runs):
-    origin = Origin(str(runs / "stage2"), lambda folder: load_tokenizer(folder)[0])
+    origin = Origin(str(runs / "stage2"), VQModel.from_pretrained)
     assert same(origin.model.state_dict(), load_tokenizer(runs / "stage1")[0].state_dict())
     assert origin.at == ""  # its checkpoint's step is the prior's
 
@@ -91,7 +91,7 @@ def test_a_codebook_without_counts_is_not_made_anew(tmp_path, quantizer):
         if name.endswith(".codebook"):
             value.normal_()
     model.save_pretrained(tmp_path)
-    origin = Origin(str(tmp_path), lambda folder: load_tokenizer(folder)[0])
+    origin = Origin(str(tmp_path), VQModel.from_pretrained)
     copied = build_tokenizer(**model.options).train()
     origin.fill(copied)
     x, _ = first_batch(16)
@@ -177,7 +177,12 @@ def test_the_gan_starts_with_both_networks(program, tmp_path):
         "stage1/train_gan.py", f"run_dir={tmp_path}/c", f"init_from={tmp_path}/a", *SHORT, "data.image_size=64"
     )
     assert refused[0] == 2
-    assert "draws images of data.image_size=32 and data.channels=1, here are (64, 1)" in refused[2]
+    assert "draws images of data.image_size=32; give that, or train from scratch\n" in refused[2]
+    refused = program(
+        "stage1/train_gan.py", f"run_dir={tmp_path}/c", f"init_from={tmp_path}/a", *SHORT, "generator.width=16"
+    )
+    assert refused[0] == 2
+    assert "another model than asked for: generator.width=16, but it has 8; leave these out" in refused[2]
 
 
 def test_a_discriminator_that_fits_is_kept_and_another_is_new(program, tmp_path):
@@ -185,7 +190,11 @@ def test_a_discriminator_that_fits_is_kept_and_another_is_new(program, tmp_path)
     assert program("stage1/train.py", f"run_dir={tmp_path}/a", *debug, *D)[0] == 0
     for name, change, said in (
         ("b", "seed=1", "keeps its averaged weights, its codebook, discriminator; new: optimizer, schedule\n"),
-        ("c", "discriminator.width=4", "codebook; new: optimizer, schedule, discriminator, as its is another\n"),
+        (
+            "c",
+            "discriminator.width=4",
+            "codebook; new: optimizer, schedule, discriminator (there is one of another shape)\n",
+        ),
     ):
         arguments = [f"run_dir={tmp_path}/{name}", f"init_from={tmp_path}/a", *debug, *D, change]
         code, output, errors = program("stage1/train.py", *arguments)
@@ -196,7 +205,7 @@ def test_a_discriminator_that_fits_is_kept_and_another_is_new(program, tmp_path)
     code, output, errors = program(
         "stage1/train.py", f"run_dir={tmp_path}/d", f"init_from={tmp_path}/a/model", *debug, *D
     )
-    assert "discriminator, which is not there\n" in output
+    assert "discriminator (there is none)\n" in output
 
 
 def test_classes_keep_their_weights_by_name(runs):
@@ -219,6 +228,27 @@ def test_classes_keep_their_weights_by_name(runs):
         else:
             assert torch.equal(value, there)
     assert str(origin).endswith("weights, 2 of its 10 classes by name; new: optimizer, schedule, the class cat")
+
+
+def test_classes_of_a_gan_keep_their_weights_by_name(tmp_path):
+    torch.manual_seed(0)
+    its, its_disc = DCGANGenerator(8, 1, ["a", "b", "c"], width=4), DCGANDiscriminator(8, 1, 3, width=4)
+    torch.nn.init.normal_(its_disc.embedding.weight)
+    its.save_pretrained(tmp_path)
+    origin = Origin(str(tmp_path), load_gan)
+    origin.state = {"disc": its_disc.state_dict(), "step": 7}
+    own, disc = DCGANGenerator(8, 1, ["c", "d"], width=4), DCGANDiscriminator(8, 1, 2, width=4)
+    origin.fill_by_class(own, own.class_tables, [(2, 3)], 0, own.class_names)
+    assert origin.fill_part("disc", disc, "discriminator", disc.class_tables, [(2, 3), *class_rows(["c", "d"], "abc")])
+    assert torch.equal(own.norms[0].gain.weight[[0, 2]], its.norms[0].gain.weight[[2, 3]])
+    assert not torch.equal(own.norms[0].gain.weight[1], its.norms[0].gain.weight[1])
+    assert torch.equal(own.first.weight, its.first.weight)
+    assert torch.equal(disc.embedding.weight[[0, 2]], its_disc.embedding.weight[[2, 3]])
+    assert not disc.embedding.weight[1].any()  # as a new one
+    said = (
+        ", step 7: keeps its weights, 1 of its 3 classes by name, discriminator; new: optimizer, schedule, the class d"
+    )
+    assert str(origin).endswith(said)
 
 
 # Going on
@@ -305,7 +335,7 @@ BAD = {
     "only damaged checkpoints": (
         "stage1",
         "init_from={tmp}/damaged",
-        "its checkpoints are damaged; give {tmp}/damaged/model",
+        "all its checkpoints are damaged; give {tmp}/damaged/model",
     ),
     "other widths and another codebook": (
         "stage1",
@@ -321,7 +351,7 @@ BAD = {
     "other channels": (
         "stage1",
         "init_from={runs}/stage1 data.channels=3",
-        "is for data.channels=1, not 3; leave data",
+        "data.channels=3, but it has 1; leave these out",
     ),
     "a size that the stride does not divide": (
         "stage1",
@@ -348,6 +378,7 @@ BAD = {
         "init_from={runs}/stage1 freeze=[encoder,decoder]",
         "error: freeze=[decoder,encoder]: leaves no weights that a gradient trains; freeze fewer parts\n",
     ),
+    "one part without brackets": ("stage1", "freeze=encoder", "freeze=[encoder]: would keep random weights"),
     "random parts frozen": (
         "stage1",
         "freeze=[encoder]",

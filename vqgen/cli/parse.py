@@ -69,7 +69,7 @@ def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C
             layer = plain(OmegaConf.from_dotlist([argument]))
             if known.get(key, "").startswith("str") and text not in ("null", "???"):
                 layer = _nested(key, text)  # YAML would turn some texts into numbers or dates
-            elif known.get(key, "").startswith("list[int | str]") and text not in ("null", "???"):
+            elif known.get(key, "").startswith(("list[int | str]", "list[str]")) and text not in ("null", "???"):
                 texts = yaml.load(text, yaml.BaseLoader) or text  # texts only, because a class may be called 007 or yes
                 layer = _nested(key, [texts] if isinstance(texts, str) else texts)
             layers.append(layer)

@@ -61,14 +61,18 @@ class Origin:
         try:
             return newest_checkpoint(run)
         except InputError as error:
-            raise InputError(f"init_from={self.path}: its checkpoints are damaged; give {self.path}/model") from error
+            raise InputError(
+                f"init_from={self.path}: all its checkpoints are damaged; give {self.path}/model"
+            ) from error
 
     def _of_checkpoint(self, checkpoint: Path | None, *, named: bool) -> dict[str, Any]:
         """Loads a checkpoint's average into the model, and returns its state; {} if it is of another model."""
         if checkpoint is None:
             return {}
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-        if state["ema"].keys() != self.model.state_dict().keys():  # a prior's, say, in the run of a tokenizer's prior
+        if (
+            state.get("ema", {}).keys() != self.model.state_dict().keys()
+        ):  # a prior's, say, in the run of a tokenizer's prior
             require(not named, f"init_from={self.path}: is a checkpoint of another kind of model")
             return {}
         self.model.load_state_dict(state["ema"])
@@ -150,10 +154,10 @@ class Origin:
         theirs, own = self.state.get(name), part.state_dict()
         shapes = {key: x.shape[1:] if key in tables else x.shape for key, x in own.items()}
         if theirs is None:
-            self.fresh.append(f"{what}, which is not there")
+            self.fresh.append(f"{what} (there is none)")
             return False
         if shapes != {key: x.shape[1:] if key in tables else x.shape for key, x in theirs.items()}:
-            self.fresh.append(f"{what}, as its is another")
+            self.fresh.append(f"{what} (there is one of another shape)")
             return False
         part.load_state_dict(by_rows(theirs, own, tables, rows))
         self.kept.append(what)
