@@ -145,9 +145,8 @@ def build(config: Stage2Config, run: Run, tokenizer: VQModel, tokenizer_hash: st
     torch.manual_seed(config.seed)
     if run.origin is not None:
         its, dropout = run.origin.model, [option for option in config.model if "drop" in option]
-        codes = [
-            f"{key}={there}, here {here}" for key, here, there in differing("codes", asdict(layout), asdict(its.layout))
-        ]
+        differ = differing("codes", asdict(layout), asdict(its.layout))
+        codes = [f"{key}={there}, here {here}" for key, here, there in differ]
         other = f"is for codes of another tokenizer, size or order: {'; '.join(codes)}; train from scratch"
         require(not codes, f"init_from={config.init_from}: {other}")
         run.origin.check("model", config.model, its.all_options, free=dropout)

@@ -311,7 +311,7 @@ def test_a_finished_run_that_is_asked_for_more_says_how(runs, program, stage):
 
 BAD = {
     "no such folder": ("stage1", "init_from={tmp}/none", "init_from={tmp}/none: is not a folder; give a run, its "),
-    "a file": ("stage1", "init_from={runs}/stage1/model/model.safetensors", "stage1/convert.py makes a model/ of "),
+    "a file": ("stage1", "init_from={runs}/stage1/model/model.safetensors", "stage1/convert.py converts other "),
     "no model": ("stage1", "init_from={tmp}", "init_from={tmp}: {tmp} is not a tokenizer: it has no config.json; give"),
     "an address": ("stage1", "init_from=https://example.org/model", "is an address, but must be here"),
     "a prior for stage 1": ("stage1", "init_from={runs}/stage2/model/prior", "does not load as a tokenizer"),

@@ -15,9 +15,7 @@ from vqgen.quantizers.codebook import CodebookQuantizer
 from vqgen.training.checkpoints import damage, newest_checkpoint
 
 NAMED = 5  # new classes that the line on the screen names
-WHAT = (
-    "give a run, its model/ or one of its checkpoints/step_*; stage1/convert.py makes a model/ of others' checkpoints"
-)
+WHAT = "give a run, its model/ or one of its checkpoints/step_*; stage1/convert.py converts other projects' checkpoints"
 
 
 class Origin:
@@ -49,10 +47,10 @@ class Origin:
         try:
             self.model = load(run)
         except InputError as error:
-            beside = (
+            in_run = (
                 "; a checkpoint must stay in its run, beside model/, which has the options" if is_checkpoint else ""
             )
-            raise InputError(f"init_from={path}: {error}{beside}") from error
+            raise InputError(f"init_from={path}: {error}{in_run}") from error
         self.state = self._of_checkpoint(folder if is_checkpoint else self._newest(run), named=is_checkpoint)
         self.kept = ["its averaged weights" if self.state else "its weights"]
         self.fresh = ["optimizer", "schedule"]
@@ -61,18 +59,15 @@ class Origin:
         try:
             return newest_checkpoint(run)
         except InputError as error:
-            raise InputError(
-                f"init_from={self.path}: all its checkpoints are damaged; give {self.path}/model"
-            ) from error
+            remedy = f"give {self.path}/model"
+            raise InputError(f"init_from={self.path}: all its checkpoints are damaged; {remedy}") from error
 
     def _of_checkpoint(self, checkpoint: Path | None, *, named: bool) -> dict[str, Any]:
         """Loads a checkpoint's average into the model, and returns its state; {} if it is of another model."""
         if checkpoint is None:
             return {}
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-        if (
-            state.get("ema", {}).keys() != self.model.state_dict().keys()
-        ):  # a prior's, say, in the run of a tokenizer's prior
+        if state.get("ema", {}).keys() != self.model.state_dict().keys():  # of a prior, where its tokenizer is taken
             require(not named, f"init_from={self.path}: is a checkpoint of another kind of model")
             return {}
         self.model.load_state_dict(state["ema"])
