@@ -34,12 +34,14 @@ from vqgen.distributed import all_reduce_sum, rank, world_size
 from vqgen.errors import require, section
 from vqgen.evaluation.metrics import CodeUsage, psnr
 from vqgen.evaluation.perceptual import PerceptualDistance
+from vqgen.quantizers import LEARNING
 from vqgen.settings import Stage1Config
 from vqgen.tokenizers import build_tokenizer
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, to_uint8
 from vqgen.training.average import WeightEMA
 from vqgen.training.launchers import refuse_compiled
 from vqgen.training.means import Stopwatch
+from vqgen.training.origin import merged
 from vqgen.training.run import Now, Run, attempts
 from vqgen.training.schedule import lr_at, num_parameters, parameter_groups, ramp_at, set_lr
 from vqgen.training.state import TrainState
@@ -159,6 +161,7 @@ def discriminator_pass(
 
 def train(config: Stage1Config, run: Run) -> None:
     adversarial = config.loss.adversarial
+    run.find_origin("model", VQModel.from_pretrained)
     train_set, val_set = load_data(config, run)
     nets = build(config, run)
     run.open(train_set, val_set)
@@ -230,6 +233,11 @@ def train(config: Stage1Config, run: Run) -> None:
 
 def load_data(config: Stage1Config, run: Run) -> tuple[ImageSet | ImageStream, ImageSet]:
     """The training and the held-out images; completes the configuration with settings that follow from the images."""
+    if run.origin is not None:
+        own = complete_options(SECTIONS, "model", run.origin.model.options)
+        run.origin.check("data", {"channels": config.data.channels or own["channels"]}, own)
+        run.origin.check("model", config.model, own, free=LEARNING)
+        config.model = merged(own, config.model)
     config.data.channels = config.data.channels or config.model.get("channels")
     with section("data"):
         train_set, val_set = load_images(config.data)
@@ -250,6 +258,10 @@ def build(config: Stage1Config, run: Run) -> Nets:
     with section("model", image_size="data.image_size"):
         tokenizer = build_tokenizer(**config.model)
         tokenizer.code_layout(config.data.image_size)  # raises if the stride does not divide the size
+    if run.origin is not None:
+        run.origin.fill(tokenizer)
+        run.origin.kept += [f"{' and '.join(config.freeze)} frozen"] if config.freeze else []
+    tokenizer.freeze(config.freeze)
     perceptual = disc = lecam = disc_optimizer = None
     if config.loss.perceptual.name != "none":
         with section("loss.perceptual"):
@@ -262,7 +274,10 @@ def build(config: Stage1Config, run: Run) -> Nets:
         with section("discriminator"):
             disc = PatchDiscriminator(config.data.channels, **config.discriminator)
             disc.check_size(config.data.image_size)
-        disc, lecam = disc.to(device, memory_format=memory_format), LeCam().to(device)
+        lecam = LeCam()
+        if run.origin is not None and run.origin.fill_part("disc", disc, "discriminator"):
+            lecam.load_state_dict(run.origin.state["lecam"])
+        disc, lecam = disc.to(device, memory_format=memory_format), lecam.to(device)
         disc_optimizer = torch.optim.AdamW(
             disc.parameters(), lr=adversarial.lr, betas=DISC_BETAS, eps=DISC_EPS, weight_decay=0.0, fused=True
         )

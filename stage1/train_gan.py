@@ -11,10 +11,11 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from vqgen.adversarial.dcgan import DCGANDiscriminator, DCGANGenerator, settle_batch_norm
+from vqgen.adversarial.dcgan import DCGANDiscriminator, DCGANGenerator, load_gan, settle_batch_norm
 from vqgen.adversarial.losses import DiscriminatorWatch, discriminator_accuracy, discriminator_loss, generator_loss
 from vqgen.cli.program import run_program
 from vqgen.cli.reflect import check_options
+from vqgen.codes import shown
 from vqgen.data.images import ImageSet, load_images
 from vqgen.data.order import image_batches, mixed_seed, own_part
 from vqgen.data.stream import ImageStream
@@ -23,6 +24,7 @@ from vqgen.errors import require, section
 from vqgen.priors.sampling import classes_in_turn, generate_images, latents
 from vqgen.settings import GANConfig
 from vqgen.training.average import WeightEMA
+from vqgen.training.origin import class_rows
 from vqgen.training.run import Now, Run, attempts
 from vqgen.training.schedule import lr_at, num_parameters, parameter_groups, set_lr
 from vqgen.training.state import TrainState
@@ -69,6 +71,7 @@ def generator_pass(nets: Nets, z: Tensor, class_ids: Tensor, name: str, run: Run
 
 
 def train(config: GANConfig, run: Run) -> None:
+    run.find_origin("generator", load_gan)
     train_set = load_data(config, run)
     nets = build(config, run, train_set)
     run.open(train_set)
@@ -146,6 +149,14 @@ def train(config: GANConfig, run: Run) -> None:
 
 def load_data(config: GANConfig, run: Run) -> ImageSet | ImageStream:
     """The training images; completes the configuration with settings that follow from them."""
+    if run.origin is not None:
+        its = run.origin.model
+        config.data.channels = config.data.channels or its.channels
+        run.origin.check("data", {"channels": config.data.channels}, vars(its))
+        size = f"draws images of data.image_size={shown(its.image_size)}; give that, or train from scratch"
+        require(its.image_size == config.data.image_size, f"init_from={config.init_from}: {size}")
+        run.origin.check("generator", config.generator, vars(its))
+        config.generator = {"latent_dim": its.latent_dim, "width": its.width}
     with section("data"):
         train_set, held_out = load_images(config.data)
     run.show_data(train_set, held_out)
@@ -165,6 +176,11 @@ def build(config: GANConfig, run: Run, train_set: ImageSet | ImageStream) -> Net
         generator: Any = DCGANGenerator(*shape, classes, **config.generator)
     with section("discriminator"):
         disc: Any = DCGANDiscriminator(*shape, len(classes), **config.discriminator)
+    if run.origin is not None:
+        no_class = [(len(classes), len(run.origin.model.class_names))]
+        run.origin.fill_by_class(generator, generator.class_tables, no_class, 0, classes)
+        rows = [*no_class, *class_rows(classes, run.origin.model.class_names)]
+        run.origin.fill_part("disc", disc, "discriminator", disc.class_tables, rows)
     memory_format = torch.contiguous_format
     if run.device.type == "cuda":
         memory_format = torch.channels_last

@@ -23,13 +23,14 @@ from vqgen.data.codes import TokenStore, encode_images
 from vqgen.data.images import ImageSet, load_images
 from vqgen.data.order import token_batches
 from vqgen.data.stream import ImageStream, OrderedStream
-from vqgen.errors import section
+from vqgen.errors import require, section
 from vqgen.evaluation.likelihood import prior_nll, unigram_entropy
 from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import classes_in_turn, sample_images
 from vqgen.settings import DataConfig, SampleConfig, Stage2Config
 from vqgen.tokenizers.vqmodel import VQModel, load_tokenizer
 from vqgen.training.average import WeightEMA
+from vqgen.training.origin import differing
 from vqgen.training.run import Run, attempts
 from vqgen.training.schedule import lr_at, num_parameters, parameter_groups, set_lr
 from vqgen.training.state import TrainState
@@ -69,8 +70,9 @@ def prior_pass(nets: Nets, tokens: Tensor, class_ids: Tensor, run: Run) -> dict[
 
 def train(config: Stage2Config, run: Run) -> None:
     tokenizer, tokenizer_hash = load_tokenizer(Path(config.stage1))
+    run.find_origin("model", Prior.from_pretrained)
     train_images, val_images = load_data(config, run, tokenizer)
-    nets = build(config, run, tokenizer, train_images.class_names)
+    nets = build(config, run, tokenizer, tokenizer_hash, train_images.class_names)
     run.open()
     tokenizer.to(run.device)
     mirror, crops = config.data["flip"], config.data["crops"]
@@ -136,14 +138,28 @@ def load_data(config: Stage2Config, run: Run, tokenizer: VQModel) -> tuple[Image
     return OrderedStream(train_images) if isinstance(train_images, ImageStream) else train_images, val_images
 
 
-def build(config: Stage2Config, run: Run, tokenizer: VQModel, class_names: list[str]) -> Nets:
+def build(config: Stage2Config, run: Run, tokenizer: VQModel, tokenizer_hash: str, class_names: list[str]) -> Nets:
     """The prior on its device, its optimizer and the average, in their state before the first step."""
     with section("data"):
         layout = replace(tokenizer.code_layout(config.data["image_size"]), order=config.order)
     torch.manual_seed(config.seed)
+    if run.origin is not None:
+        its, dropout = run.origin.model, [option for option in config.model if "drop" in option]
+        differ = differing("codes", asdict(layout), asdict(its.layout))
+        codes = [f"{key}={there}, here {here}" for key, here, there in differ]
+        other = f"is for codes of another tokenizer, size or order: {'; '.join(codes)}; train from scratch"
+        require(not codes, f"init_from={config.init_from}: {other}")
+        run.origin.check("model", config.model, its.all_options, free=dropout)
+        config.model = its.options | config.model
     config.model = check_options(Prior, config.model, "model")
     with section("model"):
-        prior = Prior(layout, class_names, **config.model).to(run.device)
+        prior = Prior(layout, class_names, **config.model)
+    if run.origin is not None:
+        first = layout.vocab_size + 1  # the token of the first class
+        run.origin.fill_by_class(prior, prior.token_tables, [(i, i) for i in range(first)], first, class_names)
+        if run.origin.state.get("tokenizer", tokenizer_hash) != tokenizer_hash:
+            run.origin.fresh.append("the tokenizer, whose codes may mean something else")
+    prior.to(run.device)
     optimizer = torch.optim.AdamW(
         parameter_groups(prior, config.optim.weight_decay),
         lr=config.optim.lr,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from programs import launch_two, shell, untimed_metrics
 
 from vqgen.data.images import load_images
@@ -72,3 +73,21 @@ def test_two_processes_draw_the_same_samples(runs, tmp_path):
     two, one = (np.load(tmp_path / name / "samples.npz") for name in ("two", "one"))
     assert np.array_equal(two["images"], one["images"])
     assert np.array_equal(two["class_ids"], one["class_ids"])
+
+
+def test_two_processes_train_a_decoder_alone_as_one_does(runs, program, tmp_path):
+    settings = "train.max_steps=4 train.log_every=1 train.batch_size=32 train.eval_images=32 tracking.wandb=disabled"
+    command = f"stage1/train.py init_from={runs}/stage1 freeze=[encoder,quantizer] data.max_images=200 {settings}"
+    assert "1 x cpu" in program(*command.split(), f"run_dir={tmp_path}/one")[1]
+    assert "2 x cpu" in shell(f"{launch_two()} {command} run_dir={tmp_path}/two")
+    for a, b in zip(untimed_metrics(tmp_path / "one"), untimed_metrics(tmp_path / "two"), strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    before, one, two = (
+        load_tokenizer(run)[0].state_dict() for run in (runs / "stage1", tmp_path / "one", tmp_path / "two")
+    )
+    for name, value in before.items():
+        if name.startswith(("decoder.", "from_code.")):
+            torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+            assert not torch.equal(two[name], value)
+        else:
+            assert torch.equal(two[name], value)

@@ -8,7 +8,7 @@ from vqgen.codes import ORDERS, sides
 from vqgen.errors import InputError, require, require_choice, require_size
 
 # The last part of the key of each setting that is a path; the programs expand `~` in these.
-PATHS = {"run_dir", "source", "val_source", "stage1", "codes_dir", "weights", "out"}
+PATHS = {"run_dir", "init_from", "source", "val_source", "stage1", "codes_dir", "weights", "out"}
 PATHS |= {"cache_dir", "feature_weights", "perceptual_weights", "compare", "images", "reference"}
 ADDRESSES = {"source", "val_source", "images", "reference"}  # those of them that may also be an address
 VQGAN_SETTINGS = ["loss.perceptual.name=alex", "loss.adversarial.name=non_saturating"]
@@ -259,6 +259,12 @@ class Stage1Config:
 
     run_dir: str = "runs/stage1"
     """The run's folder; the same command again goes on from its newest checkpoint."""
+    init_from: str | None = None
+    """Weights to start from: a run, its `model/`, one of its `checkpoints/step_*`, or a converted model. Optimizer and
+    schedule are new, and settings of `model.*` that are not given are taken from there. null starts from scratch."""
+    freeze: list[str] = field(default_factory=list)
+    """Parts that stay as they are in `init_from`: `encoder`, `quantizer`, `decoder`. [encoder,quantizer] trains a
+    decoder alone, on the same codes."""
     seed: int = 0
     """Seed of everything random; on the CPU the same seed gives the same bits."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -272,6 +278,15 @@ class Stage1Config:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
+        self.freeze = sorted(set(self.freeze))
+        parts = f"freeze=[{','.join(self.freeze)}]"
+        random = bool(self.freeze) and self.init_from is None
+        require(not random, f"{parts}: would keep random weights; give init_from=RUN, whose weights they keep")
+        no_gradient = (
+            "decoder" in self.freeze and self.loss.adversarial.name != "none" and self.loss.adversarial.adaptive
+        )
+        remedy = "the adaptive weight measures the decoder's gradient; use loss.adversarial.adaptive=false"
+        require(not no_gradient, f"{parts}: {remedy}")
 
 
 @dataclass
@@ -288,6 +303,10 @@ class Stage2Config:
 
     run_dir: str = "runs/stage2"
     """The run's folder; the same command again goes on from its newest checkpoint."""
+    init_from: str | None = None
+    """Weights to start from: a stage-2 run, its `model/`, or one of its `checkpoints/step_*`, for codes of the same
+    layout. Optimizer and schedule are new, settings of `model.*` that are not given are taken from there, and classes
+    keep their weights by name. null starts from scratch."""
     stage1: str = "runs/stage1"
     """The tokenizer: a stage-1 run, or a folder with a model's config.json and model.safetensors."""
     codes_dir: str | None = None
@@ -316,6 +335,10 @@ class GANConfig:
 
     run_dir: str = "runs/gan"
     """The run's folder; the same command again goes on from its newest checkpoint."""
+    init_from: str | None = None
+    """Weights to start from: a GAN's run, its `model/`, or one of its `checkpoints/step_*`. Optimizers and schedule are
+    new, settings of `generator.*` that are not given are taken from there, and classes keep their weights by name. null
+    starts from scratch."""
     seed: int = 0
     """Seed of everything random; on the CPU the same seed gives the same bits."""
     loss: Literal["non_saturating", "hinge", "least_squares", "minimax"] = "non_saturating"

@@ -113,6 +113,26 @@ def test_compiles_without_a_graph_break():
 # The model inside
 
 
+@pytest.mark.parametrize(
+    ("model_type", "given"),
+    [
+        ("llama", {}),
+        ("llama", {"intermediate_size": 40, "num_key_value_heads": 1, "attention_dropout": 0.1}),
+        ("gpt2", {"n_inner": 40, "resid_pdrop": 0.3}),
+        ("qwen3", {"head_dim": 8}),
+    ],
+)
+def test_options_build_the_same_prior_again_and_are_the_given_ones(tmp_path, model_type, given):
+    prior = small(model_type=model_type, **given)
+    prior.save_pretrained(tmp_path)
+    options = Prior.from_pretrained(tmp_path).options
+    assert options == {"model_type": model_type, **SIZES, **given}
+    again = Prior(prior.layout, prior.class_names, **options)
+    again.load_state_dict(prior.state_dict())
+    again.save_pretrained(tmp_path / "again")  # adds transformers' own items
+    assert again.lm.config.to_dict() == prior.lm.config.to_dict()
+
+
 def test_sizes_reach_the_model():
     config = small(intermediate_size=48, rms_norm_eps=0.5).lm.config
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (32, 2, 2)

@@ -59,6 +59,32 @@ def test_each_vector_becomes_the_nearest_row_of_the_codebook_at_its_place(name):
 
 
 @both
+@pytest.mark.parametrize("lookup", ["euclidean", "cosine"])
+def test_a_codebook_that_came_without_counts_is_kept_and_counts_as_long_in_training(name, lookup):
+    quantizer = build_quantizer(name=name, codebook_size=64, code_dim=4, lookup=lookup)
+    before = F.normalize(random(64, 4, seed=1), dim=1)
+    quantizer.codebook.data.copy_(before)
+    quantizer.adopt()
+    z = random(1, 4, 4, 4)  # 16 vectors, so most codes have none
+    codes = quantizer.eval()(z).codes
+    for _ in range(3):
+        assert torch.equal(quantizer.train()(z).codes, codes)
+    unused = torch.ones(64, dtype=torch.bool)
+    unused[codes.unique()] = False
+    torch.testing.assert_close(quantizer.codebook[unused], before[unused], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(quantizer.codebook, before, rtol=0, atol=0.2)
+    torch.testing.assert_close(quantizer.counts[unused], torch.full_like(quantizer.counts[unused], 0.99**3))
+
+
+@both
+def test_a_codebook_with_counts_is_adopted_as_it_is(name):
+    quantizer = ready(name)
+    before = {key: value.clone() for key, value in quantizer.state_dict().items()}
+    quantizer.adopt()
+    assert all(torch.equal(value, before[key]) for key, value in quantizer.state_dict().items())
+
+
+@both
 def test_cosine_lookup_takes_the_code_with_the_nearest_direction(name):
     quantizer = ready(name, lookup="cosine").eval()
     z = 7 * random(2, 4, 15)

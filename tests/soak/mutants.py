@@ -19,6 +19,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 JOBS = 2
 LOOPS, GAN, FAULTS = "tests/test_loops.py", "tests/test_gan.py", "tests/test_faults.py"
+INIT = "tests/test_init_from.py"
 TRAINING, CODEBOOK = "tests/training/test_training.py", "tests/quantizers/test_codebook.py"
 
 
@@ -34,6 +35,43 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
+    # The start from other weights, and frozen parts
+    Mutant(
+        "a run starts from the weights of the last step, not from their average",
+        "vqgen/training/origin.py",
+        'self.model.load_state_dict(state["ema"])',
+        'self.model.load_state_dict(state["model"])',
+        INIT,
+    ),
+    Mutant(
+        "a run starts from init_from again instead of its own checkpoint",
+        "vqgen/training/run.py",
+        "if not object_from_main(has_checkpoint(self.dir)):",
+        "if True:",
+        INIT,
+    ),
+    Mutant(
+        "a codebook that came without counts moves to the first batches",
+        "vqgen/quantizers/codebook.py",
+        "self.num_updates.fill_(round(10 / (1 - self.decay)))",
+        "self.num_updates.fill_(1)",
+        CODEBOOK,
+    ),
+    Mutant(
+        "classes keep their weights by their number, not by their name",
+        "vqgen/training/origin.py",
+        "(first + i, first + place[name])",
+        "(first + i, first + i)",
+        INIT,
+    ),
+    Mutant(
+        "a frozen quantizer goes on moving its codes",
+        "vqgen/tokenizers/vqmodel.py",
+        "            getattr(self, name).eval()\n",
+        "            pass\n",
+        "tests/tokenizers/test_vqmodel.py",
+        "frozen or codes_that",
+    ),
     # The average, which is evaluated and saved
     Mutant(
         "the average is updated with the wrong step number",

@@ -1,5 +1,6 @@
 """The tokenizer: images to codes and back, and to disk and back."""
 
+import copy
 import hashlib
 import inspect
 import json
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from vqgen.codes import CodeLayout
@@ -33,7 +35,7 @@ def small(**changes) -> VQModel:
     model = Light(**{**OPTIONS, **changes}).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    model.quantizer.codebook.normal_()
+    model.quantizer.codebook.data.normal_()
     return model
 
 
@@ -271,7 +273,7 @@ def test_folder_with_a_file_missing_is_no_tokenizer(tmp_path, missing):
 
 
 def test_folder_that_is_not_there_is_no_tokenizer(tmp_path):
-    assert "stage1=runs/stage1" in error_of(tmp_path / "nowhere")
+    assert "give a stage-1 run, such as runs/stage1" in error_of(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -331,3 +333,91 @@ def test_a_prior_is_no_tokenizer(tmp_path):
 def test_everything_that_decides_the_codes_is_in_the_weights_file(tmp_path):
     small().save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == small().state_dict().keys()
+
+
+# Frozen parts
+
+
+def named(part: str) -> tuple[str, ...]:
+    return {"encoder": ("encoder.", "to_code."), "decoder": ("decoder.", "from_code.")}.get(part, ("quantizer.",))
+
+
+@pytest.mark.parametrize("quantizer", ["ema", "vq", "simvq", "fsq", "lfq", "ibq", "residual"])
+@pytest.mark.parametrize("frozen", ["encoder", "quantizer", "decoder", "encoder quantizer", "quantizer decoder"])
+def test_what_is_frozen_does_not_learn_and_the_rest_has_the_gradient_it_had(frozen, quantizer):
+    options = {} if quantizer in ("fsq", "lfq", "residual") else {"codebook_size": 16, "code_dim": 4}
+    options |= {"levels": [4, 4]} if quantizer == "fsq" else {}
+    options |= {"base": {"name": "vq", "codebook_size": 8, "code_dim": 4}} if quantizer == "residual" else {}
+    torch.manual_seed(0)
+    free = build_tokenizer(channels=1, widths=[8, 16], quantizer={"name": quantizer, **options}).train()
+    x = images(16)
+    free(x)  # starts the codebook
+    frozen_one = copy.deepcopy(free)
+    frozen_one.freeze(frozen.split())
+    before = {name: value.clone() for name, value in frozen_one.state_dict().items()}
+    for model in (frozen_one.train(), free):
+        x_rec, (q,) = model(x)
+        (F.mse_loss(x_rec, x) + q.loss).backward()
+    stays = tuple(prefix for part in frozen.split() for prefix in named(part))
+    for name, value in frozen_one.state_dict().items():
+        assert torch.equal(value, before[name]) or not name.startswith(stays), name
+    fresh = free.zero_grad() or copy.deepcopy(free)
+    fresh.load_state_dict(before)
+    for part in frozen.split():  # as evaluations do it
+        getattr(fresh, part).eval()
+    x_rec, (q,) = fresh(x)
+    (F.mse_loss(x_rec, x) + q.loss).backward()
+    for (name, p), other in zip(frozen_one.named_parameters(), fresh.parameters(), strict=True):
+        if name.startswith(stays):
+            assert p.grad is None, name
+            assert not p.requires_grad, name
+        else:
+            torch.testing.assert_close(p.grad, other.grad, msg=name)
+
+
+def test_codes_that_stay_cost_no_gradient_and_no_loss():
+    for name in ("ema", "vq", "ibq"):
+        model = small(quantizer={"name": name, "codebook_size": 16, "code_dim": 4})
+        model.freeze(["encoder", "quantizer"])
+        codes = model.encode(images())[0]
+        recorded = []  # ibq's softmax over all codes, say, serves only a gradient
+        model.quantizer.register_forward_hook(lambda *_: recorded.append(torch.is_grad_enabled()))  # noqa: B023
+        x_rec, (q,) = model.train()(images())
+        assert recorded == [False]
+        assert torch.equal(q.codes, codes)
+        assert q.loss == 0
+        assert not q.loss.requires_grad
+        assert not q.z_q.requires_grad
+        assert x_rec.requires_grad
+        assert not any(module.training for module in (*model.encoder.modules(), *model.quantizer.modules()))
+        assert model.decoder.training
+        assert model.from_code.training
+
+
+def test_with_a_frozen_encoder_the_loss_is_the_codebook_s_alone():
+    model = small(quantizer={"name": "vq", "codebook_size": 16, "code_dim": 4, "revive_below": 0.0}).train()
+    model.quantizer.initialised = True
+    with torch.no_grad():
+        z = model.to_code(model.encoder(images()))
+        mse = F.mse_loss(z, model.eval().quantizer(z).z_q).item()
+    assert model(images())[1][0].loss.item() == pytest.approx(1.5 * mse)  # eq. 3 with beta = 0.5
+    model.freeze(["encoder"])
+    assert model(images())[1][0].loss.item() == pytest.approx(mse)
+
+
+def test_a_frozen_tokenizer_compiles_whole():
+    model = small()
+    expected = model(images())[0]
+    model.freeze(["encoder", "quantizer"])
+    x_rec, (q,) = torch.compile(model.train(), fullgraph=True, backend="eager")(images())
+    torch.testing.assert_close(x_rec, expected)
+    assert q.loss == 0
+    assert x_rec.requires_grad
+
+
+def test_parts_that_are_none_or_all_are_refused():
+    with pytest.raises(InputError, match=r"freeze=head: no such part; there is encoder, quantizer, decoder"):
+        small().freeze(["encoder", "head"])
+    with pytest.raises(InputError, match=r"freeze=\[encoder,decoder\]: leaves no weights that a gradient trains"):
+        small().freeze(["encoder", "decoder"])  # an ema codebook has no gradient
+    small(quantizer={"name": "vq", "codebook_size": 16, "code_dim": 4}).freeze(["encoder", "decoder"])

@@ -61,7 +61,7 @@ class DCGANGenerator(nn.Module, PyTorchModelHubMixin):
         require_size("latent_dim", latent_dim, MAX_WIDTH)
         require_size("width", width, MAX_WIDTH)
         self.image_size, self.channels = image_size, channels
-        self.class_names, self.latent_dim = list(class_names), latent_dim
+        self.class_names, self.latent_dim, self.width = list(class_names), latent_dim, width
         first, widths = _first_and_widths(image_size, width)
         widths = [*reversed(widths), channels]
         self.first = nn.ConvTranspose2d(latent_dim, widths[0], first, bias=False)
@@ -77,6 +77,11 @@ class DCGANGenerator(nn.Module, PyTorchModelHubMixin):
         for norm, layer in zip(self.norms, self.layers, strict=True):
             h = layer(F.relu(norm(h, class_ids)))  # twice the side
         return h.tanh()
+
+    @property
+    def class_tables(self) -> list[str]:
+        """Names of the tensors with a row for each class, and a last row for no class."""
+        return [name for name in self.state_dict() if name.endswith((".gain.weight", ".bias.weight"))]
 
     def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
         """The README.md of save_pretrained, instead of huggingface_hub's, which says what is not so."""
@@ -116,6 +121,8 @@ class DCGANDiscriminator(nn.Module):
         num_classes: number of classes.
         width: channels after the first layer; each further layer has twice as many, up to 8 * width.
     """
+
+    class_tables = ("embedding.weight",)  # tensors with a row for each class, and a last row for no class
 
     def __init__(self, image_size: int | Sequence[int], channels: int, num_classes: int, width: int = 32):
         super().__init__()
@@ -164,11 +171,15 @@ def settle_batch_norm(generator: DCGANGenerator, z: Tensor, class_ids: Tensor) -
 
 
 def load_gan(folder: Path) -> DCGANGenerator:
-    """The generator in a folder with config.json and model.safetensors, in eval mode.
+    """The generator of a GAN's run, of its `model/`, or of a folder with config.json and model.safetensors.
+
+    It is in eval mode, and its weights are frozen.
 
     Raises:
         InputError: there is no generator in the folder, or it does not load.
     """
+    places = (folder / "model" / "generator", folder / "generator")
+    folder = next((place for place in places if place.is_dir()), folder)
     try:
         generator = DCGANGenerator(**json.loads((folder / "config.json").read_bytes()))
         generator.load_state_dict(load((folder / "model.safetensors").read_bytes()))

@@ -69,9 +69,9 @@ def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C
             layer = plain(OmegaConf.from_dotlist([argument]))
             if known.get(key, "").startswith("str") and text not in ("null", "???"):
                 layer = _nested(key, text)  # YAML would turn some texts into numbers or dates
-            elif known.get(key, "").startswith("list[int | str]") and text not in ("null", "???"):
-                texts = yaml.load(text, yaml.BaseLoader) or text  # texts only, because a class may be called 007 or yes
-                layer = _nested(key, [texts] if isinstance(texts, str) else texts)
+            elif known.get(key, "").startswith(("list[int | str]", "list[str]")) and text not in ("null", "???"):
+                texts = yaml.load(text, yaml.BaseLoader)  # texts only, because a class may be called 007 or yes
+                layer = _nested(key, [texts or text] if isinstance(texts, str | None) else texts)
             layers.append(layer)
         except (*YAML_ERRORS, OmegaConfBaseException) as error:
             raise InputError(f"{argument}: {first_line(error)}; write key=value, lists as [1,2]") from error

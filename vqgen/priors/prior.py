@@ -19,6 +19,8 @@ from vqgen.errors import InputError, expanded, require, require_size
 
 # transformers raises these for settings that contradict each other.
 MISFITS = (ArithmeticError, RuntimeError, TypeError, ValueError, StrictDataclassError)
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # the sizes that every prior is given
+BOOKKEEPING = ("architectures", "dtype", "transformers_version", "vqgen", "_name_or_path")  # items that are no options
 
 
 class Prior(nn.Module):
@@ -63,17 +65,9 @@ class Prior(nn.Module):
             "num_hidden_layers": num_hidden_layers,
             "num_attention_heads": num_attention_heads,
         }
-        for name, most in (("hidden_size", 1 << 16), ("num_hidden_layers", 1000), ("num_attention_heads", 1 << 16)):
+        for name, most in zip(SIZES, (1 << 16, 1000, 1 << 16), strict=True):
             require_size(name, sizes[name], most)
-        config = _language_model_config(
-            model_type,
-            sizes | options,
-            vocab_size=layout.vocab_size + 1 + len(class_names),
-            max_position_embeddings=1 + layout.num_tokens,
-            bos_token_id=layout.vocab_size,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
+        config = _language_model_config(model_type, sizes | options, **_fixed(layout, class_names))
         config.vqgen = {**dataclasses.asdict(layout), "class_names": class_names}
         try:
             lm = AutoModelForCausalLM.from_config(config)
@@ -131,6 +125,29 @@ class Prior(nn.Module):
             logits = logits.masked_fill(self.illegal[row], -torch.inf)
         return logits
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constructor's options: the model's type, the sizes, and those whose values do not follow from these."""
+        every, fixed = self.all_options, _fixed(self.layout, self.class_names)
+        options = {key: every.get(key, 1) for key in SIZES}  # some models have no heads
+        follow = _language_model_config(every["model_type"], options, **fixed).to_dict()
+        own = self.lm.config.to_dict()
+        more = {key: x for key, x in own.items() if key not in BOOKKEEPING and (key not in follow or follow[key] != x)}
+        return {"model_type": every["model_type"], **options, **more}
+
+    @property
+    def all_options(self) -> dict[str, Any]:
+        """All items of the transformers configuration, also under the names that all models share."""
+        config = self.lm.config
+        return config.to_dict() | {name: getattr(config, name) for name in config.attribute_map}
+
+    @property
+    def token_tables(self) -> list[str]:
+        """Names of the tensors that have a row for each token, the class tokens included."""
+        tables = (self.lm.get_input_embeddings(), self.lm.get_output_embeddings())
+        own = {id(p) for table in tables if table is not None for p in table.parameters()}
+        return [name for name, p in self.named_parameters(remove_duplicate=False) if id(p) in own]
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a transformers checkpoint, which `AutoModelForCausalLM.from_pretrained` can load too."""
         self.lm.save_pretrained(folder)
@@ -164,6 +181,17 @@ class Prior(nn.Module):
         return prior.eval()
 
 
+def _fixed(layout: CodeLayout, class_names: list[str]) -> dict[str, Any]:
+    """The items of a prior's transformers configuration that follow from the tokens and the classes."""
+    return {
+        "vocab_size": layout.vocab_size + 1 + len(class_names),
+        "max_position_embeddings": 1 + layout.num_tokens,
+        "bos_token_id": layout.vocab_size,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+
+
 def _language_model_config(model_type: str, options: dict[str, Any], **fixed: Any) -> PreTrainedConfig:
     """The checked transformers configuration of a model type; missing sizes follow from the given ones."""
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -171,7 +199,7 @@ def _language_model_config(model_type: str, options: dict[str, Any], **fixed: An
         raise InputError(f"model_type={model_type}: transformers has no such causal LM; the nearest is {near[0]}")
     config_class = CONFIG_MAPPING[model_type]
     known = {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map)
-    for key in options.keys() - {"hidden_size", "num_hidden_layers", "num_attention_heads"}:  # Prior's own
+    for key in options.keys() - {*SIZES}:  # Prior's own
         if key in fixed:
             raise InputError(f"{key}: follows from the tokenizer and the data; leave it out")
         if key not in known:

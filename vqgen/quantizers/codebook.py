@@ -119,6 +119,19 @@ class CodebookQuantizer(Quantizer):
         """Codes (..., 1) to vectors (..., D)."""
         return F.embedding(codes[..., 0], self._onto_sphere(self.codebook))
 
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """Makes a codebook that came without running counts one long in training: no k-means, all codes alike in use.
+
+        With counts of zero, the first steps would move every code to the first batches.
+        """
+        if self.num_updates == 0:
+            every = torch.arange(self.codebook_size, device=self.codebook.device)
+            dead = torch.ones_like(every, dtype=torch.bool)
+            self._place(every, dead, self.codebook.detach().clone(), torch.ones_like(self.counts[0]))
+            self.num_updates.fill_(round(10 / (1 - self.decay)))  # `_weight` has then fallen to 1 - decay
+            self.initialised = True
+
     def _weight(self) -> Tensor:
         """The weight of this step in the running averages.
 

@@ -14,6 +14,17 @@ from vqgen.errors import require, require_choice
 
 BLOCK_ELEMENTS = 1 << 22  # elements of the (N, K) probabilities that are in memory at a time
 MAX_CODES, MAX_DIM = 1 << 31, 1 << 16  # the largest codebook
+# Options that say how a quantizer learns, not what its codes mean: training from given weights may change them.
+LEARNING: tuple[str, ...] = (
+    "gradient",
+    "commitment_weight",
+    "decay",
+    "kmeans_iterations",
+    "revive_below",
+    "dropout",
+    "temperature",
+)
+LEARNING += ("entropy_weight", "entropy_temperature", "diversity")
 
 
 class QuantizerOutput(NamedTuple):

@@ -2,17 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
 from vqgen.codes import CodeLayout, shown, sides
-from vqgen.errors import InputError, expanded, require, section
+from vqgen.errors import InputError, expanded, require, require_choice, section
 from vqgen.quantizers import Quantizer, QuantizerOutput, build_quantizer, quantizer_options
 
 CARD = """---
@@ -26,6 +28,9 @@ from vqgen import VQModel
 tokenizer = VQModel.from_pretrained(".")  # the path of this folder
 ```
 """
+
+# The parts that `freeze` keeps, and their networks.
+PARTS = {"encoder": ("encoder", "to_code"), "quantizer": ("quantizer",), "decoder": ("from_code", "decoder")}
 
 
 class VQModel(nn.Module, PyTorchModelHubMixin):
@@ -44,6 +49,8 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         to_code: features -> vectors (B, D, H / stride, W / stride), where D is the quantizer's code_dim.
         from_code: quantized vectors -> the decoder's input.
         decoder: the decoder's input -> images (B, C, H, W).
+        frozen: parts that do not learn; see `freeze`.
+        codes_stay: whether the encoder and the quantizer are frozen, so that all images keep their codes.
     """
 
     encoder: nn.Module
@@ -51,6 +58,8 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
     quantizer: Quantizer
     from_code: nn.Module
     decoder: nn.Module
+    frozen: tuple[str, ...] = ()
+    codes_stay = False
 
     def __init__(self, channels: int, stride: int, quantizer: dict[str, Any] | None):
         super().__init__()
@@ -67,7 +76,10 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[QuantizerOutput]]:
         """Reconstructions of images (B, C, H, W), in the same shape, and the quantizer's output for each code map."""
-        q = self.quantizer(self.to_code(self.encoder(x)))
+        with torch.no_grad() if self.codes_stay else nullcontext():
+            q = self.quantizer(self.to_code(self.encoder(x)))
+        if self.codes_stay:
+            q = q._replace(loss=torch.zeros_like(q.loss))
         return self.decoder(self.from_code(q.z_q)), [q]
 
     def encode(self, x: Tensor) -> list[Tensor]:
@@ -77,6 +89,50 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
     def decode(self, codes: list[Tensor]) -> Tensor:
         """The images (B, C, H, W) of code maps from `encode`."""
         return self.decoder(self.from_code(self.quantizer.decode_codes(codes[0])))
+
+    def freeze(self, parts: Collection[str]) -> None:
+        """Keeps parts as they are from now on: no gradient, and no update or revival of codes in training mode either.
+
+        With a frozen encoder the commitment term, which is the encoder's alone, has no weight.
+
+        Args:
+            parts: names in `PARTS`.
+
+        Raises:
+            InputError: there is no such part, or nothing is left that a gradient trains.
+        """
+        for part in parts:
+            require_choice("freeze", part, PARTS, "part")
+        self.frozen, self.codes_stay = tuple(parts), {"encoder", "quantizer"} <= {*parts}
+        for name in (name for part in parts for name in PARTS[part]):
+            getattr(self, name).requires_grad_(False)
+        for module in self.quantizer.modules() if "encoder" in parts else ():
+            if hasattr(module, "commitment_weight"):
+                module.commitment_weight = 0.0  # type: ignore[assignment]
+        some = any(parameter.requires_grad for parameter in self.parameters())
+        require(some, f"freeze=[{','.join(parts)}]: leaves no weights that a gradient trains; freeze fewer parts")
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "VQModel":
+        """Sets the mode of all parts that are not frozen; those stay in eval mode."""
+        super().train(mode)
+        for name in (name for part in self.frozen for name in PARTS[part]):
+            getattr(self, name).eval()
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The architecture's name and all options, defaults included, as for `build_tokenizer`.
+
+        Raises:
+            InputError: the architecture has no name.
+        """
+        from vqgen.tokenizers import ARCHITECTURES  # imported here, because vqgen.tokenizers imports this module
+
+        name = next((name for name, architecture in ARCHITECTURES.items() if architecture is type(self)), None)
+        require(name is not None, f"{type(self).__name__} cannot be saved: it has no name in tokenizers.ARCHITECTURES")
+        options: Any = self._hub_mixin_config  # the constructor's arguments, defaults included
+        return {**options, "name": name, "quantizer": quantizer_options(**(options["quantizer"] or {}))}
 
     def code_layout(self, size: int | Sequence[int]) -> CodeLayout:
         """The code layout of images of size x size pixels, or of another height and width.
@@ -96,13 +152,7 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Writes model.safetensors, and config.json with the architecture's name and all options, to a folder."""
-        from vqgen.tokenizers import ARCHITECTURES  # imported here, because vqgen.tokenizers imports this module
-
-        name = next((name for name, architecture in ARCHITECTURES.items() if architecture is type(self)), None)
-        require(name is not None, f"{type(self).__name__} cannot be saved: it has no name in tokenizers.ARCHITECTURES")
-        options: Any = self._hub_mixin_config  # the constructor's arguments, defaults included
-        quantizer = quantizer_options(**(options["quantizer"] or {}))
-        super().save_pretrained(folder, config={**options, "name": name, "quantizer": quantizer})
+        super().save_pretrained(folder, config=self.options)
 
     def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
         """The README.md of save_pretrained, instead of huggingface_hub's, which says what is not so."""
@@ -145,9 +195,7 @@ def load_tokenizer(folder: Path) -> tuple[VQModel, str]:
     inside = next((place for place in places if place.is_dir()), folder)
     for name in ("config.json", "model.safetensors"):
         if not (inside / name).is_file():
-            raise InputError(
-                f"{folder} is not a tokenizer: it has no {name}; give a stage-1 run, such as stage1=runs/stage1"
-            )
+            raise InputError(f"{folder} is not a tokenizer: it has no {name}; give a stage-1 run, such as runs/stage1")
     content = [(inside / name).read_bytes() for name in ("config.json", "model.safetensors")]
     try:
         options = {"name": "light"} | json.loads(content[0])  # the first versions had only this one, without a name

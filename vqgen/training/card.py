@@ -18,7 +18,14 @@ tokenizer = VQModel.from_pretrained(".")  # the path of this folder
 codes = tokenizer.encode(torch.zeros(1, {channels}, {height}, {width}))  # of images in [-1, 1]; decode() inverts it"""
 
 
-def model_card(folder: Path, step: int, num_parameters: int, found: Description, figures: Mapping[str, float]) -> str:
+def model_card(
+    folder: Path,
+    step: int,
+    num_parameters: int,
+    found: Description,
+    figures: Mapping[str, float],
+    started_from: str = "",
+) -> str:
     """The text of a model's README.md.
 
     Args:
@@ -27,6 +34,7 @@ def model_card(folder: Path, step: int, num_parameters: int, found: Description,
         num_parameters: parameters of the model that was trained.
         found: the images.
         figures: the figures of this step's evaluation on held-out images, by name.
+        started_from: the model whose weights the run started from; empty if it started from scratch.
     """
     size = f"{num_parameters / 1e6:.2f} M parameters"
     code = GENERATOR
@@ -48,6 +56,8 @@ def model_card(folder: Path, step: int, num_parameters: int, found: Description,
         f"Classes: {listed_classes(found.classes, SHOWN_CLASSES)}{counted}.",
         f"Training: {step:,} steps, with vqgen {vqgen.__version__}.",
     ]
+    if started_from:
+        facts.append(f"Started from the weights of {started_from}.")
     if figures:
         facts.append(f"On held-out images: {', '.join(f'{name} {value:.4g}' for name, value in figures.items())}.")
     listed = "\n".join(f"- {fact}" for fact in facts)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 try:
@@ -33,7 +34,7 @@ FREE_SETTINGS += ["data.source", "data.val_source", "data.cache_gb", "stage1", "
 
 # What settings stood for before versions wrote them.
 BEFORE: dict[str, Any] = {"model.name": "light", "order": "raster", "data.crops": 1}
-BEFORE |= {"data.stream": False, "data.shuffle_buffer": 10000}
+BEFORE |= {"data.stream": False, "data.shuffle_buffer": 10000, "freeze": []}
 
 CHECKSUMS = "SHA256SUMS"  # a file in the format of sha256sum, which can check it
 
@@ -62,7 +63,7 @@ def open_run(config: Any) -> Iterator[None]:
             take = stack.enter_context(_lock(run_dir))
             if exists(old := _old(model)) and not exists(model):
                 old.rename(model)  # a process was killed between the two renames in written_whole
-            if not exists(model) and not _all_checkpoints(run_dir):
+            if not exists(model) and not has_checkpoint(run_dir):
                 save_config(config, path)
             else:
                 _check_settings(config)
@@ -78,13 +79,35 @@ def _check_settings(config: Any) -> None:
     there, asked = BEFORE | _flat(read_yaml(run_dir / "config.yaml")), _flat(asdict(config))
     if there.get("train.mixed_precision") is None:
         there["train.mixed_precision"] = asked["train.mixed_precision"]  # older versions left it open
-    for key in sorted(there.keys() | asked.keys()):
+    for key in sorted(there.keys() | asked.keys(), key=lambda key: (key != "init_from", key)):  # the model follows it
         free = any(key == name or key.startswith(f"{name}.") for name in FREE_SETTINGS)
         if not free and there.get(key) != asked.get(key) and (key in asked or key not in BEFORE):
-            raise InputError(
-                f"{run_dir} holds a run with {key}={there.get(key)}, but {key}={asked.get(key)} is asked for; "
-                f"repeat its own settings to go on with it, or name another run_dir="
-            )
+            raise other_settings(run_dir, key, there.get(key), asked.get(key), there.get("train.max_steps"))
+
+
+def other_settings(run_dir: Path, key: str, there: Any, asked: Any, max_steps: int | None = None) -> InputError:
+    """The refusal of a setting that differs from the run's own, with what to do instead.
+
+    Args:
+        run_dir: the run's folder.
+        key: the setting.
+        there: its value in the run's config.yaml.
+        asked: its value now.
+        max_steps: the run's own `train.max_steps`.
+    """
+    step = max(map(_step, _all_checkpoints(run_dir)), default=0)
+    finished = max_steps is not None and step >= max_steps
+    what = f"is finished, at step {step}," if finished else "holds a run"
+    remedy = "" if finished else "repeat its own settings to go on with it, or "
+    remedy += "name another run_dir="
+    if not key.startswith(("model.", "generator.", "order", "init_from")):
+        remedy += f"; to train on from its weights: {train_on(run_dir)}"
+    return InputError(f"{run_dir} {what} with {key}={there}, but {key}={asked} is asked for; {remedy}")
+
+
+def train_on(run_dir: Path) -> str:
+    """The settings of a new run that starts from a run's weights."""
+    return f"init_from={quote(str(run_dir))} run_dir=NEW"
 
 
 @contextmanager
@@ -257,16 +280,21 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     newest, damaged = None, False
     if rank() == 0:
         for folder in reversed(_all_checkpoints(run_dir)):
-            if (damage := _damage(folder)) is None:
+            if (fault := damage(folder)) is None:
                 newest = folder
                 break
             if folder.exists():  # its run may have removed it in the meantime
-                logger.warning(f"{folder} is damaged ({damage}): the one before it is used")
+                logger.warning(f"{folder} is damaged ({fault}): the one before it is used")
                 damaged = True
         if newest is None and damaged:
             remedy = "remove the folder to start anew, or name another run_dir="
             raise InputError(f"all checkpoints in {run_dir / 'checkpoints'} are damaged; {remedy}")
     return object_from_main(newest)
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a run has a checkpoint, damaged or not, so that it goes on from there."""
+    return bool(_all_checkpoints(run_dir))
 
 
 def _all_checkpoints(run_dir: Path) -> list[Path]:
@@ -279,7 +307,7 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name[5:])
 
 
-def _damage(folder: Path) -> str | None:
+def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if its checksum is correct."""
     try:
         checksum, _, name = (folder / CHECKSUMS).read_text("ascii").strip().partition("  ")

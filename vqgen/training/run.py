@@ -6,7 +6,7 @@ A loop calls its `Run`; a `Run` never calls a loop's code, and knows no model an
 import gc
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -23,17 +23,20 @@ from vqgen.data.images import ImageSet
 from vqgen.data.order import Place, seed_step
 from vqgen.data.skipped import count_skipped
 from vqgen.data.stream import ImageStream
-from vqgen.distributed import rank, world_size
+from vqgen.distributed import object_from_main, rank, world_size
 from vqgen.errors import InputError
 from vqgen.training.average import WeightEMA
 from vqgen.training.card import model_card
 from vqgen.training.checkpoints import (
     check_made_from,
+    has_checkpoint,
     how_resumed,
     load_checkpoint,
     newest_checkpoint,
     open_run,
+    other_settings,
     save_checkpoint,
+    train_on,
     update_config,
     written_whole,
 )
@@ -41,11 +44,13 @@ from vqgen.training.fsdp import check_fsdp, gathered, refuse_fsdp
 from vqgen.training.guard import Diverged, FiniteGuard
 from vqgen.training.launchers import refuse_other_engines
 from vqgen.training.means import Means, accumulate
+from vqgen.training.origin import Origin, differing, merged
 from vqgen.training.schedule import Budget, micro_batch_size
 from vqgen.training.state import TrainState
 from vqgen.training.stop import Stop, explained
 from vqgen.training.threads import keep_threads
 from vqgen.training.tracking import Tracker
+from vqgen.yaml_file import read_yaml
 
 MAX_ROLLBACKS = 5  # the settings are then at 1/32; a run that still diverges has another fault
 T = TypeVar("T")
@@ -126,6 +131,8 @@ class Run:
         lowered: factor of the settings that are lowered after each rollback.
         diverged: why the run must go back to a checkpoint; None as long as all is well.
         means: means of the logged numbers since the last line of the log.
+        origin: the weights that the run starts from, until `start`; None if it goes on from its own checkpoint, or
+            starts from scratch.
 
     Raises:
         InputError: a setting is invalid, or the program was launched in a way that it does not support.
@@ -154,6 +161,8 @@ class Run:
         self.diverged: Diverged | None = None
         self.means = Means(self.device)
         self.step = self.evaluated = self.saved = 0
+        self.origin: Origin | None = None
+        self._started_from = ""
         self._found: Description | None = None
         self._num_parameters = 0
         self._workers: int | None = None  # that read a stream
@@ -198,6 +207,30 @@ class Run:
         return self._tracker
 
     # Before the first step
+
+    def find_origin(self, section: str, load: Callable[[Path], Any]) -> None:
+        """Finds where the weights start: the run's own newest checkpoint, else `init_from`, else scratch.
+
+        A run that goes on from its own checkpoint takes its model's options from its config.yaml, so it does not need
+        the folder `init_from` any more.
+
+        Args:
+            section: the configuration's section that has the model's options.
+            load: returns the model in a run's folder, or in a model's own folder.
+
+        Raises:
+            InputError: `init_from` has no such model; or the run's own model has other options than the given ones.
+        """
+        config, own = self.config, self.dir / "config.yaml"
+        if config.init_from is None:
+            return
+        if not object_from_main(has_checkpoint(self.dir)):
+            self.origin = Origin(config.init_from, load)
+        elif own.is_file():
+            options, given = read_yaml(own)[section], getattr(config, section)
+            for key, asked, there in differing(section, given, options):
+                raise other_settings(self.dir, key, there, asked)
+            setattr(config, section, merged(options, given))
 
     def show_data(self, train: ImageSet | ImageStream, held_out: ImageSet) -> None:
         """Says what the images are, on the main process; a run that went back to a checkpoint has said it before."""
@@ -257,9 +290,10 @@ class Run:
                     f"({' '.join(str(error).split())[:150]}); go on with that version, or name another run_dir="
                 ) from error
             self.saved = self.step
+            self._started_from = saved.get("started_from", "")
             self._threads = keep_threads(saved.get("threads")) if self.device.type == "cpu" else ""
         if saved is not None and self.budget.share(self.step, self.device) >= 1:
-            done = f"{self.dir} is finished, at step {self.step}; name another run_dir= for another run"
+            done = f"{self.dir} is finished, at step {self.step}; to train on from its weights: {train_on(self.dir)}"
             self.accelerator.print(f"{done}; next: {then}")
             self.accelerator.end_training()
             return True
@@ -298,6 +332,10 @@ class Run:
         )
         resumed = how_resumed(saved, self.accumulation, by_pass=by_pass, by_process=by_process, workers=stream_workers)
         self.say(f"{self.dir}: {what}, {world_size()} x {self.device.type}{resumed}{self._threads}")
+        if self.origin is not None:
+            self._started_from = f"{self.origin.path}{self.origin.at}"
+            self.say(f"starts from {self.origin}")
+            self.origin = None  # frees memory
 
     # The loop
 
@@ -445,6 +483,7 @@ class Run:
             "rollbacks": self.rollbacks,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
             "means": self.means.state_dict(),
+            "started_from": self._started_from,
             **self._made_from,
             **state.state_dict(),
         }
@@ -459,7 +498,8 @@ class Run:
                         part.save_pretrained(folder / name)
                     if self._found is not None:
                         figures = self._figures if self.evaluated == now.step else {}
-                        card = model_card(folder, now.step, self._num_parameters, self._found, figures)
+                        found, started_from = self._found, self._started_from
+                        card = model_card(folder, now.step, self._num_parameters, found, figures, started_from)
                         (folder / "README.md").write_text(card, "utf-8")
                 saved["logged"] = self.tracker.flush()
                 save_checkpoint(self.dir, now.step, saved, train.keep_checkpoints, train.milestone_every)
