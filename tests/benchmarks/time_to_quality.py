@@ -55,7 +55,7 @@ from vqgen.training.schedule import Budget, num_parameters
 from vqgen.training.stop import Stop
 
 ROOT = Path(__file__).parents[2]
-ARMS = {"ours": "vqgen", "vqp": "vqgen with VectorQuantize", "diffusers": "diffusers.VQModel"}
+ARMS = {"ours": "vqgen", "vqp": "vqgen + VectorQuantize", "diffusers": "diffusers.VQModel"}
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 MARKS = (0.01, 0.025, *(i / 20 for i in range(1, 21)))  # shares of the budget at which the curve has a point
 CURVE_IMAGES = 1000  # held-out images of a point that is not at a quarter
@@ -328,19 +328,25 @@ def summary(results: Results) -> list[str]:
 def draw(results: Results, title: str, path: Path) -> None:
     """Draws PSNR and perceptual distance over time, a line for each seed."""
     matplotlib.use("Agg")
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for (arm, seeds), colour in zip(results.items(), ("tab:blue", "tab:green", "tab:orange"), strict=False):
-        for axis, name, mark in zip(axes, ("curve_psnr", "perceptual"), ("", "."), strict=True):
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    what = {"curve_psnr": "PSNR of held-out images (dB)", "perceptual": "perceptual distance (lower is better)"}
+    for axis, (name, label), mark in zip(axes, what.items(), ("", "."), strict=True):
+        ends = {}
+        for (arm, seeds), colour in zip(results.items(), ("tab:blue", "tab:green", "tab:orange"), strict=False):
             for points in seeds:
                 x, y = zip(*((point["seconds"], point[name]) for point in points if name in point), strict=True)
                 axis.plot(x, y, color=colour, lw=1.5, alpha=0.8, marker=mark)
-            axis.annotate(
-                ARMS[arm], (x[-1], y[-1]), xytext=(6, 0), textcoords="offset points", color=colour, va="center"
-            )
-    for axis, label in zip(
-        axes, ("PSNR of held-out images (dB)", "perceptual distance (lower is better)"), strict=True
-    ):
+            ends[arm] = (y[-1], x[-1], colour)
         axis.set(xlabel="training time (s)", ylabel=label, xlim=(0, None))
+        low, high = axis.get_ylim()
+        place = -math.inf
+        for arm, (y, x, colour) in sorted(ends.items(), key=lambda item: item[1][0]):
+            place = max(
+                y, place + 0.06 * (high - low)
+            )  # labels of lines that end close together lie one above the other
+            axis.annotate(
+                ARMS[arm], (x, place), xytext=(8, 0), textcoords="offset points", color=colour, va="center", fontsize=9
+            )
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     figure.suptitle(title, fontsize=10)
@@ -386,8 +392,7 @@ def main(options: dict[str, str], settings: Sequence[str]) -> None:
                 for point in results[arm][-1]:
                     file.write(json.dumps({"data": data, "arm": arm, "seed": seed, **point}) + "\n")
     print("", table(results), "", *summary(results), sep="\n")
-    threads = torch.get_num_threads()
-    draw(results, f"{data}, {len(seeds)} seed(s), {threads} thread(s)", out / "curves.png")
+    draw(results, f"{data}: seeds {options['seeds']}; CPU threads: {torch.get_num_threads()}", out / "curves.png")
     print(f"{out / 'figures.jsonl'}, {out / 'curves.png'}")
 
 
