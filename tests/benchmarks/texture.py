@@ -170,7 +170,7 @@ def of_images(images: Tensor, stride: int) -> Iterator[tuple[str, float]]:
     """The figures by name of any images uint8 (N, C, H, W)."""
     for period in periods(stride):
         yield f"images: blockiness, {period} px", blockiness(images.float(), period)
-    yield f"images: flattest, {stride} px", flattest(images.float(), stride)
+    yield "images: flattest", flattest(images.float(), stride)
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:

@@ -58,7 +58,7 @@ ROOT = Path(__file__).parents[2]
 ARMS = {"ours": "vqgen", "vqp": "vqgen + VectorQuantize", "diffusers": "diffusers.VQModel"}
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 MARKS = (0.01, 0.025, *(i / 20 for i in range(1, 21)))  # shares of the budget at which the curve has a point
-CURVE_IMAGES = 1000  # held-out images of a point that is not at a quarter
+CURVE_IMAGES = 500  # held-out images of a point that is not at a quarter
 FEW = 128  # images per batch of the evaluation
 WARM_UP, PROFILED = 10, 20  # steps
 PRODUCTS = ("conv", "mm", "linear", "matmul", "attention")  # parts of the names of convolutions and matrix products
@@ -67,7 +67,7 @@ PRODUCTS = ("conv", "mm", "linear", "matmul", "attention")  # parts of the names
 class TheirQuantizer(Quantizer):
     """vector-quantize-pytorch's VectorQuantize with what its README recommends against unused codes."""
 
-    def __init__(self, codebook_size: int = 512, code_dim: int = 64):
+    def __init__(self, codebook_size: int = 512, code_dim: int = 8):
         super().__init__()
         self.codebook_size, self.code_dim = codebook_size, code_dim
         self.theirs = VectorQuantize(
@@ -217,16 +217,15 @@ def train_ours(config: Stage1Config, run: Run) -> None:
     with run:
         runpy.run_path(str(ROOT / "stage1/train.py"))["train"](config, run)
     require(run.diverged is None, f"{config.run_dir}: {run.diverged}")
+    if run.stop.asked:
+        sys.exit(f"{config.run_dir}: stopped by {run.stop.reason}")
 
 
 def train_theirs(model: TheirTokenizer, train_set: ImageSet, config: Stage1Config, lr: float, meter: Meter) -> None:
     """Trains diffusers.VQModel on the batches of stage1/train.py: squared error and its quantizer's loss, Adam."""
-    size, device, budget = (
-        config.train.batch_size,
-        meter.device,
-        Budget(config.train.max_steps, config.train.max_seconds),
-    )
+    size, device = config.train.batch_size, meter.device
     optimizer, usage = torch.optim.Adam(model.parameters(), lr=lr), CodeUsage(meter.layout, device)
+    budget = Budget(config.train.max_steps, config.train.max_seconds)
     batches = image_batches(train_set, Place(config.seed, size, 1, 0), data=config.data, device=device)
     budget.start()
     for step, (x, _) in enumerate(batches):
@@ -276,7 +275,7 @@ def at_quarters(points: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def cell(values: Sequence[float], form: str) -> str:
     """The mean of the seeds' values, and their deviation if there are several."""
-    spread = f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else ""
+    spread = f" ± {format(statistics.stdev(values), form.lstrip('+'))}" if len(values) > 1 else ""
     return f"{format(statistics.mean(values), form)}{spread}"
 
 
@@ -319,7 +318,7 @@ def summary(results: Results) -> list[str]:
             when = time_to(theirs[-1]["curve_psnr"], [p["seconds"] for p in ours], [p["curve_psnr"] for p in ours])
             times.append(math.inf if when is None else when)
             shares.append(times[-1] / theirs[-1]["seconds"])
-        sooner = f"has its final quality after {cell(times, '.1f')} s, {cell(shares, '.1%')} of its time"
+        sooner = f"reaches its final quality after {cell(times, '.1f')} s, {cell(shares, '.1%')} of its time"
         sooner = sooner if math.isfinite(max(times)) else "does not reach its final quality with each seed"
         lines.append(f"{ARMS['ours']} ends {cell(above, '+.2f')} dB above {ARMS[arm]}, and {sooner}")
     return lines
