@@ -144,7 +144,7 @@ def test_a_race_measures_all_and_changes_nothing(program, tmp_path, capsys):
         assert row["psnr"] == pytest.approx(row["curve_psnr"], abs=1e-4)  # all images are few enough for the curve
         assert row["images_per_second"] > 0
     assert printed.count("\n| vqgen |") == 4
-    assert printed.count("vqgen ends ") == 2
+    assert printed.count("vqgen against ") == 2
     assert (out / "curves.png").stat().st_size > 10_000
 
     code, _, errors = program("stage1/train.py", *FEW, f"run_dir={tmp_path}/plain", "tracking.wandb=disabled")

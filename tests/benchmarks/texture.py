@@ -217,4 +217,5 @@ if __name__ == "__main__":
         given = [word for word in sys.argv[1:] if word.partition("=")[0] not in known]
         main(given, Path(options.get("out", "runs/texture")), options.get("size"))
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

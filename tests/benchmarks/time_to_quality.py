@@ -206,7 +206,8 @@ class ProfiledRun(Run):
 def stage1_config(data: str, seed: int, out: Path, settings: Sequence[str]) -> Stage1Config:
     """What `stage1/train.py configs/stage1/DATA.yaml` would train with, its log and checkpoints aside."""
     path = ROOT / f"configs/stage1/{data}.yaml"
-    require(data == "digits" or path.is_file(), f"data={data}: there is neither {path} nor is it digits")
+    known = ["digits", *sorted(file.stem for file in path.parent.glob("*.yaml"))]
+    require_choice("data", data, known, "configuration in configs/stage1/")
     given = [] if data == "digits" else [str(path)]
     own = [f"run_dir={out}", f"seed={seed}", "tracking.wandb=disabled", "train.milestone_every=null"]
     return load_config(Stage1Config, [*given, *own, *settings], STAGE1_SECTIONS)
@@ -318,9 +319,9 @@ def summary(results: Results) -> list[str]:
             when = time_to(theirs[-1]["curve_psnr"], [p["seconds"] for p in ours], [p["curve_psnr"] for p in ours])
             times.append(math.inf if when is None else when)
             shares.append(times[-1] / theirs[-1]["seconds"])
-        sooner = f"reaches its final quality after {cell(times, '.1f')} s, {cell(shares, '.1%')} of its time"
-        sooner = sooner if math.isfinite(max(times)) else "does not reach its final quality with each seed"
-        lines.append(f"{ARMS['ours']} ends {cell(above, '+.2f')} dB above {ARMS[arm]}, and {sooner}")
+        sooner = f"its final quality is reached after {cell(times, '.1f')} s, {cell(shares, '.1%')} of its time"
+        sooner = sooner if math.isfinite(max(times)) else "not every seed reaches its final quality"
+        lines.append(f"{ARMS['ours']} against {ARMS[arm]}: {cell(above, '+.2f')} dB at the end; {sooner}")
     return lines
 
 
@@ -406,4 +407,5 @@ if __name__ == "__main__":
         make_up_for_launcher()
         main(known | dict(word.split("=", 1) for word in own), [word for word in words if word not in own])
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
