@@ -32,7 +32,7 @@ from vqgen.data.order import image_batches
 from vqgen.data.stream import ImageStream
 from vqgen.distributed import all_reduce_sum, rank, world_size
 from vqgen.errors import require, section
-from vqgen.evaluation.metrics import CodeUsage, psnr
+from vqgen.evaluation.metrics import CodeUsage, image_psnr, psnr
 from vqgen.evaluation.perceptual import PerceptualDistance
 from vqgen.quantizers import LEARNING
 from vqgen.settings import Stage1Config
@@ -304,18 +304,25 @@ def disc_lr_at(share: float, config: Stage1Config) -> float:
 def evaluate(
     model: VQModel, images: ImageSet, num_images: int, batch_size: int, device: torch.device
 ) -> dict[str, float]:
-    """PSNR (of the pooled squared error) and codebook usage on held-out images, divided among the processes."""
+    """PSNR and codebook usage on held-out images, divided among the processes.
+
+    Returns:
+        `psnr`, of the pooled squared error; `psnr_per_image`, the mean over the images, of pixels rounded to uint8; and
+        the figures of CodeUsage.
+    """
     chosen = np.linspace(0, len(images) - 1, min(len(images), num_images), dtype=int)[rank() :: world_size()]
     usage = CodeUsage(model.code_layout(images.image_size), device)
-    sums = torch.zeros(2, device=device)  # the sum of squared errors, the number of images
+    sums = torch.zeros(3, device=device)  # of squared errors, of PSNR, and the number of images
     for start in range(0, len(chosen), batch_size):
-        x = from_uint8(images.__getitems__(chosen[start : start + batch_size])[0].to(device))
+        pixels = images.__getitems__(chosen[start : start + batch_size])[0].to(device)  # uint8 (B, C, H, W)
+        x = from_uint8(pixels)
         x_rec, q = model(x)
         squared_errors = (x_rec.clamp(-1, 1) - x).square().mean(dim=(1, 2, 3))
-        sums += torch.stack([squared_errors.sum(), torch.tensor(len(x), device=device)])
+        per_image = image_psnr(to_uint8(x_rec), pixels)
+        sums += torch.stack([squared_errors.sum(), per_image.sum(), torch.tensor(len(x), device=device)])
         usage.update([out.codes for out in q])
-    mse, count = all_reduce_sum(sums)
-    figures = {"psnr": psnr(mse / count), **usage.compute()}
+    mse, per_image, count = all_reduce_sum(sums)
+    figures = {"psnr": psnr(mse / count), "psnr_per_image": per_image / count, **usage.compute()}
     return {name: figure.item() for name, figure in figures.items()}
 
 

@@ -319,6 +319,10 @@ def test_validation_of_stage1_is_of_the_shared_model_on_held_out_images(program,
     logged = metrics(tmp_path)
     assert logged["val/psnr"] == pytest.approx(10 * math.log10(4 / mse), abs=1e-3)
     assert logged["val/usage"] == pytest.approx(used[0] / 64)
+    pixels, rounded = (np.round((y.detach().numpy().astype(float) + 1) * 127.5).clip(0, 255) for y in (x, x_rec))
+    per_image = 10 * np.log10(255**2 / np.square(rounded - pixels).mean(axis=(1, 2, 3)))
+    assert logged["val/psnr_per_image"] == pytest.approx(per_image.mean(), abs=1e-3)
+    assert per_image.mean() > logged["val/psnr"] + 2e-3  # Jensen's inequality: the two figures differ
     others = train_set.__getitems__(rows)[0].float() / 127.5 - 1
     raw = build_tokenizer(**read_yaml(tmp_path / "config.yaml")["model"]).eval()
     raw.load_state_dict(state(tmp_path, 5)["model"])
