@@ -105,7 +105,10 @@ REFUSED = {
         "quantizer.codebook_size=500: lfq needs a power of two; use 256 or 512",
     ),
     "a level's value": ({"quantizer": {"name": "residual", "base": {"decay": 2.0}}}, "quantizer.base.decay=2.0: must"),
-    "an architecture that does not exist": ({"name": "heavy"}, "name=heavy: no such architecture; there is light"),
+    "an architecture that does not exist": (
+        {"name": "heavy"},
+        "name=heavy: no such architecture; there is light, vqgan",
+    ),
     "a mistyped option": ({"width": [8]}, "width: light has no such option; did you mean widths?"),
     "an unknown option": ({"zzzz": 1}, "zzzz: light has no such option; it takes channels, patch_size, widths, "),
     "two channels": ({"channels": 2}, "channels=2: must be 1 or 3"),
@@ -207,7 +210,7 @@ def test_a_further_architecture_is_a_dict_entry(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="its tokenizer is not a Light but a Flat"):
         Light.from_pretrained(tmp_path)
     monkeypatch.undo()
-    assert "its architecture 'flat' is not in this version of vqgen, which has light; use the" in error_of(tmp_path)
+    assert "its architecture 'flat' is not in this version of vqgen, which has light, vqgan; use" in error_of(tmp_path)
 
 
 def test_config_json_of_a_version_that_had_no_names_is_light(tmp_path):
