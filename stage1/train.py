@@ -117,7 +117,7 @@ def tokenizer_pass(
     (gradient,) = torch.autograd.grad(losses["rec_loss"], y)  # (B, C, H, W)
     loss = losses["rec_loss"] + losses["quantizer_loss"]
     if nets.perceptual is not None and now.share >= perceptual.start:
-        with stopwatch.running():
+        with stopwatch.running(), run.accelerator.autocast():
             losses["perceptual_loss"] = nets.perceptual(y[:: perceptual.every], x[:: perceptual.every]).mean()
             (perceptual_gradient,) = torch.autograd.grad(losses["perceptual_loss"], y)
         gradient = gradient + perceptual.weight * perceptual_gradient
@@ -252,7 +252,7 @@ def build(config: Stage1Config, run: Run) -> Nets:
         tokenizer.code_layout(config.data.image_size)  # raises if the stride does not divide the size
     perceptual = disc = lecam = disc_optimizer = None
     if config.loss.perceptual.name != "none":
-        with section("loss.perceptual"):
+        with section("loss.perceptual"), run.accelerator.local_main_process_first():  # which may have to fetch weights
             perceptual = PerceptualDistance(config.loss.perceptual.name, config.loss.perceptual.weights)
         perceptual = perceptual.to(device, memory_format=memory_format)
     if adversarial.name != "none":

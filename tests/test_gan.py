@@ -272,7 +272,7 @@ BAD = {
     "comparing with a mistyped key": ("compare", "run_dir={tmp}/run prior=[optim.lrr=1]", "did you mean optim.lr?"),
     "two files for one network": (
         "train",
-        "loss.perceptual.name=lpips-vgg",
+        "loss.perceptual.name=lpips-vgg loss.perceptual.weights=[vgg16.pth]",
         "loss.perceptual.name=lpips-vgg needs weights=[VGG16.pth,HEADS.pth]",
     ),
     "comparing for no time": ("compare", "seconds=0", "seconds=0.0: must be positive"),

@@ -114,7 +114,8 @@ class PerceptualConfig:
     name: Literal["none", "alex", "vgg", "lpips-vgg"] = "none"
     """`none`, `alex` or `vgg` (shift-tolerant LPIPS), or `lpips-vgg` (the original)."""
     weights: list[str] = field(default_factory=list)
-    """Files with its weights; an empty list takes the installed ones. `lpips-vgg` needs [VGG16.pth,HEADS.pth]."""
+    """Files with its weights; an empty list takes the installed ones, and for `lpips-vgg` fetches VGG16 once (528 MB).
+    `lpips-vgg` takes two: [VGG16.pth,HEADS.pth]."""
     weight: float = 0.01
     """Its weight in the loss. With a much larger weight the decoder draws patterns that only the classifier takes for
     texture."""
@@ -407,7 +408,7 @@ class Stage1EvaluateConfig(EvaluateConfig):
     perceptual: str = "alex"
     """Perceptual distance: `alex` or `vgg` (shift-tolerant LPIPS), `lpips-vgg` (the original) or `none`."""
     perceptual_weights: list[str] = field(default_factory=list)
-    """Files with its weights; an empty list takes the installed ones. `lpips-vgg` needs [VGG16.pth,HEADS.pth]."""
+    """Files with its weights, as in stage 1's loss.perceptual.weights; an empty list takes the published ones."""
     batch_size: int = 128
     """Images per batch of each process."""
     seed: int = 0
