@@ -250,6 +250,9 @@ def build(config: Stage1Config, run: Run) -> Nets:
     with section("model", image_size="data.image_size"):
         tokenizer = build_tokenizer(**config.model)
         tokenizer.code_layout(config.data.image_size)  # raises if the stride does not divide the size
+    if config.train.activation_checkpointing:
+        with section("train"):
+            tokenizer.checkpoint_activations()
     perceptual = disc = lecam = disc_optimizer = None
     if config.loss.perceptual.name != "none":
         with section("loss.perceptual"), run.accelerator.local_main_process_first():  # which may have to fetch weights

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from vqgen.errors import require, require_size
-from vqgen.tokenizers.blocks import ResBlock, num_groups
+from vqgen.tokenizers.blocks import ResBlock, Stack, num_groups
 from vqgen.tokenizers.vqmodel import VQModel
 
 MAX_WIDTH = 1 << 16
@@ -26,8 +26,8 @@ class Light(VQModel):
         quantizer: the quantizer, a name with its options
     """
 
-    encoder: nn.Sequential
-    decoder: nn.Sequential
+    encoder: Stack
+    decoder: Stack
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Light(VQModel):
                 encoder += [nn.Conv2d(widths[i - 1], width, 2, stride=2)]
             encoder += [ResBlock(width) for _ in range(encoder_blocks)]
         encoder += [nn.GroupNorm(num_groups(widths[-1]), widths[-1]), nn.SiLU()]
-        self.encoder = nn.Sequential(*encoder)
+        self.encoder = Stack(*encoder)
         self.to_code = nn.Conv2d(widths[-1], self.quantizer.code_dim, 1)
 
         self.from_code = nn.Conv2d(self.quantizer.code_dim, widths[-1], 1)
@@ -64,7 +64,7 @@ class Light(VQModel):
                 decoder += [nn.Conv2d(width, widths[i - 1] * 4, 1), nn.PixelShuffle(2)]
         decoder += [nn.GroupNorm(num_groups(widths[0]), widths[0]), nn.SiLU()]
         decoder += [nn.Conv2d(widths[0], channels * patch_size**2, 3, padding=1), nn.PixelShuffle(patch_size)]
-        self.decoder = nn.Sequential(*decoder)
+        self.decoder = Stack(*decoder)
 
     @property
     def last_layer(self) -> nn.Parameter:

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqgen.errors import require, require_size
+from vqgen.tokenizers.blocks import Stack
 from vqgen.tokenizers.vqmodel import VQModel
 
 MAX_WIDTH = 1 << 16
@@ -34,8 +35,8 @@ class VQGAN(VQModel):
         quantizer: the quantizer, a name with its options
     """
 
-    encoder: nn.Sequential
-    decoder: nn.Sequential
+    encoder: Stack
+    decoder: Stack
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class VQGAN(VQModel):
             if i > 0:  # one row and column of zeros, at the bottom and at the right
                 encoder += [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(before, before, 3, stride=2)]
             encoder += blocks_at(before, after, encoder_blocks, i in attended[0])
-        self.encoder = nn.Sequential(*encoder, *middle(widths[-1]), *end(widths[-1], latent_channels))
+        self.encoder = Stack(*encoder, *middle(widths[-1]), *end(widths[-1], latent_channels))
         self.to_code = nn.Conv2d(latent_channels, self.quantizer.code_dim, 1)
 
         self.from_code = nn.Conv2d(self.quantizer.code_dim, latent_channels, 1)
@@ -90,7 +91,7 @@ class VQGAN(VQModel):
             decoder += blocks_at(before, after, decoder_blocks, i in attended[1])
             if i > 0:
                 decoder += [nn.Upsample(scale_factor=2), nn.Conv2d(after, after, 3, padding=1)]
-        self.decoder = nn.Sequential(*decoder, *end(widths[0], channels))
+        self.decoder = Stack(*decoder, *end(widths[0], channels))
 
     @property
     def last_layer(self) -> nn.Parameter:

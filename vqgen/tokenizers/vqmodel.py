@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vqgen.codes import CodeLayout, shown, sides
 from vqgen.errors import InputError, expanded, require, section
 from vqgen.quantizers import Quantizer, QuantizerOutput, build_quantizer, quantizer_options
+from vqgen.tokenizers.blocks import Stack
 
 CARD = """---
 library_name: vqgen
@@ -64,6 +65,17 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
     def last_layer(self) -> nn.Parameter:
         """The weight of the decoder's last layer, for VQGAN's adaptive weight."""
         raise NotImplementedError
+
+    def checkpoint_activations(self) -> None:
+        """Makes training compute the activations inside blocks a second time instead of keeping them: see `Stack`.
+
+        Raises:
+            InputError: the architecture has no `Stack`.
+        """
+        stacks = [module for module in self.modules() if isinstance(module, Stack)]
+        require(bool(stacks), f"activation_checkpointing=true: {type(self).__name__} has no Stack of blocks; set false")
+        for stack in stacks:
+            stack.checkpointing = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[QuantizerOutput]]:
         """Reconstructions of images (B, C, H, W), in the same shape, and the quantizer's output for each code map."""
