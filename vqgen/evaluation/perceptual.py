@@ -57,41 +57,22 @@ class PerceptualDistance(nn.Module):
     def __init__(self, name: str = "alex", weights: Sequence[str] = ()):
         super().__init__()
         self.name = name
-        if name in SHIFT_TOLERANT:
-            file, expected = SHIFT_TOLERANT[name]
-            if len(weights) > 1:
-                raise InputError(f"name={name} takes one file of weights, not {len(weights)}")
-            if weights:
-                state, self.checksum = _given_weights(weights[0])
-            else:
-                state, self.checksum = read_weights(
-                    installed_file("stlpips_pytorch", f"{ST_FOLDER}/{file}", REMEDY), expected
-                )
-            state = {_own_name(key): value for key, value in state.items()}
-            stages = _alexnet() if name == "alex" else _vgg16(shift_tolerant=True)
-        elif name == "lpips-vgg":
-            if len(weights) not in (0, 2):
-                raise InputError("name=lpips-vgg needs weights=[VGG16.pth,HEADS.pth]: torchvision's and LPIPS's, or []")
-            (trunk, first), (heads, second) = map(_given_weights, weights) if weights else _published_lpips()
-            self.checksum = f"{first}+{second}"
-            state = {key: value for key, value in trunk.items() if key.startswith("features.")}
-            stages = _vgg16(shift_tolerant=False)
-            place = {str(i): stage for stage, layers in enumerate(stages) for i in layers}
-            state = {f"trunk.{place.get(key.split('.')[1])}.{key[9:]}": value for key, value in state.items()}
-            state |= {_own_name(key): value for key, value in heads.items()}
-            state |= {"shift": _column(-0.030, -0.088, -0.188), "scale": _column(0.458, 0.448, 0.450)}  # LPIPS's own
-        else:
-            raise InputError(f"name={name} is not known; use {', '.join(PERCEPTUAL)} or none")
-        self.trunk = nn.ModuleList(nn.Sequential(OrderedDict((str(i), m) for i, m in s.items())) for s in stages)
-        widths = [64, 192, 384, 256, 256] if name == "alex" else [64, 128, 256, 512, 512]
-        self.heads = nn.ParameterList(torch.zeros(1, width, 1, 1) for width in widths)
-        self.register_buffer("shift", torch.zeros(1, 3, 1, 1))
-        self.register_buffer("scale", torch.ones(1, 3, 1, 1))
+        state, self.checksum = _weights_of(name, weights)
+        self._build()
         try:
             self.load_state_dict(state)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"name={name}: its weights belong to another network: {reason}") from error
+
+    def _build(self) -> None:
+        """Makes the layers, with random weights in the trunk and zeros in the heads."""
+        stages = _alexnet() if self.name == "alex" else _vgg16(shift_tolerant=self.name == "vgg")
+        self.trunk = nn.ModuleList(nn.Sequential(OrderedDict((str(i), m) for i, m in s.items())) for s in stages)
+        widths = [64, 192, 384, 256, 256] if self.name == "alex" else [64, 128, 256, 512, 512]
+        self.heads = nn.ParameterList(torch.zeros(1, width, 1, 1) for width in widths)
+        self.register_buffer("shift", torch.zeros(1, 3, 1, 1))
+        self.register_buffer("scale", torch.ones(1, 3, 1, 1))
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "PerceptualDistance":
@@ -116,6 +97,31 @@ class PerceptualDistance(nn.Module):
         if min(x.shape[2:]) < SMALLEST:
             x = F.interpolate(x, size=[max(side, SMALLEST) for side in x.shape[2:]], mode="bilinear", antialias=True)
         return (x.expand(-1, 3, -1, -1) - self.shift) / self.scale
+
+
+def _weights_of(name: str, files: Sequence[str]) -> tuple[dict[str, Tensor], str]:
+    """The state of the network with this name, from these files or as it is published; the files' SHA-256."""
+    if name in SHIFT_TOLERANT:
+        if len(files) > 1:
+            raise InputError(f"name={name} takes one file of weights, not {len(files)}")
+        if files:
+            state, checksum = _given_weights(files[0])
+        else:
+            file, expected = SHIFT_TOLERANT[name]
+            path = installed_file("stlpips_pytorch", f"{ST_FOLDER}/{file}", REMEDY)
+            state, checksum = read_weights(path, expected)
+        return {_own_name(key): value for key, value in state.items()}, checksum
+    if name != "lpips-vgg":
+        raise InputError(f"name={name} is not known; use {', '.join(PERCEPTUAL)} or none")
+    if len(files) not in (0, 2):
+        raise InputError("name=lpips-vgg needs weights=[VGG16.pth,HEADS.pth]: torchvision's and LPIPS's, or []")
+    (trunk, first), (heads, second) = map(_given_weights, files) if files else _published_lpips()
+    place = {str(i): stage for stage, layers in enumerate(_vgg16(shift_tolerant=False)) for i in layers}
+    kept = {key: value for key, value in trunk.items() if key.startswith("features.")}
+    state = {f"trunk.{place.get(key.split('.')[1])}.{key[9:]}": value for key, value in kept.items()}
+    state |= {_own_name(key): value for key, value in heads.items()}
+    state |= {"shift": _column(-0.030, -0.088, -0.188), "scale": _column(0.458, 0.448, 0.450)}  # LPIPS's own
+    return state, f"{first}+{second}"
 
 
 def _given_weights(path: str) -> tuple[dict[str, Tensor], str]:
