@@ -40,6 +40,7 @@ from vqgen.tokenizers.vqmodel import VQModel, from_uint8, to_uint8
 from vqgen.training.average import WeightEMA
 from vqgen.training.launchers import refuse_compiled
 from vqgen.training.means import Stopwatch
+from vqgen.training.muon import Muon, muon_groups
 from vqgen.training.run import Now, Run, attempts
 from vqgen.training.schedule import lr_at, num_parameters, parameter_groups, ramp_at, set_lr
 from vqgen.training.state import TrainState
@@ -270,12 +271,12 @@ def build(config: Stage1Config, run: Run) -> Nets:
             disc.parameters(), lr=adversarial.lr, betas=DISC_BETAS, eps=DISC_EPS, weight_decay=0.0, fused=True
         )
     tokenizer = tokenizer.to(device, memory_format=memory_format)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(tokenizer, config.optim.weight_decay),
-        lr=config.optim.lr,
-        betas=(config.optim.beta1, config.optim.beta2),
-        fused=True,
-    )
+    groups = parameter_groups(tokenizer, config.optim.weight_decay)
+    adam = {"lr": config.optim.lr, "betas": (config.optim.beta1, config.optim.beta2), "fused": True}
+    if config.optim.name == "muon":
+        optimizer = Muon(muon_groups(groups, tokenizer.last_layer), **adam)
+    else:
+        optimizer = torch.optim.AdamW(groups, **adam)
     average = WeightEMA(tokenizer, config.train.ema)
     return Nets(tokenizer, tokenizer, average, optimizer, perceptual, disc, disc, disc_optimizer, lecam)
 

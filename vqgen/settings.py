@@ -199,6 +199,17 @@ class OptimConfig:
 
 
 @dataclass
+class TokenizerOptimConfig(OptimConfig):
+    """Muon or AdamW, with linear warm-up and a cosine to zero over the run's budget."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    """`muon`: orthogonalised steps for the weights between hidden layers, of the same size as AdamW's, which trains the
+    others; or `adamw` for all."""
+    lr: float = 4e-3
+    """Peak learning rate."""
+
+
+@dataclass
 class TrainConfig:
     """The length of training, the size of its steps, and what it writes on the way."""
 
@@ -276,7 +287,7 @@ class Stage1Config:
     """The tokenizer's architecture"""
     loss: LossConfig = field(default_factory=LossConfig)
     discriminator: dict[str, Any] = field(default_factory=dict)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: TokenizerOptimConfig = field(default_factory=TokenizerOptimConfig)
     train: Stage1TrainConfig = field(default_factory=Stage1TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

@@ -41,6 +41,30 @@ class ResBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h)))
 
 
+class SeparableBlock(nn.Module):
+    """A depthwise 3x3 convolution, then two layers on each position, around which x goes (ConvNeXt, Liu et al. 2022).
+
+    Blocks of Light, (B, C, H, W) -> (B, C, H, W). Differences from ConvNeXt: a kernel of 3 and not 7, twice the width
+    inside and not four times, group norm: at a given time all of these learn faster.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.norm = nn.GroupNorm(num_groups(width), width)
+        self.expand = nn.Conv2d(width, 2 * width, 1)
+        self.project = nn.Conv2d(2 * width, width, 1)
+        for parameter in self.project.parameters():
+            nn.init.zeros_(parameter)  # the block starts as the identity, as ResBlock does
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.expand(self.norm(self.depthwise(x)))
+        return x + self.project(F.silu(h))
+
+
+BLOCKS: dict[str, type[nn.Module]] = {"separable": SeparableBlock, "residual": ResBlock}
+
+
 def num_groups(width: int) -> int:
     """The largest number of equal groups of at least 16 channels that the width divides into; at least 1."""
     return next(n for n in range(max(1, width // 16), 0, -1) if width % n == 0)

@@ -163,6 +163,8 @@ def load_tokenizer(folder: Path) -> tuple[VQModel, str]:
     content = [(inside / name).read_bytes() for name in ("config.json", "model.safetensors")]
     try:
         options = {"name": "light"} | json.loads(content[0])  # the first versions had only this one, without a name
+        if options["name"] == "light":
+            options = {"block": "residual", "head_width": 0} | options  # the only ones before these options
         if options["name"] not in list(ARCHITECTURES):
             raise InputError(
                 f"its architecture {options['name']!r} is not in this version of vqgen, "
