@@ -58,7 +58,8 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
     )
     perceptual = None
     if config.perceptual != "none":
-        with section("perceptual", name="perceptual", weights="perceptual_weights"):
+        keys = {"name": "perceptual", "weights": "perceptual_weights"}
+        with section("perceptual", **keys), accelerator.local_main_process_first():  # which may have to fetch weights
             perceptual = PerceptualDistance(config.perceptual, config.perceptual_weights).to(device)
     model.to(device)
 

@@ -41,6 +41,7 @@ from vqgen.tokenizers.vqmodel import VQModel, from_uint8, to_uint8
 from vqgen.training.average import WeightEMA
 from vqgen.training.launchers import refuse_compiled
 from vqgen.training.means import Stopwatch
+from vqgen.training.muon import Muon, muon_groups
 from vqgen.training.origin import merged
 from vqgen.training.run import Now, Run, attempts
 from vqgen.training.schedule import lr_at, num_parameters, parameter_groups, ramp_at, set_lr
@@ -119,7 +120,7 @@ def tokenizer_pass(
     (gradient,) = torch.autograd.grad(losses["rec_loss"], y)  # (B, C, H, W)
     loss = losses["rec_loss"] + losses["quantizer_loss"]
     if nets.perceptual is not None and now.share >= perceptual.start:
-        with stopwatch.running():
+        with stopwatch.running(), run.accelerator.autocast():
             losses["perceptual_loss"] = nets.perceptual(y[:: perceptual.every], x[:: perceptual.every]).mean()
             (perceptual_gradient,) = torch.autograd.grad(losses["perceptual_loss"], y)
         gradient = gradient + perceptual.weight * perceptual_gradient
@@ -262,9 +263,12 @@ def build(config: Stage1Config, run: Run) -> Nets:
         run.origin.fill(tokenizer)
         run.origin.kept += [f"{' and '.join(config.freeze)} frozen"] if config.freeze else []
     tokenizer.freeze(config.freeze)
+    if config.train.activation_checkpointing:
+        with section("train"):
+            tokenizer.checkpoint_activations()
     perceptual = disc = lecam = disc_optimizer = None
     if config.loss.perceptual.name != "none":
-        with section("loss.perceptual"):
+        with section("loss.perceptual"), run.accelerator.local_main_process_first():  # which may have to fetch weights
             perceptual = PerceptualDistance(config.loss.perceptual.name, config.loss.perceptual.weights)
         perceptual = perceptual.to(device, memory_format=memory_format)
     if adversarial.name != "none":
@@ -282,12 +286,12 @@ def build(config: Stage1Config, run: Run) -> Nets:
             disc.parameters(), lr=adversarial.lr, betas=DISC_BETAS, eps=DISC_EPS, weight_decay=0.0, fused=True
         )
     tokenizer = tokenizer.to(device, memory_format=memory_format)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(tokenizer, config.optim.weight_decay),
-        lr=config.optim.lr,
-        betas=(config.optim.beta1, config.optim.beta2),
-        fused=True,
-    )
+    groups = parameter_groups(tokenizer, config.optim.weight_decay)
+    adam = {"lr": config.optim.lr, "betas": (config.optim.beta1, config.optim.beta2), "fused": True}
+    if config.optim.name == "muon":
+        optimizer = Muon(muon_groups(groups, tokenizer.last_layer), **adam)
+    else:
+        optimizer = torch.optim.AdamW(groups, **adam)
     average = WeightEMA(tokenizer, config.train.ema)
     return Nets(tokenizer, tokenizer, average, optimizer, perceptual, disc, disc, disc_optimizer, lecam)
 

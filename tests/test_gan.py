@@ -1,6 +1,7 @@
 """Runs the plain GAN, stage 1 with discriminator and perceptual loss, and the comparison, as programs."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -35,6 +36,17 @@ def made(tmp_path_factory) -> Path:
     shell(f"accelerate launch stage1/train.py {DEBUG['train']} run_dir={folder}/train {QUIET} {' '.join(VQGAN)}")
     shell(f"accelerate launch stage1/train_gan.py {DEBUG['train_gan']} run_dir={folder}/train_gan {QUIET}")
     return folder
+
+
+def test_activations_that_are_computed_again_change_no_bit_of_a_run_that_goes_on_with_them(made, program, tmp_path):
+    run = shutil.copytree(made / "train", tmp_path / "run")
+    shutil.rmtree(run / "checkpoints/step_00000040")
+    again = "train.activation_checkpointing=true"
+    code, output, _ = program("stage1/train.py", DEBUG["train"], f"run_dir={run}", QUIET, *VQGAN, again)
+    assert (code, "going on from step 20" in output) == (0, True)
+    assert "activation_checkpointing: true" in (run / "config.yaml").read_text()
+    assert same_weights(run, made / "train")
+    assert untimed_metrics(run) == untimed_metrics(made / "train")
 
 
 @pytest.mark.parametrize("name", ["train", "train_gan"])
@@ -272,7 +284,7 @@ BAD = {
     "comparing with a mistyped key": ("compare", "run_dir={tmp}/run prior=[optim.lrr=1]", "did you mean optim.lr?"),
     "two files for one network": (
         "train",
-        "loss.perceptual.name=lpips-vgg",
+        "loss.perceptual.name=lpips-vgg loss.perceptual.weights=[vgg16.pth]",
         "loss.perceptual.name=lpips-vgg needs weights=[VGG16.pth,HEADS.pth]",
     ),
     "comparing for no time": ("compare", "seconds=0", "seconds=0.0: must be positive"),

@@ -114,7 +114,8 @@ class PerceptualConfig:
     name: Literal["none", "alex", "vgg", "lpips-vgg"] = "none"
     """`none`, `alex` or `vgg` (shift-tolerant LPIPS), or `lpips-vgg` (the original)."""
     weights: list[str] = field(default_factory=list)
-    """Files with its weights; an empty list takes the installed ones. `lpips-vgg` needs [VGG16.pth,HEADS.pth]."""
+    """Files with its weights; an empty list takes the installed ones, and for `lpips-vgg` fetches VGG16 once (528 MB).
+    `lpips-vgg` takes two: [VGG16.pth,HEADS.pth]."""
     weight: float = 0.01
     """Its weight in the loss. With a much larger weight the decoder draws patterns that only the classifier takes for
     texture."""
@@ -198,6 +199,17 @@ class OptimConfig:
 
 
 @dataclass
+class TokenizerOptimConfig(OptimConfig):
+    """Muon or AdamW, with linear warm-up and a cosine to zero over the run's budget."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    """`muon`: orthogonalised steps for the weights between hidden layers, of the same size as AdamW's, which trains the
+    others; or `adamw` for all."""
+    lr: float = 4e-3
+    """Peak learning rate."""
+
+
+@dataclass
 class TrainConfig:
     """The length of training, the size of its steps, and what it writes on the way."""
 
@@ -243,6 +255,15 @@ class TrainConfig:
 
 
 @dataclass
+class Stage1TrainConfig(TrainConfig):
+    """The length of training, the size of its steps, and what it writes on the way."""
+
+    activation_checkpointing: bool = False
+    """Compute the activations inside the tokenizer's blocks again in the backward pass instead of keeping them: larger
+    batches fit, and a step takes about a quarter longer. The result is the same."""
+
+
+@dataclass
 class TrackingConfig:
     """Where the numbers go besides metrics.jsonl."""
 
@@ -272,8 +293,8 @@ class Stage1Config:
     """The tokenizer's architecture"""
     loss: LossConfig = field(default_factory=LossConfig)
     discriminator: dict[str, Any] = field(default_factory=dict)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: TokenizerOptimConfig = field(default_factory=TokenizerOptimConfig)
+    train: Stage1TrainConfig = field(default_factory=Stage1TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
@@ -430,7 +451,7 @@ class Stage1EvaluateConfig(EvaluateConfig):
     perceptual: str = "alex"
     """Perceptual distance: `alex` or `vgg` (shift-tolerant LPIPS), `lpips-vgg` (the original) or `none`."""
     perceptual_weights: list[str] = field(default_factory=list)
-    """Files with its weights; an empty list takes the installed ones. `lpips-vgg` needs [VGG16.pth,HEADS.pth]."""
+    """Files with its weights, as in stage 1's loss.perceptual.weights; an empty list takes the published ones."""
     batch_size: int = 128
     """Images per batch of each process."""
     seed: int = 0

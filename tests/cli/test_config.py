@@ -500,7 +500,7 @@ def test_settings_of_a_quantizer_within_a_quantizer():
         load_config(Stage1Config, ["model.quantizer.base.level=[4,4]"], sections)
     text = usage("program", Stage1Config, sections)
     assert text.count("lookup=euclidean") == 1  # inside the other quantizer it has the same meaning
-    assert "  model.name=light  (str)\n      The tokenizer's architecture: light\n" in text
+    assert "  model.name=light  (str)\n      The tokenizer's architecture: light, vqgan\n" in text
     assert "model.quantizer.base.name=ema" in text
     for key, _, _, meaning in settings(Stage1Config, sections):
         assert meaning.split(") ", 1)[-1], key

@@ -1,14 +1,17 @@
 """The perceptual distance against the values of its weights' package, and as a loss."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from data.server import serving
 from torch import Tensor
 
 from vqgen.errors import InputError
+from vqgen.evaluation import perceptual, weights
 from vqgen.evaluation.perceptual import PerceptualDistance
 from vqgen.evaluation.weights import installed_file
 
@@ -28,6 +31,21 @@ def pair(size: int) -> tuple[Tensor, Tensor]:
     y = x.roll(3, 3) * 0.8
     x, y = x[..., :size, :size], y[..., :size, :size]
     return torch.cat([x, y.flip(1)]), torch.cat([y, x])
+
+
+def torchvisions_vgg16() -> dict[str, Tensor]:
+    """Random weights that keep the activations' size, in the names of torchvision's vgg16."""
+    generator = torch.Generator().manual_seed(0)
+    trunk, number, channels = {"classifier.0.weight": torch.zeros(1)}, 0, 3
+    for width in (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"):
+        if width == "M":
+            number += 1
+            continue
+        std = (2 / (9 * channels)) ** 0.5
+        trunk[f"features.{number}.weight"] = std * torch.randn(width, channels, 3, 3, generator=generator)
+        trunk[f"features.{number}.bias"] = 0.1 * torch.randn(width, generator=generator)
+        number, channels = number + 2, width
+    return trunk
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +100,37 @@ def test_a_step_along_the_gradient_brings_images_nearer(alex):
     assert alex(x - 0.01 * x.grad / x.grad.abs().max(), y).sum() < before.sum()
 
 
-def test_it_computes_in_float32_under_autocast(alex):
+@pytest.mark.parametrize("name", ["alex", "vgg"])
+def test_under_bf16_autocast_the_gradient_keeps_its_direction_and_length(name):
+    """Measured on a blurred noisy image, whose PSNR is a reconstruction's; the trunk's convolutions are in bf16."""
+    network, x = PerceptualDistance(name), pair(64)[0]
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    y = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1) + 0.1 * noise
+    distances, gradients, dtypes = [], [], set()
+    network.trunk[1].register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+    for bf16 in (False, True):
+        z = y.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            distances.append(network(z, x))
+        gradients.append(torch.autograd.grad(distances[-1].mean(), z)[0].flatten())
+    assert dtypes == {torch.float32, torch.bfloat16}
+    assert distances[1].dtype == gradients[1].dtype == torch.float32
+    assert distances[1].tolist() == pytest.approx(distances[0].tolist(), rel=0.05)
+    assert F.cosine_similarity(*gradients, dim=0) > 0.95
+    assert gradients[1].norm().item() == pytest.approx(gradients[0].norm().item(), rel=0.05)
+
+
+def test_what_it_sees_is_compared_in_float32_under_bf16_autocast(alex):
+    x, y = (torch.randn(2, 64, 8, 8, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(2))
+    expected = perceptual._compared(x.float(), y.float(), alex.heads[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(perceptual._compared(x, y, alex.heads[0]), expected)
+        assert alex(images := pair(32)[0], images).tolist() == [0, 0]
+
+
+def test_under_fp16_autocast_it_computes_in_float32(alex):
     x, y = pair(32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         distance = alex(x, y)
     assert torch.equal(distance, alex(x, y))
 
@@ -97,16 +143,7 @@ def test_it_compiles_as_one_graph(alex):
 
 def test_the_original_lpips_from_torchvisions_file_and_its_heads(tmp_path):
     """Compares with the network as torchvision and LPIPS write it, with torchvision's names and random weights."""
-    generator = torch.Generator().manual_seed(0)
-    trunk, number, channels = {"classifier.0.weight": torch.zeros(1)}, 0, 3
-    for width in (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"):
-        if width == "M":
-            number += 1
-            continue
-        std = (2 / (9 * channels)) ** 0.5
-        trunk[f"features.{number}.weight"] = std * torch.randn(width, channels, 3, 3, generator=generator)
-        trunk[f"features.{number}.bias"] = 0.1 * torch.randn(width, generator=generator)
-        number, channels = number + 2, width
+    trunk = torchvisions_vgg16()
     torch.save(trunk, tmp_path / "vgg16.pth")
     heads = installed_file("torchmetrics", "functional/image/lpips_models/vgg.pth", "")
     ours = PerceptualDistance("lpips-vgg", [str(tmp_path / "vgg16.pth"), str(heads)])
@@ -130,12 +167,63 @@ def test_the_original_lpips_from_torchvisions_file_and_its_heads(tmp_path):
     assert ours(x, y).tolist() == pytest.approx(expected.tolist(), rel=1e-4)
 
 
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A server with a VGG16 of random weights in torchvision's names, where the original's weights are fetched from."""
+    (tmp_path / "served").mkdir()
+    torch.save(torchvisions_vgg16(), file := tmp_path / "served/vgg16.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    with serving(tmp_path / "served") as server:
+        monkeypatch.setattr(perceptual, "VGG16_URL", f"{server.url}/vgg16.pth")
+        monkeypatch.setattr(perceptual, "VGG16_SHA256", hashlib.sha256(file.read_bytes()).hexdigest()[:8])
+        yield server
+
+
+def test_the_original_is_fetched_once_and_its_heads_are_torchmetrics_or_lpips(published, tmp_path, monkeypatch, caplog):
+    first = PerceptualDistance("lpips-vgg")
+    (said,) = caplog.messages
+    assert said.startswith(
+        f"name=lpips-vgg: fetching {published.url}/vgg16.pth, once, to {tmp_path}/home/hub/checkpoints/"
+    )
+    heads = installed_file("torchmetrics", "functional/image/lpips_models/vgg.pth", "")
+    (tmp_path / "lpips/weights/v0.1").mkdir(parents=True)
+    shutil.copy(heads, tmp_path / "lpips/weights/v0.1/vgg.pth")
+    (tmp_path / "lpips/__init__.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    again = PerceptualDistance("lpips-vgg")
+    given = PerceptualDistance("lpips-vgg", [str(tmp_path / "served/vgg16.pth"), str(heads)])
+    assert first.checksum == again.checksum == given.checksum
+    assert published.counts["GET /vgg16.pth"] == 1
+    x, y = pair(32)
+    assert first(x, y).min() > 0
+    assert torch.equal(first(x, y), given(x, y))
+
+
+def test_the_original_that_cannot_be_fetched_is_one_line(published, tmp_path, monkeypatch, capsys):
+    remedy = r"; fetch it elsewhere and give weights=\[VGG16.pth,HEADS.pth\]$"
+    published.answers["/vgg16.pth"] = 503
+    with pytest.raises(
+        InputError, match=rf"^name=lpips-vgg: http\S+ cannot be downloaded \(HTTP Error 503.*\){remedy}"
+    ):
+        PerceptualDistance("lpips-vgg")
+    published.answers.clear()
+    published.cuts["/vgg16.pth"] = [1000]
+    with pytest.raises(InputError, match=rf"cannot be downloaded \(.*\){remedy}"):
+        PerceptualDistance("lpips-vgg")
+    assert not list((tmp_path / "home").rglob("vgg16*"))
+    monkeypatch.setattr(perceptual, "HEADS", {"no_such_package": "a.pth", "torchmetrics": "b.pth"})
+    monkeypatch.setattr(perceptual, "find_spec", lambda name: None)
+    monkeypatch.setattr(weights, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"package torchmetrics, which is missing; pip install 'vqgen\[evaluation\]'"):
+        PerceptualDistance("lpips-vgg")
+
+
 def test_what_is_wrong_with_the_weights_is_said(tmp_path):
     file = installed_file("stlpips_pytorch", "weights/vST0.0/alex_shift_tolerant.pth", "")
     with pytest.raises(InputError, match=r"^name=squeeze is not known; use alex, vgg, lpips-vgg or none"):
         PerceptualDistance("squeeze")
     with pytest.raises(InputError, match=r"^name=lpips-vgg needs weights="):
-        PerceptualDistance("lpips-vgg")
+        PerceptualDistance("lpips-vgg", [str(file)])
     with pytest.raises(InputError, match="belong to another network"):
         PerceptualDistance("vgg", [str(file)])
     with pytest.raises(InputError, match=r"^weights=.*none\.pth: no such file"):

@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from vqgen.data.images import some_rows
 from vqgen.distributed import all_reduce_sum, object_from_main, rank, world_size
 from vqgen.errors import InputError, need
 from vqgen.evaluation.inception import InceptionV3
-from vqgen.evaluation.weights import installed_file, read_weights
+from vqgen.evaluation.weights import fetched_file, installed_file, read_weights
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
@@ -123,15 +122,12 @@ class Inception(FeatureNetwork):
 
     def __init__(self, weights: str | None = None):
         super().__init__()
-        path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-        if weights is None and not path.is_file():
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(INCEPTION_URL, str(path), INCEPTION_SHA256)
-            except (URLError, OSError, RuntimeError) as error:
-                raise InputError(
-                    f"{INCEPTION_URL} cannot be downloaded ({error}); fetch it elsewhere and give feature_weights=PATH"
-                ) from error
+        remedy = "fetch it elsewhere and give feature_weights=PATH"
+        path = (
+            fetched_file(INCEPTION_URL, INCEPTION_SHA256, "features=inception", remedy)
+            if not weights
+            else Path(weights)
+        )
         state, self.checksum = read_weights(path, INCEPTION_SHA256)
         self.net = InceptionV3()
         try:

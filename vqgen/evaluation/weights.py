@@ -1,14 +1,18 @@
 """Published weights of other projects: finds them in a package, checks them, and reads them without running code."""
 
 import hashlib
+import logging
 import pickle
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.error import URLError
 
 import torch
 from torch import Tensor
 
 from vqgen.errors import InputError
+
+logger = logging.getLogger("vqgen")
 
 
 def installed_file(package: str, file: str, remedy: str) -> Path:
@@ -21,6 +25,29 @@ def installed_file(package: str, file: str, remedy: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"the weights are in the package {package.replace('_', '-')}, which is missing; {remedy}")
     return Path(spec.submodule_search_locations[0]) / file
+
+
+def fetched_file(url: str, expected: str, what: str, remedy: str) -> Path:
+    """The path of a published file in torch.hub's folder, into which it is fetched once.
+
+    Args:
+        url: the file's address.
+        expected: the beginning of the correct SHA-256.
+        what: the setting that needs the file, for the message.
+        remedy: the end of the message.
+
+    Raises:
+        InputError: it cannot be fetched.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.is_file():
+        logger.warning(f"{what}: fetching {url}, once, to {path}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), expected)
+        except (URLError, OSError, RuntimeError) as error:
+            raise InputError(f"{what}: {url} cannot be downloaded ({error}); {remedy}") from error
+    return path
 
 
 def read_weights(path: Path, expected: str | None) -> tuple[dict[str, Tensor], str]:

@@ -4,11 +4,12 @@ from typing import Any
 
 from vqgen.errors import require_choice, require_options
 from vqgen.tokenizers.light import Light
+from vqgen.tokenizers.vqgan import VQGAN
 from vqgen.tokenizers.vqmodel import VQModel
 
-__all__ = ["ARCHITECTURES", "Light", "VQModel", "build_tokenizer"]
+__all__ = ["ARCHITECTURES", "VQGAN", "Light", "VQModel", "build_tokenizer"]
 
-ARCHITECTURES: dict[str, type[VQModel]] = {"light": Light}
+ARCHITECTURES: dict[str, type[VQModel]] = {"light": Light, "vqgan": VQGAN}
 
 
 def build_tokenizer(name: str = "light", **options: Any) -> VQModel:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vqgen.codes import CodeLayout, shown, sides
 from vqgen.errors import InputError, expanded, require, require_choice, section
 from vqgen.quantizers import Quantizer, QuantizerOutput, build_quantizer, quantizer_options
+from vqgen.tokenizers.blocks import Stack
 
 CARD = """---
 library_name: vqgen
@@ -73,6 +74,17 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
     def last_layer(self) -> nn.Parameter:
         """The weight of the decoder's last layer, for VQGAN's adaptive weight."""
         raise NotImplementedError
+
+    def checkpoint_activations(self) -> None:
+        """Makes training compute the activations inside blocks a second time instead of keeping them: see `Stack`.
+
+        Raises:
+            InputError: the architecture has no `Stack`.
+        """
+        stacks = [module for module in self.modules() if isinstance(module, Stack)]
+        require(bool(stacks), f"activation_checkpointing=true: {type(self).__name__} has no Stack of blocks; set false")
+        for stack in stacks:
+            stack.checkpointing = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[QuantizerOutput]]:
         """Reconstructions of images (B, C, H, W), in the same shape, and the quantizer's output for each code map."""
@@ -199,6 +211,8 @@ def load_tokenizer(folder: Path) -> tuple[VQModel, str]:
     content = [(inside / name).read_bytes() for name in ("config.json", "model.safetensors")]
     try:
         options = {"name": "light"} | json.loads(content[0])  # the first versions had only this one, without a name
+        if options["name"] == "light":
+            options = {"block": "residual", "head_width": 0} | options  # the only ones before these options
         if options["name"] not in list(ARCHITECTURES):
             raise InputError(
                 f"its architecture {options['name']!r} is not in this version of vqgen, "

@@ -28,6 +28,7 @@ logger = logging.getLogger("vqgen")
 # A run may resume with other values of these settings. Most of them do not affect the result.
 FREE_SETTINGS = ["run_dir", WORKING_DIR, "tracking", "data.workers", "train.log_every", "train.checkpoint_every"]
 FREE_SETTINGS += ["train.keep_checkpoints", "train.milestone_every", "train.max_hours", "train.eval_every"]
+FREE_SETTINGS += ["train.activation_checkpointing"]
 FREE_SETTINGS += ["train.accumulation"]  # changes rounding, and data.workers a stream; `how_resumed` says so
 # The data and the tokenizer may have moved; `check_made_from` checks that they are the same.
 FREE_SETTINGS += ["data.source", "data.val_source", "data.cache_gb", "stage1", "codes_dir"]
@@ -35,6 +36,7 @@ FREE_SETTINGS += ["data.source", "data.val_source", "data.cache_gb", "stage1", "
 # What settings stood for before versions wrote them.
 BEFORE: dict[str, Any] = {"model.name": "light", "order": "raster", "data.crops": 1}
 BEFORE |= {"data.stream": False, "data.shuffle_buffer": 10000, "freeze": []}
+BEFORE |= {"model.block": "residual", "model.head_width": 0, "optim.name": "adamw"}
 
 CHECKSUMS = "SHA256SUMS"  # a file in the format of sha256sum, which can check it
 
