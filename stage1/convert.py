@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from vqgen.cli.program import run_program
 from vqgen.errors import InputError, require, require_choice
 from vqgen.settings import ConvertConfig
-from vqgen.tokenizers.interop import DIFFUSERS_FILES, FAMILIES, from_checkpoint, to_diffusers
+from vqgen.tokenizers.files import DIFFUSERS_FILES
+from vqgen.tokenizers.interop import FAMILIES, from_checkpoint, to_diffusers
 from vqgen.tokenizers.vqmodel import load_tokenizer
 from vqgen.training.checkpoints import written_whole
 from vqgen.training.schedule import num_parameters

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vqgen.errors import InputError
 from vqgen.tokenizers import VQGAN, Light, VQModel
-from vqgen.tokenizers.interop import from_checkpoint
+from vqgen.tokenizers.interop import from_checkpoint, to_diffusers
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -445,6 +445,18 @@ def test_diffusers_old_files_and_names(tmp_path):
     assert_same(theirs, from_checkpoint(tmp_path, "diffusers")[0])
 
 
+def test_a_codebook_of_running_means_is_diffusers_too(tmp_path):
+    torch.manual_seed(0)
+    model = ours(quantizer={"name": "ema", "codebook_size": 12, "code_dim": 3}).eval()
+    with torch.no_grad():
+        vectors = model.to_code(model.encoder(images())).movedim(1, -1).flatten(0, 2)
+    model.quantizer.codebook.copy_(vectors[::4][:12])
+    config, weights = to_diffusers(model)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    assert_same(diffusers.VQModel.from_pretrained(tmp_path).eval(), model)
+
+
 NOT_DIFFUSERS = {
     "another architecture": (lambda: Light(), "its architecture is Light; diffusers has only that of vqgan"),
     "cosine lookup": (lambda: ours(quantizer={"name": "vq", "lookup": "cosine"}), "looked up by cosine"),
@@ -526,6 +538,14 @@ BAD_STATES = {
     "with more in a block": (
         lambda: random_state("taming") | {"encoder.down.0.block.0.temb_proj.weight": torch.zeros(3)},
         "the network of vqgan has no place for encoder.down.0.block.0.temb_proj.weight",
+    ),
+    "with remapped codes that are not there": (
+        lambda: with_gumbel_and_remap(random_state("taming")) | {"quantize.used": torch.tensor([3, 24])},
+        "quantize.used names codes that the codebook does not have",
+    ),
+    "with nothing in a weight": (
+        lambda: random_state("taming") | {"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)},
+        "encoder.conv_in.weight has the shape [0, 3, 3, 3], which is not that of VQGAN's",
     ),
     "of many channels": (lambda: random_state("taming", channels=7), "channels=7: must be 1 or 3"),
     "of widths that 32 does not divide": (
@@ -646,6 +666,12 @@ def test_mistakes_on_the_command_line_are_one_line(program, arguments, message):
     code, output, errors = program("stage1/convert.py", *arguments)
     assert (code, output, len(errors.splitlines())) == (2, "", 1)
     assert errors.startswith(f"error: {message}")
+
+
+def test_help_shows_the_flags_as_they_are_written(program):
+    code, output, _ = program("stage1/convert.py", "--help")
+    assert code == 0
+    assert "\n  from=null  (str | null)\n" in output
 
 
 def test_a_converted_tokenizer_goes_straight_into_evaluation_stage_2_and_sampling(program, tmp_path):

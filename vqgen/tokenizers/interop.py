@@ -1,10 +1,6 @@
 """Other projects' VQGAN checkpoints: read, renamed to ours and checked; and ours renamed for diffusers."""
 
-import argparse
 import itertools
-import json
-import pickle
-import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from itertools import takewhile
@@ -12,19 +8,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vqgen.errors import InputError, require
 from vqgen.quantizers.codebook import CodebookQuantizer
+from vqgen.tokenizers.files import Weights, read_file, read_folder, unwrapped
 from vqgen.tokenizers.vqgan import VQGAN, Attention, ResidualBlock
 from vqgen.tokenizers.vqmodel import VQModel
 
-DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 BETA = 0.25  # in all three projects, unless the user of LlamaGen set another
 TRAINED = 1000  # updates after which a codebook's running counts weigh new batches by its decay
-WRAPPERS = ("module.", "_orig_mod.", "first_stage_model.")  # of DDP, torch.compile, and of a whole generator
 # Beginnings of the names of weights that say nothing about codes or images.
 UNUSED = ("loss.", "model_ema.", "quantize.codebook_used")
 
@@ -89,9 +82,6 @@ FAMILIES = {
 CODEBOOK, EMA_COUNTS, EMA_SUMS = (f"quantize.embedding.{name}" for name in ("weight", "cluster_size", "embed_avg"))
 GUMBEL = {"codebook": "quantize.embed.weight", "projection.weight": "quantize.proj.weight"}
 GUMBEL["projection.bias"] = "quantize.proj.bias"
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in diffusers' first files
-
-Weights = dict[str, Tensor]
 
 
 def from_checkpoint(path: Path, family: str) -> tuple[VQGAN, list[str]]:
@@ -104,9 +94,9 @@ def from_checkpoint(path: Path, family: str) -> tuple[VQGAN, list[str]]:
     Raises:
         InputError: the checkpoint does not load, is another project's or no VQ model, or is what VQGAN cannot be.
     """
-    weights, settings, notes = _read_folder(path) if family == "diffusers" else _read_file(path)
+    weights, settings, notes = read_folder(path) if family == "diffusers" else read_file(path)
     try:
-        weights = _unwrapped(weights, notes)
+        weights = unwrapped(weights, notes)
         _check_family(weights, family)
         return _tokenizer(weights, settings, family, notes), notes
     except InputError as error:
@@ -298,6 +288,8 @@ def _quantizer(
         state = {ours: _weight(weights, theirs) for ours, theirs in GUMBEL.items()}
         state["projection.weight"] = state["projection.weight"].flatten(1)  # a 1x1 convolution
         if used is not None:
+            known = ((used >= 0) & (used < min(map(len, state.values())))).all()
+            require(bool(known), "quantize.used names codes that the codebook does not have")
             state = {name: value[used.long()] for name, value in state.items()}
             notes.append(f"kept: the {len(used):,} codes of quantize.used, numbered as there, as it draws no others")
         size, dim = _weight(state, "codebook", axes=2).shape
@@ -328,7 +320,8 @@ def _quantizer(
 def _weight(weights: Weights, name: str, axes: int | None = None) -> Tensor:
     require(name in weights, f"has no {name}: it is incomplete or another network")
     value = weights[name]
-    require(axes in (None, value.ndim), f"{name} has the shape {list(value.shape)}, which is not that of VQGAN's")
+    fits = axes in (None, value.ndim) and value.numel() > 0
+    require(fits, f"{name} has the shape {list(value.shape)}, which is not that of VQGAN's")
     return value
 
 
@@ -350,102 +343,3 @@ def _check_family(weights: Weights, family: str) -> None:
         f"looks like a checkpoint of {FAMILIES[looks or family].project}, not of {FAMILIES[family].project}; "
         f"use --from {looks}",
     )
-
-
-def _unwrapped(weights: Weights, notes: list[str]) -> Weights:
-    """The weights without the prefixes of what they were wrapped in; a line of the notes says what lay beside them."""
-    while True:
-        prefix = next((p for p in WRAPPERS if any(name.startswith(p) for name in weights)), None)
-        if prefix is None:
-            return weights
-        others = {name.partition(".")[0] + ".*" for name in weights if not name.startswith(prefix)}
-        if others:
-            notes.append(f"left out: {', '.join(sorted(others))}, which lie beside {prefix}*")
-        weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-
-
-def _read_file(path: Path) -> tuple[Weights, dict[str, Any], list[str]]:
-    """The weights and the settings in a file of taming-transformers or LlamaGen, and a line that says what was taken.
-
-    Raises:
-        InputError: there is no such file, or it does not hold weights by name.
-    """
-    if path.is_dir():
-        folder = any((path / name).is_file() for name in DIFFUSERS_FILES)
-        remedy = "use --from diffusers" if folder else "give the file of weights in it"
-        raise InputError(f"{path} is a folder, not a file; {remedy}")
-    content = _loaded(path)
-    inside = next((name for name in ("ema", "model", "state_dict") if isinstance(content.get(name), dict)), None)
-    args = content.get("args")
-    settings = vars(args) if isinstance(args, argparse.Namespace) else {}
-    if inside is None:
-        return _named(path, content), settings, []
-    others = ", ".join(sorted(str(name) for name in content if name != inside))
-    return _named(path, content[inside]), settings, [f"taken: {inside}" + (f"; left out: {others}" if others else "")]
-
-
-def _read_folder(path: Path) -> tuple[Weights, dict[str, Any], list[str]]:
-    """The weights and the settings in a folder of diffusers' VQModel, by the names that diffusers has now.
-
-    Raises:
-        InputError: there is no such folder, or it holds another model, or one that VQGAN cannot be.
-    """
-    require(path.exists(), f"{path}: no such folder")
-    require(path.is_dir(), f"{path} is a file, but diffusers' models are folders; give the folder with its config.json")
-    part = next((name for name in ("vqvae", "movq", "vae") if (path / name / "config.json").is_file()), None)
-    inside = f"; give the part {path / part}" if part else ""
-    require((path / "config.json").is_file(), f"{path} has no config.json, so it is not a model of diffusers{inside}")
-    file = next((path / name for name in DIFFUSERS_FILES if (path / name).is_file()), None)
-    if file is None:
-        raise InputError(f"{path} has neither {' nor '.join(DIFFUSERS_FILES)}")
-    try:
-        settings = dict(json.loads((path / "config.json").read_text("utf-8")))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path / 'config.json'} is not diffusers': {error}") from error
-    kind = settings.get("_class_name")
-    require(kind == "VQModel", f"{path} is diffusers' {kind}, not its VQModel")
-    norm, activation = settings.get("norm_type", "group"), settings.get("act_fn", "silu")
-    spatial = "its decoder's normalisations depend on codes (MoVQ), and vqgan has no such layers"
-    require(norm == "group", f"{path} has norm_type={norm}: {spatial}")
-    require(activation in ("silu", "swish"), f"{path} has act_fn={activation}; vqgan has only silu")
-
-    def renamed(name: str) -> str:
-        old = re.fullmatch(r"(.+\.attentions\.\d+\.)(query|key|value|proj_attn)(\.\w+)", name)
-        return f"{old[1]}{OLD_ATTENTION[old[2]]}{old[3]}" if old else name
-
-    settings.setdefault("norm_num_groups", 32)
-    return {renamed(name): value for name, value in _named(file, _loaded(file)).items()}, settings, []
-
-
-def _loaded(path: Path) -> dict[str, Any]:
-    """What is in a file of weights; runs no code.
-
-    Raises:
-        InputError: there is no such file, it does not load, or it holds more than plain data.
-    """
-    require(path.is_file(), f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the settings in LlamaGen's files
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            save = f"torch.save(torch.load({str(path)!r}, weights_only=False)['state_dict'], 'weights.pt')"
-            raise InputError(
-                f"{path} also holds {found[1]}, which could run code and is not loaded; if you trust the file, save "
-                f'its weights alone where that is installed: python -c "import torch; {save}"'
-            ) from error
-        raise InputError(f"{path} does not load: it is damaged, or no file of weights") from error
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise InputError(f"{path} does not load: it is damaged, or no file of weights ({reason})") from error
-    require(isinstance(content, dict), f"{path} holds no weights by name, but a {type(content).__name__}")
-    return content
-
-
-def _named(path: Path, content: Mapping[Any, Any]) -> Weights:
-    """The content, if it is weights by name."""
-    fine = all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
-    require(fine and len(content) > 0, f"{path} holds no weights by name; give a saved state_dict")
-    return dict(content)
