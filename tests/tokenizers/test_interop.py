@@ -288,7 +288,7 @@ def test_what_was_found_taken_and_assumed_is_said(tmp_path):
         "assumed: cosine lookup; if trained further, beta=0.5 on the encoder's term, and no revival of codes",
         f"left out: quantize.codebook_used (1 of {len(s)} weights)",
     ]
-    assert model.quantizer.loss_weights == (0.5, 1.0)
+    assert (model.quantizer.commitment_weight, model.quantizer.codebook_weight) == (0.5, 1.0)
     lookup = {"model": s, "args": argparse.Namespace(codebook_l2_norm=False)}
     model, notes = from_checkpoint(saved(tmp_path / "x.pt", lookup), "llamagen")
     assert not model.quantizer.cosine
@@ -297,7 +297,7 @@ def test_what_was_found_taken_and_assumed_is_said(tmp_path):
 
 def test_tamings_beta_stays_on_the_codebooks_term_and_that_is_said(tmp_path):
     model, notes = from_checkpoint(saved(tmp_path / "x.ckpt", random_state("taming")), "taming")
-    assert model.quantizer.loss_weights == (1.0, 0.25)
+    assert (model.quantizer.commitment_weight, model.quantizer.codebook_weight) == (1.0, 0.25)
     assert any("beta=0.25 on the codebook's term, as in the project's code (legacy_beta)" in note for note in notes)
 
 

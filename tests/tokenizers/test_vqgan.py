@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from programs import ROOT
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -110,11 +111,11 @@ block 128 128 256 2
 norm 128 128 256 1
 conv 128 3 256 1
 """
-ORIGINALS = {  # their layers, our options, and the codebook's size and dimension
-    "taming-transformers f16": (F16, {}, 16384, 256),
-    "taming-transformers gumbel-f8": (F8.format(128), {"multipliers": [1, 1, 2, 4]}, 8192, 256),
-    "LlamaGen VQ-16": (F16, {}, 16384, 8),
-    "LlamaGen VQ-8": (F8.format(256), {"multipliers": [1, 2, 2, 4]}, 16384, 8),
+ORIGINALS = {  # their layers, our options, and the quantizer's name, size and dimension
+    "taming-transformers f16": (F16, {}, "vq", 16384, 256),
+    "taming-transformers gumbel-f8": (F8.format(128), {"multipliers": [1, 1, 2, 4]}, "gumbel", 8192, 256),
+    "LlamaGen VQ-16": (F16, {}, "vq", 16384, 8),
+    "LlamaGen VQ-8": (F8.format(256), {"multipliers": [1, 2, 2, 4]}, "vq", 16384, 8),
 }
 PUBLISHED = {"LlamaGen VQ-16": "72M", "LlamaGen VQ-8": "70M"}  # its README, codebook included
 
@@ -139,8 +140,10 @@ def cost(kind: str, inside: int, out: int, side: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_parameters_and_flops_are_the_originals(name):
-    layers, options, codebook_size, code_dim = ORIGINALS[name]
+    layers, options, quantizer, codebook_size, code_dim = ORIGINALS[name]
     parameters, flops = codebook_size * code_dim, 0
+    if quantizer == "gumbel":
+        parameters += cost_of_conv(code_dim, codebook_size, 1, kernel=1)[0]
     side = 256 // 2 ** (len(options.get("multipliers", range(5))) - 1)
     for line in layers.split("\n"):
         if line:
@@ -152,8 +155,8 @@ def test_parameters_and_flops_are_the_originals(name):
         parameters, flops = parameters + each[0], flops + each[1]
 
     with torch.device("meta"):
-        quantizer = {"name": "vq", "codebook_size": codebook_size, "code_dim": code_dim}
-        model = build_tokenizer("vqgan", **options, quantizer=quantizer)
+        sizes = {"codebook_size": codebook_size, "code_dim": code_dim}
+        model = build_tokenizer("vqgan", **options, quantizer={"name": quantizer, **sizes})
         with FlopCounterMode(display=False) as counted:
             x = torch.empty(1, 3, 256, 256)
             x_rec = model.decoder(model.from_code(model.to_code(model.encoder(x))))
@@ -162,6 +165,8 @@ def test_parameters_and_flops_are_the_originals(name):
     assert counted.get_total_flops() == flops
     if name in PUBLISHED:
         assert f"{parameters / 1e6:.0f}M" == PUBLISHED[name]
+    (row,) = [line for line in (ROOT / "docs/tokenizers.md").read_text().splitlines() if line.startswith(f"| {name} |")]
+    assert row.endswith(f" | {parameters / 1e6:.1f} M | {flops / 1e9:.0f} GFLOP |")
 
 
 # Options

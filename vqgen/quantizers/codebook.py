@@ -86,9 +86,9 @@ class CodebookQuantizer(Quantizer):
         self.code_dim = code_dim
         self.cosine = lookup == "cosine"
         self.estimator = gradient_estimator(gradient, code_dim, temperature)
-        self.loss_weights = (commitment_weight, self.codebook_weight)  # on the encoder's term and on the codebook's
+        self.commitment_weight = commitment_weight
         if legacy_beta:
-            self.loss_weights = (1.0, commitment_weight)
+            self.commitment_weight, self.codebook_weight = 1.0, commitment_weight
         self.decay = decay
         self.kmeans_iterations = kmeans_iterations
         self.revive_below = revive_below
@@ -114,7 +114,7 @@ class CodebookQuantizer(Quantizer):
         codebook = self._onto_sphere(self.codebook)
         indices = nearest_code(vectors, codebook.detach(), self.temperature if self.training else 0.0)
         z_q = F.embedding(indices, codebook).view_as(z)
-        loss = vq_loss(z, z_q, *self.loss_weights)
+        loss = vq_loss(z, z_q, self.commitment_weight, self.codebook_weight)
         if self.entropy_weight and self.training:
             seen = codebook.clone()  # ema would change the original before the backward pass
             _, each, mean = soft_assignment(z.flatten(0, 1), seen, self.entropy_temperature)
