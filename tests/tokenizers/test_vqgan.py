@@ -288,7 +288,7 @@ def test_gradient_reaches_every_parameter():
 
 def test_compiles_without_a_graph_break():
     torch._dynamo.reset()
-    eager, x = small(multipliers=[1, 2]).train(), images()
+    eager, x = small(multipliers=[1, 2], decoder_blocks=1, encoder_attention=[]).train(), images()
     compiled = copy.deepcopy(eager)
     (x_rec, q), (x_rec_c, q_c) = eager(x), torch.compile(compiled, fullgraph=True, backend="aot_eager")(x)
     assert torch.equal(q[0].codes, q_c[0].codes)
@@ -327,27 +327,21 @@ def test_bf16_autocast_is_near_and_its_gradient_finite():
 TINY = ["model.name=vqgan", "model.width=8", "model.multipliers=[1,1,2]", "model.norm_groups=4"]
 TINY += ["model.latent_channels=8", "model.encoder_blocks=1", "model.decoder_blocks=1", "data.image_size=16"]
 TINY += ["train.max_steps=3", "train.batch_size=8", "train.eval_images=16", "tracking.wandb=disabled"]
-LOSSES = {
-    "plain": [],
-    "perceptual": ["loss.perceptual.name=alex", "loss.perceptual.start=0", "data.image_size=32"],
-    "discriminator": [
-        "loss.adversarial.name=hinge",
-        "loss.adversarial.start=0",
-        "discriminator.width=4",
-        "discriminator.layers=1",
-    ],
-}
+VQGAN_LOSSES = ["loss.perceptual.name=alex", "loss.perceptual.start=0", "data.image_size=32", "discriminator.layers=1"]
+VQGAN_LOSSES += ["loss.adversarial.name=hinge", "loss.adversarial.start=0", "discriminator.width=4"]
 
 
-@pytest.mark.parametrize("losses", LOSSES)
+@pytest.mark.parametrize("losses", [[], VQGAN_LOSSES], ids=["plain", "perceptual and adversarial"])
 def test_it_trains_and_goes_on_where_it_was_stopped(program, tmp_path, losses):
-    arguments = ["stage1/train.py", *TINY, *LOSSES[losses]]
-    for run, every in (("whole", 100), ("stopped", 1)):
-        code, _, errors = program(*arguments, f"run_dir={tmp_path}/{run}", f"train.checkpoint_every={every}")
-        assert code == 0, errors
-    shutil.rmtree(tmp_path / "stopped/checkpoints/step_00000003")
-    code, output, _ = program(*arguments, f"run_dir={tmp_path}/stopped", "train.checkpoint_every=1")
+    arguments = ["stage1/train.py", *TINY, *losses, f"run_dir={tmp_path}", "train.checkpoint_every=1"]
+    code, _, errors = program(*arguments)
+    assert code == 0, errors
+    whole = load_file(tmp_path / "model/model.safetensors")
+    shutil.rmtree(tmp_path / "checkpoints/step_00000003")
+    shutil.rmtree(tmp_path / "model")
+    code, output, _ = program(*arguments)
     assert "going on from step 2" in output
-    whole, stopped = (load_file(tmp_path / run / "model/model.safetensors") for run in ("whole", "stopped"))
-    assert all(torch.equal(value, stopped[name]) for name, value in whole.items())
-    assert type(VQModel.from_pretrained(tmp_path / "whole")) is VQGAN
+    again = load_file(tmp_path / "model/model.safetensors")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    assert type(VQModel.from_pretrained(tmp_path)) is VQGAN
