@@ -543,6 +543,14 @@ BAD_STATES = {
         lambda: with_gumbel_and_remap(random_state("taming")) | {"quantize.used": torch.tensor([3, 24])},
         "quantize.used names codes that the codebook does not have",
     ),
+    "with a value that is not finite": (
+        lambda: random_state("taming") | {"quant_conv.bias": torch.tensor([0, 0, torch.nan, 0])},
+        "quant_conv.bias holds values that are not finite, so it is damaged",
+    ),
+    "with a projection that is none": (
+        lambda: with_gumbel(random_state("taming")) | {"quantize.proj.weight": torch.zeros(24)},
+        "quantize.proj.weight has the shape [24], which is not that of VQGAN's",
+    ),
     "with nothing in a weight": (
         lambda: random_state("taming") | {"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)},
         "encoder.conv_in.weight has the shape [0, 3, 3, 3], which is not that of VQGAN's",

@@ -4,6 +4,7 @@ import argparse
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -97,22 +98,36 @@ def _loaded(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the settings in LlamaGen's files
+        # LlamaGen's settings are a Namespace. What torch warns of here, it also raises as an error.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].splitlines()[0][:200]
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             save = f"torch.save(torch.load({str(path)!r}, weights_only=False)['state_dict'], 'weights.pt')"
             raise InputError(
                 f"{path} also holds {found[1]}, which could run code and is not loaded; if you trust the file, save "
                 f'its weights alone where that is installed: python -c "import torch; {save}"'
             ) from error
-        raise InputError(f"{path} does not load: it is damaged, or no file of weights ({reason})") from error
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise InputError(f"{path} does not load: it is damaged, or no file of weights ({reason})") from error
+        raise _damaged(path, str(error).rpartition("WeightsUnpickler error: ")[2]) from error
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        SafetensorError,
+    ) as error:
+        raise _damaged(path, str(error)) from error
     require(isinstance(content, dict), f"{path} holds no weights by name, but a {type(content).__name__}")
     return content
+
+
+def _damaged(path: Path, reason: str) -> InputError:
+    first = (reason.splitlines() or [""])[0][:100]
+    return InputError(f"{path} does not load: it is damaged, or no file of weights" + (f" ({first})" if first else ""))
 
 
 def _named(path: Path, content: Mapping[Any, Any]) -> Weights:

@@ -217,10 +217,13 @@ def _tokenizer(weights: Weights, settings: Mapping[str, Any], family: str, notes
     renamed = weight_names(model, family)
     ours = {name: _convolution(_weight(weights, theirs)) for name, theirs in renamed.items()}
     ours |= {f"quantizer.{name}": value for name, value in codes.items()}
-    for name, value in model.state_dict().items():
-        shapes = f"has the shape {list(ours[name].shape)}, where the network has {list(value.shape)}"
+    expected = model.state_dict()
+    for name, value in ours.items():
+        theirs = renamed.get(name, name)
+        shapes = f"has the shape {list(value.shape)}, where the network has {list(expected[name].shape)}"
         remedy = "vqgan has the same widths and blocks in encoder and decoder"
-        require(ours[name].shape == value.shape, f"{renamed.get(name, name)} {shapes}; {remedy}")
+        require(value.shape == expected[name].shape, f"{theirs} {shapes}; {remedy}")
+        require(bool(value.isfinite().all()), f"{theirs} holds values that are not finite, so it is damaged")
     known = {*renamed.values(), CODEBOOK, EMA_COUNTS, EMA_SUMS, *GUMBEL.values()}
     further = [name for name in weights if name not in known and name != "quantize.used"]  # which has its own line
     unknown = next((name for name in further if not name.startswith(UNUSED)), None)
@@ -231,7 +234,7 @@ def _tokenizer(weights: Weights, settings: Mapping[str, Any], family: str, notes
     halves = {str(value.dtype).removeprefix("torch.") for value in weights.values() if value.dtype.itemsize == 2}
     if halves:
         notes.append(f"converted: {', '.join(sorted(halves))} to float32")
-    model.load_state_dict({n: v.float() if v.is_floating_point() else v for n, v in ours.items()}, assign=True)
+    model.load_state_dict({name: value.to(expected[name].dtype) for name, value in ours.items()}, assign=True)
     return model.eval()
 
 
@@ -285,14 +288,16 @@ def _quantizer(
     """
     used = weights.get("quantize.used")
     if GUMBEL["projection.weight"] in weights:
-        state = {ours: _weight(weights, theirs) for ours, theirs in GUMBEL.items()}
+        axes = {"codebook": 2, "projection.weight": 4, "projection.bias": 1}
+        state = {ours: _weight(weights, theirs, axes[ours]) for ours, theirs in GUMBEL.items()}
         state["projection.weight"] = state["projection.weight"].flatten(1)  # a 1x1 convolution
         if used is not None:
+            used = _weight(weights, "quantize.used", axes=1)
             known = ((used >= 0) & (used < min(map(len, state.values())))).all()
             require(bool(known), "quantize.used names codes that the codebook does not have")
             state = {name: value[used.long()] for name, value in state.items()}
             notes.append(f"kept: the {len(used):,} codes of quantize.used, numbered as there, as it draws no others")
-        size, dim = _weight(state, "codebook", axes=2).shape
+        size, dim = state["codebook"].shape
         notes.append(f"found: the Gumbel quantizer with {size:,} codes of dimension {dim}")
         notes.append(
             "assumed: temperature and kl_weight at vqgen's defaults, which matter only if it is trained further"
@@ -301,7 +306,9 @@ def _quantizer(
     kind = "it is no VQ model, perhaps an AutoencoderKL, as of Stable Diffusion, whose latents are no codes"
     require(CODEBOOK in weights, f"has no codebook ({CODEBOOK}): {kind}")
     if used is not None:
-        notes.append(f"left out: quantize.used, which renumbers {len(used):,} codes; here all keep their own numbers")
+        notes.append(
+            f"left out: quantize.used, which renumbers {used.numel():,} codes; here all keep their own numbers"
+        )
     size, dim = _weight(weights, CODEBOOK, axes=2).shape
     state = {"codebook": weights[CODEBOOK], "counts": torch.ones(size), "num_updates": torch.tensor(TRAINED)}
     name, legacy, how = "vq", family != "llamagen", "trained by gradient"
