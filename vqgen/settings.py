@@ -319,6 +319,16 @@ class PreviewConfig(Stage1Config):
 
 
 @dataclass
+class ConvertConfig:
+    """Convert another project's VQGAN to a model of vqgen, or a model of vqgen to another project's."""
+
+    from_: str | None = None
+    """The project that CHECKPOINT is from: `taming`, `llamagen` or `diffusers`; OUT becomes a model of vqgen."""
+    to: str | None = None
+    """`diffusers`: CHECKPOINT is a stage-1 run or a model of vqgen, and OUT becomes a folder for its VQModel."""
+
+
+@dataclass
 class Stage2Config:
     """Stage 2: fit the prior, an autoregressive transformer over the tokenizer's codes."""
 

@@ -1,9 +1,11 @@
 """Inputs and settings that the tests of several quantizers share."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from vqgen.quantizers import Quantizer, build_quantizer
+from vqgen.quantizers import Quantizer, QuantizerOutput, build_quantizer
 
 # Each quantizer, and each option that changes its path through the code; all have 64 codes, or 64 per level.
 VARIANTS = {
@@ -13,6 +15,7 @@ VARIANTS = {
     "ema, entropy": {"name": "ema", "codebook_size": 64, "code_dim": 4, "entropy_weight": 0.1},
     "vq": {"name": "vq", "codebook_size": 64, "code_dim": 4},
     "vq, cosine": {"name": "vq", "codebook_size": 64, "code_dim": 4, "lookup": "cosine", "entropy_weight": 0.1},
+    "vq, legacy beta": {"name": "vq", "codebook_size": 64, "code_dim": 4, "legacy_beta": True},
     "vq, rotation": {"name": "vq", "codebook_size": 64, "code_dim": 4, "gradient": "rotation"},
     "simvq": {"name": "simvq", "codebook_size": 64, "code_dim": 4},
     "fsq": {"name": "fsq", "levels": [4, 4, 4]},
@@ -20,6 +23,7 @@ VARIANTS = {
     "lfq": {"name": "lfq", "codebook_size": 64},
     "lfq, spherical": {"name": "lfq", "codebook_size": 64, "spherical": True},
     "ibq": {"name": "ibq", "codebook_size": 64, "code_dim": 4},
+    "gumbel": {"name": "gumbel", "codebook_size": 64, "code_dim": 4},
     "residual of ema": {
         "name": "residual",
         "num_quantizers": 3,
@@ -62,6 +66,12 @@ def trained(variant: str, steps: int = 3, **options) -> Quantizer:
     for step in range(steps):
         quantizer(random(16, quantizer.code_dim, 32, seed=100 + step))
     return quantizer
+
+
+def seeded(quantizer: Callable[[Tensor], QuantizerOutput], z: Tensor) -> QuantizerOutput:
+    """The output for z, with the same draws each time."""
+    torch.manual_seed(0)
+    return quantizer(z)
 
 
 def as_map(vectors: Tensor, batch: int) -> Tensor:

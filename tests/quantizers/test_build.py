@@ -81,6 +81,14 @@ REFUSED = {
     "dimension of lfq": ({"name": "lfq", "code_dim": 8}, "it is log2 of the codebook_size"),
     "revival of simvq": ({"name": "simvq", "revive_below": 0.1}, "the linear map moves all codes at once"),
     "gradient of ibq": ({"name": "ibq", "gradient": "rotation"}, "index backpropagation has its own"),
+    "no temperature of gumbel": ({"name": "gumbel", "temperature": 0.0}, "temperature=0.0: must be above 0"),
+    "negative divergence": ({"name": "gumbel", "kl_weight": -1.0}, "kl_weight=-1.0: must be 0 or more"),
+    "commitment of gumbel": (
+        {"name": "gumbel", "commitment_weight": 0.1},
+        "gumbel has no such option: no vector has a distance to its code; set kl_weight",
+    ),
+    "beta of no term": ({"legacy_beta": True}, "legacy_beta=True: ema's codebook has no term in the loss"),
+    "level of gumbel": ({"name": "residual", "base": {"name": "gumbel"}}, "base.name=gumbel: no such quantizer"),
     "residual of residual": ({"name": "residual", "base": {"name": "residual"}}, "base.name=residual: no such"),
     "size of residual": ({"name": "residual", "codebook_size": 8}, "set base.codebook_size"),
     "an option of the base": (

@@ -145,6 +145,16 @@ def test_beta_scales_the_encoders_term_and_not_the_codebooks(name, beta):
             torch.testing.assert_close(quantizer.codebook.grad, expected)
 
 
+def test_legacy_beta_scales_the_codebooks_term_and_not_the_encoders():
+    z = random(1, 4, 1).requires_grad_()
+    quantizer = ready("vq", commitment_weight=0.25, legacy_beta=True)
+    q = quantizer(z)
+    assert q.loss.item() == pytest.approx(1.25 * (z - q.z_q).square().mean().item())
+    q.loss.backward()
+    row = quantizer.codebook.grad[q.codes.item()]
+    torch.testing.assert_close(z.grad[0, :, 0], -4 * row)
+
+
 def test_commitment_and_codebook_gradients_are_in_the_ratio_beta():
     z = random(1, 4, 1).requires_grad_()  # one vector: both terms pull along the same line
     quantizer = ready("vq", commitment_weight=0.25)

@@ -69,7 +69,7 @@ def test_codebooks_are_bit_equal_on_all_ranks(variant, two):
             assert torch.equal(value, second[name]), name
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "gumbel"])  # each draws its codes
 def test_two_processes_have_the_codebook_of_one(variant, two):
     # Rounding differs by 1e-7 between one process and two. In these five steps no vector comes so near to the border of
     # two codes: weights changed by ten times as much change no code. Over more steps the difference grows.

@@ -105,6 +105,17 @@ def test_a_run_that_an_older_version_left_goes_on(tmp_path):
         opened(run_config(tmp_path, model={"name": "other", "patch_size": 2}))
 
 
+def test_a_run_of_before_legacy_beta_goes_on_without_it_and_not_with_it(tmp_path):
+    before = {"name": "residual", "base": {"name": "vq"}}
+    opened(run_config(tmp_path, model={"name": "light", "quantizer": before}))
+    save_checkpoint(tmp_path / "run", 1, {}, keep=1)
+    now = {"name": "residual", "base": {"name": "vq", "legacy_beta": False}}
+    opened(run_config(tmp_path, model={"name": "light", "quantizer": now}))
+    now["base"]["legacy_beta"] = True
+    with pytest.raises(InputError, match=r"model.quantizer.base.legacy_beta=False, but .*=True is asked for"):
+        opened(run_config(tmp_path, model={"name": "light", "quantizer": now}))
+
+
 def test_open_run_takes_a_run_that_was_moved(tmp_path):
     config = run_config(tmp_path)
     opened(config)

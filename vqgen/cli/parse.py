@@ -4,6 +4,7 @@ A program takes `[CONFIG.yaml] [key=value ...]`. The dataclass has the defaults;
 kind of run; the command line changes some settings for one run.
 """
 
+import keyword
 import os
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,12 +89,17 @@ def load_config(cls: type[C], arguments: Sequence[str], sections: Sections) -> C
                 raise InputError(no_such_key(key, list(known)))
         if layer.get("train", {}).get("mixed_precision") is False:
             layer["train"]["mixed_precision"] = "no"  # YAML reads a bare `no` as false
-        config = merge(config, _with_homes(layer))
+        config = merge(config, {_field(name): value for name, value in _with_homes(layer).items()})
     for name in sections:
         if "." not in name:
             given = plain(config[name])
             config[name] = _typed(given, complete_options(sections, name, given))
     return typing.cast(C, OmegaConf.to_object(config))
+
+
+def _field(key: str) -> str:
+    """The field that a key sets: one whose key is a word of Python has an underscore at its end."""
+    return f"{key}_" if keyword.iskeyword(key) else key
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from vqgen.cli.launch import make_up_for_launcher
@@ -29,8 +29,9 @@ def run_program(
     sections: Sections,
     synopsis: str,
     run_dir: Literal["none", "optional", "required"] = "none",
+    paths: Sequence[str] = (),
 ) -> None:
-    """Reads the command line, and calls main(config) or main(run_dir, config).
+    """Reads the command line, and calls main(config), main(run_dir, config) or main(*paths, config).
 
     Args:
         main: the program.
@@ -38,11 +39,12 @@ def run_program(
         sections: the configuration's plain-dict sections, with the constructors that take them.
         synopsis: the form of the command line, for --help.
         run_dir: whether the program takes a run's folder before its settings; main gets None if the user gives none.
+        paths: names of the paths that the program takes instead, all of them.
     """
     with dropping_unread_output():
         _set_up_messages()
         end_with_launcher()
-        code = _run(main, cls, sections, synopsis, run_dir)
+        code = _run(main, cls, sections, synopsis, run_dir, paths)
         sys.stdout.flush()
         sys.stderr.flush()
         if output_is_unread():
@@ -53,7 +55,9 @@ def run_program(
         sys.exit(code)
 
 
-def _run(main: Callable[..., None], cls: type, sections: Sections, synopsis: str, run_dir: str) -> Any:
+def _run(
+    main: Callable[..., None], cls: type, sections: Sections, synopsis: str, run_dir: str, paths: Sequence[str]
+) -> Any:
     """Runs the program; returns its exit code."""
     if "-h" in sys.argv[1:] or "--help" in sys.argv[1:]:
         print(usage(synopsis, cls, sections))
@@ -62,12 +66,13 @@ def _run(main: Callable[..., None], cls: type, sections: Sections, synopsis: str
     try:
         arguments = _joined_flags(sys.argv[1:])
         positional: list[str | None] = []
-        if run_dir != "none":
+        if run_dir != "none" or paths:
+            names = paths or ["RUN_DIR"]
             words = [argument for argument in arguments if not is_setting(argument)]
-            if len(words) > 1 or (not words and run_dir == "required"):
+            if len(words) != len(names) and (words or run_dir != "optional"):
                 raise InputError(f"usage: {synopsis}")
             arguments = [argument for argument in arguments if is_setting(argument)]
-            positional = [expand_home(words[0], "RUN_DIR") if words else None]
+            positional = [expand_home(word, name) for word, name in zip(words, names, strict=True)] if words else [None]
         config = load_config(cls, arguments, sections)
         make_up_for_launcher()
         main(*positional, config)

@@ -84,7 +84,8 @@ def settings(
     meanings = _meanings(schema)
     defaults = instance or _as_dataclass(schema)()
     for f in fields(_as_dataclass(schema)):
-        key, default = prefix + f.name, getattr(defaults, f.name)
+        # A field cannot be called `from`, so it has an underscore, but the key has none.
+        key, default = prefix + f.name.removesuffix("_"), getattr(defaults, f.name)
         nested = f.type if is_dataclass(f.type) else sections.get(key)
         if isinstance(nested, Mapping):
             yield f"{key}.name", "str", next(iter(nested)), f"{meanings[f.name]}: {', '.join(nested)}"

@@ -6,6 +6,7 @@ from vqgen.quantizers.build import BASES, build, complete
 from vqgen.quantizers.common import LEARNING, Quantizer, QuantizerOutput
 from vqgen.quantizers.ema import EMAQuantizer
 from vqgen.quantizers.fsq import FSQ
+from vqgen.quantizers.gumbel import GumbelQuantizer
 from vqgen.quantizers.ibq import IBQ
 from vqgen.quantizers.lfq import LFQ
 from vqgen.quantizers.residual import ResidualQuantizer
@@ -20,6 +21,7 @@ __all__ = [
     "LFQ",
     "QUANTIZERS",
     "EMAQuantizer",
+    "GumbelQuantizer",
     "Quantizer",
     "QuantizerOutput",
     "ResidualQuantizer",
@@ -29,7 +31,7 @@ __all__ = [
     "quantizer_options",
 ]
 
-QUANTIZERS: dict[str, type[Quantizer]] = {**BASES, "residual": ResidualQuantizer}
+QUANTIZERS: dict[str, type[Quantizer]] = {**BASES, "gumbel": GumbelQuantizer, "residual": ResidualQuantizer}
 
 
 def quantizer_options(name: str = "ema", **options: Any) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class CodebookQuantizer(Quantizer):
         lookup: `euclidean` takes the nearest code; `cosine` first scales vectors and codes to unit length.
         gradient: how the decoder's gradient reaches the encoder, `straight-through` or `rotation`.
         commitment_weight: beta, on the encoder's term (VQ-VAE, eq. 3).
+        legacy_beta: whether beta is on the codebook's term instead, and the encoder's has weight 1, as in VQGAN's code.
         decay: decay of the running averages per forward pass.
         kmeans_iterations: iterations of k-means on the first batch, which initialises the codebook.
         revive_below: a code is revived if its running count is below this share of the mean count; 0 revives none.
@@ -55,6 +56,7 @@ class CodebookQuantizer(Quantizer):
         lookup: Literal["euclidean", "cosine"] = "euclidean",
         gradient: Literal["straight-through", "rotation"] = "straight-through",
         commitment_weight: float = 0.5,
+        legacy_beta: bool = False,
         decay: float = 0.99,
         kmeans_iterations: int = 10,
         revive_below: float = 0.1,
@@ -73,6 +75,10 @@ class CodebookQuantizer(Quantizer):
         require(0 <= revive_below < 1, f"revive_below={revive_below}: must be at least 0 and below 1, the mean")
         require(temperature >= 0, f"temperature={temperature}: must be 0 (the nearest code) or more")
         require(
+            not legacy_beta or self.codebook_weight > 0,
+            "legacy_beta=True: ema's codebook has no term in the loss that beta could weigh; use vq, or leave it out",
+        )
+        require(
             not (code_dim == 1 and lookup == "cosine"),
             "code_dim=1 with lookup=cosine: a line has only two directions; use lookup=euclidean or a larger code_dim",
         )
@@ -81,6 +87,8 @@ class CodebookQuantizer(Quantizer):
         self.cosine = lookup == "cosine"
         self.estimator = gradient_estimator(gradient, code_dim, temperature)
         self.commitment_weight = commitment_weight
+        if legacy_beta:
+            self.commitment_weight, self.codebook_weight = 1.0, commitment_weight
         self.decay = decay
         self.kmeans_iterations = kmeans_iterations
         self.revive_below = revive_below

@@ -37,6 +37,7 @@ FREE_SETTINGS += ["data.source", "data.val_source", "data.cache_gb", "stage1", "
 BEFORE: dict[str, Any] = {"model.name": "light", "order": "raster", "data.crops": 1}
 BEFORE |= {"data.stream": False, "data.shuffle_buffer": 10000, "freeze": []}
 BEFORE |= {"model.block": "residual", "model.head_width": 0, "optim.name": "adamw"}
+BEFORE |= {"model.quantizer.legacy_beta": False, "model.quantizer.base.legacy_beta": False}
 
 CHECKSUMS = "SHA256SUMS"  # a file in the format of sha256sum, which can check it
 
