@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same bits from fewer saved activations, for every architecture."""
+"""Group norm under autocast; activation checkpointing, with the same bits from fewer saved activations."""
 
 import copy
 from collections.abc import Iterator
@@ -155,3 +155,21 @@ def test_an_architecture_without_blocks_says_so():
 
     with pytest.raises(InputError, match=r"^activation_checkpointing=true: Bare has no Stack"):
         Bare().checkpoint_activations()
+
+
+def test_group_norm_keeps_the_type_of_its_input_and_float32_keeps_its_bits(monkeypatch):
+    norm, x = blocks.GroupNorm(2, 8), torch.randn(3, 8, 5, 5, generator=torch.Generator().manual_seed(0))
+    nn.init.normal_(norm.weight)
+    expected, original, seen = F.group_norm(x, 2, norm.weight, norm.bias), F.group_norm, []
+
+    def group_norm(x: Tensor, groups: int, weight: Tensor, *others: object) -> Tensor:
+        seen.append((torch.is_autocast_enabled("cpu"), weight.dtype))
+        return original(x, groups, weight, *others)
+
+    monkeypatch.setattr(F, "group_norm", group_norm)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x.bfloat16())
+        assert torch.equal(norm(x), expected)
+    assert seen[0] == (False, torch.bfloat16)  # on CUDA autocast would make it float32
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, atol=0.03, rtol=0.01)

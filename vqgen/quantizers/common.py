@@ -24,7 +24,7 @@ LEARNING: tuple[str, ...] = (
     "dropout",
     "temperature",
 )
-LEARNING += ("entropy_weight", "entropy_temperature", "diversity")
+LEARNING += ("entropy_weight", "entropy_temperature", "diversity", "kl_weight", "legacy_beta")
 
 
 class QuantizerOutput(NamedTuple):

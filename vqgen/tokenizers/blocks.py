@@ -24,14 +24,28 @@ class Stack(nn.Sequential):
         return x
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation whose output has the type of its input, also under autocast, which would make it float32.
+
+    The next convolution would round it to that type all the same, and the sums inside are in float32 in any case. With
+    float32 outputs a training step at 256 pixels takes half as much memory again, and 1.16 times as long (H100, bf16).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class ResBlock(nn.Module):
     """Pre-activation residual block with two 3x3 convolutions: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(num_groups(width), width)
+        self.norm1 = GroupNorm(num_groups(width), width)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.norm2 = nn.GroupNorm(num_groups(width), width)
+        self.norm2 = GroupNorm(num_groups(width), width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         for parameter in self.conv2.parameters():
             nn.init.zeros_(parameter)  # the block starts as the identity, so more blocks do no harm at first
@@ -51,7 +65,7 @@ class SeparableBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
-        self.norm = nn.GroupNorm(num_groups(width), width)
+        self.norm = GroupNorm(num_groups(width), width)
         self.expand = nn.Conv2d(width, 2 * width, 1)
         self.project = nn.Conv2d(2 * width, width, 1)
         for parameter in self.project.parameters():

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import nn
 
 from vqgen.errors import require, require_choice, require_size
-from vqgen.tokenizers.blocks import BLOCKS, Stack, num_groups
+from vqgen.tokenizers.blocks import BLOCKS, GroupNorm, Stack, num_groups
 from vqgen.tokenizers.vqmodel import VQModel
 
 MAX_WIDTH = 1 << 16
@@ -61,7 +61,7 @@ class Light(VQModel):
             if i > 0:
                 encoder += [nn.Conv2d(widths[i - 1], width, 2, stride=2)]
             encoder += [BLOCKS[block](width) for _ in range(encoder_blocks)]
-        encoder += [nn.GroupNorm(num_groups(widths[-1]), widths[-1]), nn.SiLU()]
+        encoder += [GroupNorm(num_groups(widths[-1]), widths[-1]), nn.SiLU()]
         self.encoder = Stack(*encoder)
         self.to_code = nn.Conv2d(widths[-1], self.quantizer.code_dim, 1)
 
@@ -71,7 +71,7 @@ class Light(VQModel):
             decoder += [BLOCKS[block](width) for _ in range(decoder_blocks)]
             if i > 0:
                 decoder += [nn.Conv2d(width, widths[i - 1] * 4, 1), nn.PixelShuffle(2)]
-        decoder += [nn.GroupNorm(num_groups(widths[0]), widths[0]), nn.SiLU()]
+        decoder += [GroupNorm(num_groups(widths[0]), widths[0]), nn.SiLU()]
         if head_width:
             decoder += [nn.Conv2d(widths[0], head_width * patch_size**2, 1), nn.PixelShuffle(patch_size), nn.SiLU()]
             decoder += [nn.Conv2d(head_width, channels, 3, padding=1)]

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqgen.errors import require, require_size
-from vqgen.tokenizers.blocks import Stack
+from vqgen.tokenizers.blocks import GroupNorm, Stack
 from vqgen.tokenizers.vqmodel import VQModel
 
 MAX_WIDTH = 1 << 16
@@ -130,8 +130,8 @@ class Attention(nn.Module):
         return x + self.out(rearrange(h, "b 1 (h w) c -> b c h w", w=x.shape[3]))
 
 
-def _norm(width: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, width, eps=1e-6)
+def _norm(width: int, groups: int) -> GroupNorm:
+    return GroupNorm(groups, width, eps=1e-6)
 
 
 def _widths(width: int, multipliers: Sequence[float], norm_groups: int) -> list[int]:
