@@ -274,7 +274,7 @@ def test_nearly_all_codes_are_used_on_a_rich_mixture(name):
 @both
 @pytest.mark.parametrize("lookup", ["euclidean", "cosine"])
 def test_more_codes_than_vectors_in_a_batch_are_all_used_after_some_steps(name, lookup):
-    """The first batch has half as many vectors as there are codes, as do 32 images of 256 positions for 16,384 codes."""
+    """The batches have half as many vectors as there are codes, as do 32 images of 256 positions for 16,384 codes."""
     quantizer = build_quantizer(name=name, codebook_size=512, code_dim=8, lookup=lookup).train()
     quantizer(random(1, 8, 256, seed=0))
     assert torch.isfinite(quantizer.codebook).all()

@@ -19,7 +19,14 @@ from vqgen.tokenizers import ARCHITECTURES, VQModel, blocks, build_tokenizer
 QUANTIZER = {"codebook_size": 32, "code_dim": 4}
 OPTIONS = {
     "light": {"patch_size": 2, "widths": [16, 32], "encoder_blocks": 2, "decoder_blocks": 2},
-    "vqgan": {"width": 16, "multipliers": [1, 2], "decoder_blocks": 2, "norm_groups": 4, "latent_channels": 8},
+    "vqgan": {
+        "width": 16,
+        "multipliers": [1, 2],
+        "encoder_blocks": 1,
+        "decoder_blocks": 1,
+        "norm_groups": 4,
+        "latent_channels": 8,
+    },
 }
 NAMES = list(ARCHITECTURES)
 
