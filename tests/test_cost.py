@@ -1,4 +1,4 @@
-"""The benchmarks that others rely on: what a configuration costs, and the script for a GPU, at a tiny size."""
+"""What tests/benchmarks/ says a configuration costs, and its script for a GPU at a tiny size on the CPU."""
 
 import sys
 
@@ -32,7 +32,7 @@ def test_the_cost_of_a_step_is_what_the_same_step_counts_on_real_tensors():
         (F.mse_loss(x_rec, x) + q.loss).backward()
     assert costs["step"] == counted.get_total_flops() / 4
     with FlopCounterMode(display=False) as counted, torch.no_grad():
-        model.decoder(model.from_code(torch.rand(1, 8, 2, 2)))
+        model.decoder(model.from_code(torch.rand(1, 8, *[16 // model.stride] * 2)))
     assert costs["parts"]["decoder"][1] == counted.get_total_flops()
     assert sum(count for count, _ in costs["parts"].values()) == num_parameters(model)
 
@@ -51,9 +51,8 @@ def test_each_loss_costs_what_it_does_in_the_phases_in_which_it_counts():
     assert 1.2 * perceptual / 2 < without["step"] - plain["step"] < 1.6 * perceptual / 2
     config.loss.adversarial.start, config.loss.adversarial.lead = 0.8, 0.0
     assert cost.measured(config)["step"] == pytest.approx(0.8 * without["step"] + 0.2 * early["step"])
-    config.loss.adversarial.r1, config.loss.adversarial.lead = 1.0, 0.3
+    config.loss.adversarial.lead = 0.3
     assert [round(part, 3) for _, part in cost.phases(config)] == [0.5, 0.3, 0.2]
-    assert cost.measured(config)["step"] > 0.8 * without["step"] + 0.2 * early["step"]
 
 
 def test_checkpointing_costs_products_and_saves_memory():
@@ -75,7 +74,7 @@ def test_the_table_of_a_configuration(capsys, tmp_path):
         assert row in table
 
 
-@pytest.mark.parametrize("prepare", [gpu.as_it_is, gpu.contiguous, gpu.norms_in_bf16, gpu.compiled])
+@pytest.mark.parametrize("prepare", [gpu.as_it_is, gpu.contiguous, gpu.norms_in_float32, gpu.compiled])
 def test_the_script_for_a_gpu_measures_each_kind_of_case(prepare, monkeypatch):
     monkeypatch.setattr(gpu, "TINY", True)
     monkeypatch.setattr(gpu, "WARMUP", 1)

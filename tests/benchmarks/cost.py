@@ -75,10 +75,10 @@ def no_autocast(*args: Any, **kwargs: Any) -> Iterator[None]:
 def without_memory(dtype: torch.dtype) -> Iterator[None]:
     """Inside, tensors have shapes and no memory, and autocast to this type is as on CUDA.
 
-    The device `meta` has no autocast, so convolutions convert their arguments themselves, and group normalisation
-    computes in float32. It has no fused optimizers either, and nothing can be moved from it.
+    The device `meta` has no autocast, so convolutions convert their arguments themselves, and torch's group norm its
+    input to float32. It has no fused optimizers either, and nothing can be moved from it.
     """
-    conv2d, norm, adamw = F.conv2d, F.group_norm, torch.optim.AdamW
+    conv2d, norm, adamw = F.conv2d, nn.GroupNorm.forward, torch.optim.AdamW
 
     def converted(*args: Any, **kwargs: Any) -> Tensor:
         return conv2d(*(x.to(dtype) if isinstance(x, Tensor) else x for x in args), **kwargs)
@@ -86,7 +86,7 @@ def without_memory(dtype: torch.dtype) -> Iterator[None]:
     with (
         torch.device("meta"),
         patch.object(F, "conv2d", converted),
-        patch.object(F, "group_norm", lambda x, *args, **kwargs: norm(x.float(), *args, **kwargs)),
+        patch.object(nn.GroupNorm, "forward", lambda layer, x: norm(layer, x.float())),
         patch.object(torch, "autocast", no_autocast),
         patch.object(torch, "is_autocast_enabled", lambda *args: False),
         patch.object(torch.optim, "AdamW", lambda *args, fused, **kwargs: adamw(*args, **kwargs)),
@@ -115,6 +115,15 @@ def measured(config: Stage1Config) -> dict[str, Any]:
                 with Meter() as meter:
                     step.backward()
                 step_flops += part * meter.flops / stage1.R1_EVERY
+        optimizers = [
+            optimizer for optimizer in (step.nets.optimizer, step.nets.disc_optimizer) if optimizer is not None
+        ]
+        weights = sum(  # float32: a gradient, and Muon's or Adam's one or two moments
+            (4 + (4 if group.get("muon") else 8)) * p.numel()
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        )
         forward = {}
         with torch.no_grad():
             for name, (parameters, pass_) in parts(step).items():
@@ -123,7 +132,10 @@ def measured(config: Stage1Config) -> dict[str, Any]:
                 forward[name] = parameters, meter.flops / batch
     small, large = BATCHES
     each = (most[large] - most[small]) / (large - small)
-    return {"parts": forward, "step": step_flops / batch, "each": each, "fixed": most[small] - small * each}
+    counts = {name: count for name, (count, _) in forward.items()}
+    weights += 4 * (sum(counts.values()) + counts["encoder"] + counts["quantizer"] + counts["decoder"])  # the average
+    fixed = weights + most[small] - small * each
+    return {"parts": forward, "step": step_flops / batch, "each": each, "fixed": fixed}
 
 
 def parts(step: Step) -> dict[str, tuple[int, Callable[[], object]]]:
@@ -156,12 +168,8 @@ def main(path: Path, gpus: int, utilisation: float) -> None:
     plain, again = (measured(configuration(path, train__activation_checkpointing=on)) for on in (False, True))
     print(f"{path}: {config.data.image_size} pixels, {config.train.mixed_precision or 'no'} mixed precision\n")
     print("| part | parameters | forward, GFLOP per image |\n|---|---|---|")
-    counts = {name: count for name, (count, _) in plain["parts"].items()}
     for name, (count, flops) in plain["parts"].items():
         print(f"| {name} | {count / 1e6:.2f} M | {flops / 1e9:.1f} |")
-    tokenizer = sum(counts[name] for name in ("encoder", "quantizer", "decoder"))
-    # float32: a weight, its gradient and Adam's two moments; the tokenizer's average; the frozen perceptual network
-    weights = 16 * (tokenizer + counts.get("discriminator", 0)) + 4 * tokenizer + 4 * counts.get("perceptual", 0)
     images = config.train.batch_size * config.train.max_steps
     passed = config.train.batch_size // gpus // config.train.accumulation
     print("\n| | | with activation checkpointing |\n|---|---|---|")
@@ -171,10 +179,10 @@ def main(path: Path, gpus: int, utilisation: float) -> None:
 
     row("a training step, mean of the run, TFLOP per image", lambda cost: f"{cost['step'] / 1e12:.2f}")
     row("activations, GB per image", lambda cost: f"{cost['each'] / 1e9:.2f}")
-    row("weights, gradients, Adam, average, GB", lambda cost: f"{(weights + cost['fixed']) / 1e9:.2f}")
+    row("weights, gradients, optimizers, average, GB", lambda cost: f"{cost['fixed'] / 1e9:.2f}")
     row(
         f"memory at {passed} images a pass, GB",
-        lambda cost: f"{(weights + cost['fixed'] + passed * cost['each']) / 1e9:.1f}",
+        lambda cost: f"{(cost['fixed'] + passed * cost['each']) / 1e9:.1f}",
     )
     for gpu, peak in GPUS.items():
         seconds = images / (gpus * utilisation * peak)
