@@ -11,10 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from vqgen.tokenizers import build_tokenizer
 from vqgen.training.schedule import num_parameters
 
-sys.path.insert(0, str(ROOT / "tests/benchmarks"))
+sys.path.append(BENCHMARKS := str(ROOT / "tests/benchmarks"))
 import cost
 import gpu
 from step import configuration
+
+sys.path.remove(BENCHMARKS)  # its data.py would hide tests/data
 
 TINY = {"data__image_size": 16, "model__widths": [16, 32], "train__mixed_precision": "no"}
 VQGAN = {"loss__adversarial__name": "hinge", "loss__perceptual__name": "alex", "loss__perceptual__every": 2}
