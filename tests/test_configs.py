@@ -7,6 +7,7 @@ from programs import ROOT, needs_shared, shell
 from programs import untimed_metrics as metrics
 
 from vqgen.adversarial.discriminators import PatchDiscriminator
+from vqgen.evaluation import perceptual
 from vqgen.tokenizers import build_tokenizer
 from vqgen.training.schedule import num_parameters
 from vqgen.yaml_file import read_yaml
@@ -60,7 +61,7 @@ def test_a_large_config_has_the_published_networks(name, millions, codes):
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_a_large_config_trains_with_all_its_losses_at_a_tiny_size(name, program, tmp_path):
+def test_a_large_config_trains_with_all_its_losses_at_a_tiny_size(name, program, tmp_path, monkeypatch):
     """Its steps, on few images, with narrow networks; the codebook keeps its 16,384 codes, more than the batch has."""
     generator = torch.Generator().manual_seed(0)
     np.savez(tmp_path / "few.npz", images=torch.randint(0, 256, (40, 64, 64, 3), generator=generator).byte().numpy())
@@ -79,9 +80,12 @@ def test_a_large_config_trains_with_all_its_losses_at_a_tiny_size(name, program,
     tiny = ["data.image_size=64", "model.width=8", "model.norm_groups=8", "discriminator.width=8", "train.batch_size=4"]
     tiny += [f"loss.perceptual.weights=[{tmp_path}/vgg16.pth,{tmp_path}/heads.pth]", "data.workers=0", *TINY.split()]
     data = [f"data.source={tmp_path}/few.npz", "data.val_source=null", f"run_dir={tmp_path}/run"]
+    compare, seen = perceptual._compared, set()
+    monkeypatch.setattr(perceptual, "_compared", lambda x, y, head: seen.add(x.dtype) or compare(x, y, head))
     code, _, errors = program("stage1/train.py", f"configs/stage1/{name}.yaml", *tiny, *data)
     assert code == 0, errors
     figures = {key: value for line in metrics(tmp_path / "run") for key, value in line.items()}
     losses = ("rec_loss", "quantizer_loss", "perceptual_loss", "adv_loss", "disc_loss", "grad_norm", "disc_grad_norm")
     assert all(0 < abs(figures[f"train/{key}"]) < np.inf for key in losses)
     assert figures["train/adv_weight"] == 0.5
+    assert seen == {torch.bfloat16}

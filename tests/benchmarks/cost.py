@@ -2,9 +2,10 @@
 
 python tests/benchmarks/cost.py CONFIG.yaml [gpus=8] [utilisation=0.35]
 
-The networks have no memory (torch's fake tensors), and the passes of stage1/train.py run on them. FLOPs are those of
-convolutions and matrix products, two per multiplication and addition. Activations are all tensors that are alive at the
-worst moment of the passes, in the types that autocast chooses on CUDA; a real allocator needs somewhat more.
+The networks are on torch's device `meta`, without memory, and the passes of stage1/train.py run on them. FLOPs are
+those of convolutions and matrix products, two per multiplication and addition. Activations are all tensors that are
+alive at the worst moment of the passes, in the types that autocast chooses on CUDA; a real allocator needs somewhat
+more.
 """
 
 import itertools
@@ -20,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from step import Step, configuration, stage1
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -30,14 +30,6 @@ from vqgen.training.schedule import num_parameters
 
 GPUS = {"A100": 312e12, "H100": 989e12}  # name: FLOP/s in bf16 without sparsity, by their data sheets
 IMAGENET = 1_281_167  # training images
-aten = torch.ops.aten
-FORMULAS = {  # torch has none for attention on a CPU
-    **flop_registry,
-    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        aten._scaled_dot_product_flash_attention_backward
-    ],
-}
 BATCHES = 4, 8  # images of a measured pass
 
 
@@ -58,8 +50,8 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         result = func(*args, **kwargs)
-        if func._overloadpacket in FORMULAS:
-            self.flops += FORMULAS[func._overloadpacket](*args, **kwargs, out_val=result)
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
         for x in tree_leaves(result):
             if isinstance(x, Tensor) and (storage := x.untyped_storage())._cdata not in given | self.alive:
                 self.alive.add(storage._cdata)
@@ -73,26 +65,43 @@ class Meter(TorchDispatchMode):
         self.bytes -= size
 
 
-def group_norm(layer: nn.GroupNorm, x: Tensor) -> Tensor:
-    """Computes in float32 under autocast, as CUDA does; a CPU would keep the type of its input."""
-    x = x.float() if torch.is_autocast_enabled("cpu") else x
-    return F.group_norm(x, layer.num_groups, layer.weight, layer.bias, layer.eps)
+@contextmanager
+def no_autocast(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """Does nothing, as a context or as a decorator."""
+    yield
 
 
 @contextmanager
-def without_memory() -> Iterator[None]:
-    """Inside, tensors have shapes and no memory; `to` does nothing, since fake weights cannot be moved."""
-    to = patch.object(nn.Module, "to", lambda module, *args, **kwargs: module)
-    with FakeTensorMode(), to, patch.object(nn.GroupNorm, "forward", group_norm):
+def without_memory(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, tensors have shapes and no memory, and autocast to this type is as on CUDA.
+
+    The device `meta` has no autocast, so convolutions convert their arguments themselves, and torch's group norm its
+    input to float32. It has no fused optimizers either, and nothing can be moved from it.
+    """
+    conv2d, norm, adamw = F.conv2d, nn.GroupNorm.forward, torch.optim.AdamW
+
+    def converted(*args: Any, **kwargs: Any) -> Tensor:
+        return conv2d(*(x.to(dtype) if isinstance(x, Tensor) else x for x in args), **kwargs)
+
+    with (
+        torch.device("meta"),
+        patch.object(F, "conv2d", converted),
+        patch.object(nn.GroupNorm, "forward", lambda layer, x: norm(layer, x.float())),
+        patch.object(torch, "autocast", no_autocast),
+        patch.object(torch, "is_autocast_enabled", lambda *args: False),
+        patch.object(torch.optim, "AdamW", lambda *args, fused, **kwargs: adamw(*args, **kwargs)),
+        patch.object(nn.Module, "to", lambda module, *args, **kwargs: module),
+    ):
         yield
 
 
 def measured(config: Stage1Config) -> dict[str, Any]:
     """The figures of a configuration: parameters and forward FLOPs by part; FLOPs and bytes of its passes per image."""
-    with without_memory():
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.mixed_precision or "no", torch.float32)
+    with without_memory(dtype):
         most = {}
         for batch in BATCHES:
-            step = Step(config, batch, torch.device("cpu"))
+            step = Step(config, batch, torch.device("meta"))
             step.nets.tokenizer.quantizer.initialised = True  # the first batch's k-means is not a step's cost
             step.now.share = 0.999
             step.backward()  # makes the gradients, which then stay
@@ -106,24 +115,35 @@ def measured(config: Stage1Config) -> dict[str, Any]:
                 with Meter() as meter:
                     step.backward()
                 step_flops += part * meter.flops / stage1.R1_EVERY
+        optimizers = [
+            optimizer for optimizer in (step.nets.optimizer, step.nets.disc_optimizer) if optimizer is not None
+        ]
+        weights = sum(  # float32: a gradient, and Muon's or Adam's one or two moments
+            (4 + (4 if group.get("muon") else 8)) * p.numel()
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        )
         forward = {}
-        with torch.no_grad(), step.run.accelerator.autocast():
+        with torch.no_grad():
             for name, (parameters, pass_) in parts(step).items():
                 with Meter() as meter:
                     pass_()
                 forward[name] = parameters, meter.flops / batch
     small, large = BATCHES
     each = (most[large] - most[small]) / (large - small)
-    return {"parts": forward, "step": step_flops / batch, "each": each, "fixed": most[small] - small * each}
+    counts = {name: count for name, (count, _) in forward.items()}
+    weights += 4 * (sum(counts.values()) + counts["encoder"] + counts["quantizer"] + counts["decoder"])  # the average
+    fixed = weights + most[small] - small * each
+    return {"parts": forward, "step": step_flops / batch, "each": each, "fixed": fixed}
 
 
 def parts(step: Step) -> dict[str, tuple[int, Callable[[], object]]]:
     """The number of parameters and the forward pass of each part of a training step, by name."""
     tokenizer, x = step.nets.tokenizer, step.x
-    with torch.no_grad():
-        h = tokenizer.encoder(x)
-        z = tokenizer.to_code(h)
-        h_q = tokenizer.from_code(z)
+    h = tokenizer.encoder(x)
+    z = tokenizer.to_code(h)
+    h_q = tokenizer.from_code(z)
     found: dict[str, tuple[list[nn.Module], Callable[[], object]]] = {
         "encoder": ([tokenizer.encoder, tokenizer.to_code], lambda: (tokenizer.encoder(x), tokenizer.to_code(h))),
         "quantizer": ([tokenizer.quantizer], lambda: tokenizer.quantizer(z)),
@@ -148,12 +168,8 @@ def main(path: Path, gpus: int, utilisation: float) -> None:
     plain, again = (measured(configuration(path, train__activation_checkpointing=on)) for on in (False, True))
     print(f"{path}: {config.data.image_size} pixels, {config.train.mixed_precision or 'no'} mixed precision\n")
     print("| part | parameters | forward, GFLOP per image |\n|---|---|---|")
-    counts = {name: count for name, (count, _) in plain["parts"].items()}
     for name, (count, flops) in plain["parts"].items():
         print(f"| {name} | {count / 1e6:.2f} M | {flops / 1e9:.1f} |")
-    tokenizer = sum(counts[name] for name in ("encoder", "quantizer", "decoder"))
-    # float32: a weight, its gradient and Adam's two moments; the tokenizer's average; the frozen perceptual network
-    weights = 16 * (tokenizer + counts.get("discriminator", 0)) + 4 * tokenizer + 4 * counts.get("perceptual", 0)
     images = config.train.batch_size * config.train.max_steps
     passed = config.train.batch_size // gpus // config.train.accumulation
     print("\n| | | with activation checkpointing |\n|---|---|---|")
@@ -163,10 +179,10 @@ def main(path: Path, gpus: int, utilisation: float) -> None:
 
     row("a training step, mean of the run, TFLOP per image", lambda cost: f"{cost['step'] / 1e12:.2f}")
     row("activations, GB per image", lambda cost: f"{cost['each'] / 1e9:.2f}")
-    row("weights, gradients, Adam, average, GB", lambda cost: f"{(weights + cost['fixed']) / 1e9:.2f}")
+    row("weights, gradients, optimizers, average, GB", lambda cost: f"{cost['fixed'] / 1e9:.2f}")
     row(
         f"memory at {passed} images a pass, GB",
-        lambda cost: f"{(weights + cost['fixed'] + passed * cost['each']) / 1e9:.1f}",
+        lambda cost: f"{(cost['fixed'] + passed * cost['each']) / 1e9:.1f}",
     )
     for gpu, peak in GPUS.items():
         seconds = images / (gpus * utilisation * peak)

@@ -116,10 +116,10 @@ class Step:
     ):
         AcceleratorState._reset_state(reset_partial_state=True)
         self.config = config
-        accelerator = Accelerator(mixed_precision=config.train.mixed_precision, cpu=device.type == "cpu")
+        accelerator = Accelerator(mixed_precision=config.train.mixed_precision, cpu=device.type != "cuda")
         self.run: Any = SimpleNamespace(  # what the passes and the methods of `Run` that are called below use
-            config=config, accelerator=accelerator, accumulation=1, device=device, lowered=1.0, step=0, say=print,
-            means=Means(device), stop=SimpleNamespace(asked=False, agreed=False), _guards={}, _terms={},
+            config=config, accelerator=accelerator, accumulation=1, device=device, lowered=1.0, origin=None, step=0,
+            say=print, means=Means(device), stop=SimpleNamespace(asked=False, agreed=False), _guards={}, _terms={},
         )  # fmt: skip
         nets = prepare(stage1.build(config, self.run))
         there = [name for name in ("model", "optimizer", "disc", "disc_optimizer") if getattr(nets, name) is not None]

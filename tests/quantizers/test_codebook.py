@@ -272,12 +272,20 @@ def test_nearly_all_codes_are_used_on_a_rich_mixture(name):
 
 
 @both
-def test_more_codes_than_vectors_works(name):
-    quantizer = build_quantizer(name=name, codebook_size=64, code_dim=4).train()
-    for step in range(3):
-        q = quantizer(random(2, 4, 5, seed=step))
+@pytest.mark.parametrize("lookup", ["euclidean", "cosine"])
+def test_more_codes_than_vectors_in_a_batch_are_all_used_after_some_steps(name, lookup):
+    """The batches have half as many vectors as there are codes, as do 32 images of 256 positions for 16,384 codes."""
+    quantizer = build_quantizer(name=name, codebook_size=512, code_dim=8, lookup=lookup).train()
+    quantizer(random(1, 8, 256, seed=0))
     assert torch.isfinite(quantizer.codebook).all()
-    assert q.codes.shape == (2, 1, 5)
+    vectors = random(1, 8, 256, seed=0)[0].T
+    vectors = F.normalize(vectors, dim=1) if lookup == "cosine" else vectors
+    if name == "vq":  # which has not moved yet: each code is a vector of the batch, or the mean of some
+        assert torch.cdist(quantizer.codebook, vectors).min(dim=1).values.max() < 1
+    for step in range(1, 30):
+        quantizer(random(1, 8, 256, seed=step))
+    codes = quantizer.eval()(random(1, 8, 32768, seed=100)).codes
+    assert len(codes.unique()) > 0.97 * 512
 
 
 @both
