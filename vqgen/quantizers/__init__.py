@@ -3,7 +3,7 @@
 from typing import Any
 
 from vqgen.quantizers.build import BASES, build, complete
-from vqgen.quantizers.common import Quantizer, QuantizerOutput
+from vqgen.quantizers.common import Quantizer, QuantizerOutput, Replacements
 from vqgen.quantizers.ema import EMAQuantizer
 from vqgen.quantizers.fsq import FSQ
 from vqgen.quantizers.ibq import IBQ
@@ -21,6 +21,7 @@ __all__ = [
     "EMAQuantizer",
     "Quantizer",
     "QuantizerOutput",
+    "Replacements",
     "ResidualQuantizer",
     "SimVQ",
     "VQQuantizer",

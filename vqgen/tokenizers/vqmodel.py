@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from vqgen.codes import CodeLayout, shown, sides
 from vqgen.errors import InputError, expanded, require, section
-from vqgen.quantizers import Quantizer, QuantizerOutput, build_quantizer, quantizer_options
+from vqgen.quantizers import Quantizer, QuantizerOutput, Replacements, build_quantizer, quantizer_options
+from vqgen.tokenizers.latents import Transform
 
 CARD = """---
 library_name: vqgen
@@ -65,10 +66,21 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         """The weight of the decoder's last layer, for VQGAN's adaptive weight."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> tuple[Tensor, list[QuantizerOutput]]:
-        """Reconstructions of images (B, C, H, W), in the same shape, and the quantizer's output for each code map."""
-        q = self.quantizer(self.to_code(self.encoder(x)))
-        return self.decoder(self.from_code(q.z_q)), [q]
+    def forward(
+        self, x: Tensor, transform: Transform | None = None, replacements: Replacements | None = None
+    ) -> tuple[Tensor, list[QuantizerOutput]]:
+        """Reconstructions of images (B, C, H, W), in the same shape, and the quantizer's output for each code map.
+
+        Args:
+            x: the images.
+            transform: is applied to the encoder's vectors, so the reconstructions become those of the images so
+                transformed.
+            replacements: codes that the decoder sees replaced by near ones, in the first images.
+        """
+        z = self.to_code(self.encoder(x))
+        q = self.quantizer(z if transform is None else transform(z))
+        z_q = q.z_q if replacements is None else self.quantizer.perturbed(q, replacements)
+        return self.decoder(self.from_code(z_q)), [q]
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """The code maps [(B, Q, H / stride, W / stride)] of images (B, C, H, W), coarse to fine."""

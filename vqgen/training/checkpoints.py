@@ -34,6 +34,9 @@ FREE_SETTINGS += ["data.source", "data.val_source", "data.cache_gb", "stage1", "
 # What settings stood for before versions wrote them.
 BEFORE: dict[str, Any] = {"model.name": "light", "order": "raster", "data.crops": 1}
 BEFORE |= {"data.stream": False, "data.shuffle_buffer": 10000}
+BEFORE |= {"perturb.images": 0.0, "perturb.codes": 1.0, "perturb.nearest": 12, "perturb.end": 0.5}
+BEFORE |= {"equivariance.share": 0.0, "equivariance.scale": 0.25}
+BEFORE |= {"equivariance.rotate": True, "equivariance.flip": False}
 
 CHECKSUMS = "SHA256SUMS"  # a file in the format of sha256sum, which can check it
 
