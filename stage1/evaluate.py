@@ -38,7 +38,7 @@ from vqgen.tokenizers.latents import draw_ranks
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
 from vqgen.training.tracking import image_grid, log_evaluation
 
-NEAREST = 0.025  # share of the codebook that pFD takes near codes from, the default of training with K = 512
+NEAREST = 0.05  # share of the codebook that pFD takes near codes from
 SYNOPSIS = "python stage1/evaluate.py RUN_DIR [key=value ...], or RUN_DIR --compare OTHER_RUN_DIR"
 
 
