@@ -37,7 +37,7 @@ from vqgen.evaluation.perceptual import PerceptualDistance
 from vqgen.quantizers import Replacements
 from vqgen.settings import Stage1Config
 from vqgen.tokenizers import build_tokenizer
-from vqgen.tokenizers.latents import Transform, draw_replacements, draw_transform, smallest_side
+from vqgen.tokenizers.latents import Transform, draw_replacements, draw_transform, smallest_latent
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, to_uint8
 from vqgen.training.average import WeightEMA
 from vqgen.training.launchers import refuse_compiled
@@ -292,8 +292,10 @@ def build(config: Stage1Config, run: Run) -> Nets:
             disc = PatchDiscriminator(config.data.channels, **config.discriminator)
             disc.check_size(config.data.image_size)
             if config.equivariance.share > 0:  # D sees the transformed images
-                least = smallest_side(config.equivariance, layout.shapes[0][1]) * tokenizer.stride
-                disc.check_size(least)
+                smallest = [
+                    tokenizer.stride * side for side in smallest_latent(config.equivariance, layout.shapes[0][1:])
+                ]
+                disc.check_size(smallest, f", which equivariance.scale={config.equivariance.scale} makes")
         disc, lecam = disc.to(device, memory_format=memory_format), LeCam().to(device)
         disc_optimizer = torch.optim.AdamW(
             disc.parameters(), lr=adversarial.lr, betas=DISC_BETAS, eps=DISC_EPS, weight_decay=0.0, fused=True

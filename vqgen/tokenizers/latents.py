@@ -48,16 +48,22 @@ def draw_transform(config: EquivarianceConfig, shape: Sequence[int], random: np.
     """
     if random.random() >= config.share:
         return None
-    (height, width), least = shape, smallest_side(config, shape[0])
+    height, (least, _) = shape[0], smallest_latent(config, shape)
     scaled = int(random.integers(least, height)) if least < height else height
     quarters = int(random.integers(1, 4)) if config.rotate else 0
     mirrored = config.flip and random.random() < 0.5
-    return Transform(scaled, max(1, round(width * scaled / height)), quarters, mirrored)
+    return Transform(scaled, _beside(scaled, shape), quarters, mirrored)
 
 
-def smallest_side(config: EquivarianceConfig, side: int) -> int:
-    """The least number of positions that a side of the latent is scaled to."""
-    return max(1, math.ceil(config.scale * side))
+def smallest_latent(config: EquivarianceConfig, shape: Sequence[int]) -> tuple[int, int]:
+    """The least height, and the width beside it, that latents of a shape (height, width) are scaled to."""
+    least = max(1, math.ceil(config.scale * shape[0]))
+    return least, _beside(least, shape)
+
+
+def _beside(scaled: int, shape: Sequence[int]) -> int:
+    """The width of a latent of a shape (height, width) that is scaled to another height."""
+    return max(1, round(shape[1] * scaled / shape[0]))
 
 
 def draw_replacements(
