@@ -150,6 +150,8 @@ def latent_changes(
     has none, because the quantizer initialises its codebook from it, and small latents have few vectors.
     """
     changes: dict[str, Transform | Replacements] = {}
+    if config.equivariance.share == config.perturb.images == 0:
+        return x, changes
     shape = nets.tokenizer.code_layout(list(x.shape[2:])).shapes[0]  # (Q, H, W)
     random = np.random.default_rng(mixed_seed(config.seed, now.step, 0, 1))  # four numbers that no other draw has
     transform = draw_transform(config.equivariance, shape[1:], random) if now.step > 0 else None
