@@ -81,6 +81,19 @@ def test_the_decoder_sees_replaced_vectors_and_z_gets_its_usual_gradient(variant
         assert p.grad is None or torch.equal(p.grad, p_alike.grad)
 
 
+@every_variant
+def test_no_image_may_have_replaced_codes(variant):
+    """A pass of few images often has none: see draw_replacements."""
+    quantizer = trained(variant).train()
+    z = random(3, quantizer.code_dim, 3, 4).requires_grad_()
+    q = quantizer(z)
+    none = q.codes.new_zeros(0, *q.codes.shape[1:])
+    seen = quantizer.perturbed(q, Replacements(none, COUNT))
+    assert torch.equal(seen, q.z_q)
+    seen.sum().backward()
+    assert z.grad.abs().sum() > 0
+
+
 def test_replacing_is_in_fp32_under_autocast():
     quantizer = trained("simvq").eval()
     q = quantizer(random(2, 4, 9))

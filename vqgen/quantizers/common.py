@@ -96,7 +96,7 @@ class Quantizer(nn.Module):
         with torch.autocast(codes.device.type, enabled=False):
             near = self.neighbours(rearrange(codes, "b q ... -> (b ...) q"), by.nearest)  # (B S, Q, 1 + nearest)
             chosen = near.gather(-1, rearrange(by.ranks, "b q ... -> (b ...) q 1"))
-        return chosen.view(len(codes), *codes.shape[2:], -1).movedim(-1, 1)
+        return chosen.view(len(codes), *codes.shape[2:], codes.shape[1]).movedim(-1, 1)
 
     def perturbed(self, q: QuantizerOutput, by: Replacements) -> Tensor:
         """z_q (B, D, *S) with some codes of the first images replaced, as many images as `by` is for.
