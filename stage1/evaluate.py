@@ -16,6 +16,7 @@ from torch import Tensor
 from vqgen.cli.program import run_program
 from vqgen.cli.runs import run_images, run_tracking
 from vqgen.data.images import some_rows
+from vqgen.data.order import mixed_seed
 from vqgen.distributed import all_reduce_sum
 from vqgen.errors import need, require, section
 from vqgen.evaluation.features import FeatureCollector, cached_features, load_feature_network, my_batches
@@ -30,10 +31,14 @@ from vqgen.evaluation.report import (
     evaluation_device,
     writable_folder,
 )
+from vqgen.quantizers import Replacements
+from vqgen.quantizers.common import MAX_SEARCHED
 from vqgen.settings import DataConfig, Stage1EvaluateConfig, TrackingConfig
-from vqgen.tokenizers.vqmodel import from_uint8, load_tokenizer, to_uint8
+from vqgen.tokenizers.latents import draw_ranks
+from vqgen.tokenizers.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
 from vqgen.training.tracking import image_grid, log_evaluation
 
+NEAREST = 0.05  # share of the codebook that pFD takes near codes from
 SYNOPSIS = "python stage1/evaluate.py RUN_DIR [key=value ...], or RUN_DIR --compare OTHER_RUN_DIR"
 
 
@@ -75,7 +80,9 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
     per_image = torch.zeros(len(rows), len(names), dtype=torch.float64, device=device)
     squared_errors = torch.zeros(len(rows), dtype=torch.float64, device=device)
     usage = CodeUsage(model.code_layout(images.image_size), device)
-    collector = FeatureCollector(len(rows), (images.channels, *images.size), network)
+    nearest = max(1, round(NEAREST * model.quantizer.codebook_size))
+    kinds = "rp" if 1 < model.quantizer.codebook_size <= MAX_SEARCHED else "r"  # reconstructions, from perturbed codes
+    collectors = {kind: FeatureCollector(len(rows), (images.channels, *images.size), network) for kind in kinds}
     for batch in my_batches(len(rows), config.batch_size, "reconstructing"):
         x, class_ids = images.__getitems__(rows[batch])
         x = x.to(device)  # uint8 (B, C, H, W)
@@ -88,8 +95,13 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
                 columns.append(perceptual(from_uint8(x_rec), from_uint8(x)))
             per_image[batch] = torch.stack(columns, dim=1).double()
             squared_errors[batch] = (from_uint8(x_rec) - from_uint8(x)).square().mean(dim=(1, 2, 3)).double()
-        collector.update(x_rec, class_ids, batch)
-    reconstructed = collector.compute()
+            decoded = {"r": x_rec}
+            if "p" in kinds:
+                near = replaced(model, codes, config.perturbed, nearest, config.seed, rows[batch])
+                decoded["p"] = to_uint8(model.decode(near))
+        for kind, collector in collectors.items():
+            collector.update(decoded[kind], class_ids, batch)
+    features = {kind: collector.compute() for kind, collector in collectors.items()}
     all_reduce_sum(per_image)  # each process has filled in its own rows
     all_reduce_sum(squared_errors)
     codes_used = usage.compute()
@@ -103,7 +115,13 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
     for name, mean in zip(names, per_image.mean(dim=0).tolist(), strict=True):
         how = {"network": perceptual.name, "checksum": perceptual.checksum} if name == "perceptual" else {}
         report.add(name, mean, {**protocol, **how})
-    distances(report, reconstructed, reference, network, protocol, real, prefix="r")
+    distances(report, features["r"], reference, network, protocol, real, prefix="r")
+    if "p" in features:
+        replacing = {"codes_replaced": config.perturbed, "among_nearest": NEAREST}
+        distances(report, features["p"], reference, network, protocol | replacing, real, prefix="p")
+    else:
+        size = model.quantizer.codebook_size
+        report.warnings.append(f"no p{network.frechet_name}: neighbours are for 2 to {MAX_SEARCHED} codes, not {size}")
     report.add("usage", codes_used["usage"].item(), protocol)
     report.add("perplexity", codes_used["perplexity"].item(), protocol)
     report.add("code_entropy", codes_used["entropy"].item() / np.log(2), protocol)
@@ -121,6 +139,18 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
     if (run / "config.yaml").is_file():
         log_evaluation(run, tracking, report.numbers(), {"extremes": picture})
     print(f"next: accelerate launch stage2/train.py stage1={quote(str(run))}")
+
+
+def replaced(
+    model: VQModel, codes: list[Tensor], share: float, nearest: int, seed: int, rows: np.ndarray
+) -> list[Tensor]:
+    """The code maps of images with a share of their codes replaced by near ones; each image by its row and the seed."""
+    sources = [torch.Generator().manual_seed(mixed_seed(seed, int(row))) for row in rows]
+    maps = []
+    for part in codes:
+        ranks = torch.stack([draw_ranks(part.shape[1:], share, nearest, generator=source) for source in sources])
+        maps.append(model.quantizer.replace(part, Replacements(ranks.to(part.device), nearest)))
+    return maps
 
 
 @torch.no_grad()

@@ -28,15 +28,16 @@ from vqgen.cli.program import run_program
 from vqgen.cli.reflect import complete_options
 from vqgen.cli.sections import STAGE1_SECTIONS as SECTIONS
 from vqgen.data.images import ImageSet, load_images
-from vqgen.data.order import image_batches
+from vqgen.data.order import image_batches, mixed_seed
 from vqgen.data.stream import ImageStream
 from vqgen.distributed import all_reduce_sum, rank, world_size
 from vqgen.errors import require, section
 from vqgen.evaluation.metrics import CodeUsage, image_psnr, psnr
 from vqgen.evaluation.perceptual import PerceptualDistance
-from vqgen.quantizers import LEARNING
+from vqgen.quantizers import LEARNING, Replacements
 from vqgen.settings import Stage1Config
 from vqgen.tokenizers import build_tokenizer
+from vqgen.tokenizers.latents import Transform, draw_replacements, draw_transform, smallest_latent
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, to_uint8
 from vqgen.training.average import WeightEMA
 from vqgen.training.launchers import refuse_compiled
@@ -95,7 +96,7 @@ def main(config: Stage1Config) -> None:
 
 def tokenizer_pass(
     nets: Nets, x: Tensor, config: Stage1Config, run: Run, now: Now, stopwatch: Stopwatch
-) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
+) -> tuple[dict[str, Tensor], list[Tensor], Tensor, Tensor]:
     """One pass of the tokenizer: its losses, their weighted sum, and the gradient; D judges, but does not learn here.
 
     Args:
@@ -107,11 +108,14 @@ def tokenizer_pass(
         stopwatch: measures the perceptual network's time.
 
     Returns:
-        The losses by name; the codes of each code map, (B, Q, *S); the reconstructions, detached.
+        The losses by name; the codes of each code map, (B, Q, *S); the images that the decoder was asked for, which are
+        x unless equivariance transformed them; the reconstructions, detached.
     """
     perceptual, adversarial = config.loss.perceptual, config.loss.adversarial
     losses: dict[str, Tensor] = {}
-    x_rec, q = nets.model(x)
+    asked, changes = latent_changes(nets, x, config, run, now)
+    x_rec, q = nets.model(x, **changes)
+    x = asked
     losses["quantizer_loss"] = sum(out.loss for out in q)
     # The image losses are differentiated with respect to x_rec alone, and the weighted sum of their gradients goes
     # through the tokenizer once. So the adaptive weight needs no second backward pass, and D's weights get no gradient.
@@ -136,7 +140,28 @@ def tokenizer_pass(
         losses["adv_weight"] = adv_weight
     run.accelerator.backward(losses["quantizer_loss"] + (x_rec * gradient).sum())
     losses |= {"loss": loss, "mse": F.mse_loss(y, x)}
-    return losses, [out.codes for out in q], y.detach()
+    return losses, [out.codes for out in q], x, y.detach()
+
+
+def latent_changes(
+    nets: Nets, x: Tensor, config: Stage1Config, run: Run, now: Now
+) -> tuple[Tensor, dict[str, Transform | Replacements]]:
+    """The images to ask the decoder for, given images x (B, C, H, W); and what changes the latent, for the model.
+
+    All passes and processes of a step have the same transform, so that the step has one size of images. The first step
+    has none, because the quantizer initialises its codebook from it, and small latents have few vectors.
+    """
+    changes: dict[str, Transform | Replacements] = {}
+    if config.equivariance.share == config.perturb.images == 0:
+        return x, changes
+    shape = nets.tokenizer.code_layout(list(x.shape[2:])).shapes[0]  # (Q, H, W)
+    random = np.random.default_rng(mixed_seed(config.seed, now.step, 0, 1))  # four numbers that no other draw has
+    transform = draw_transform(config.equivariance, shape[1:], random) if now.step > 0 else None
+    if transform is not None:
+        changes["transform"], x = transform, transform(x, nets.tokenizer.stride)
+        shape = nets.tokenizer.code_layout(list(x.shape[2:])).shapes[0]
+    replacements = draw_replacements(config.perturb, len(x), shape, now.share, run.device)
+    return x, changes if replacements is None else changes | {"replacements": replacements}
 
 
 def discriminator_pass(
@@ -205,9 +230,9 @@ def train(config: Stage1Config, run: Run) -> None:
         lr = set_lr(nets.optimizer, run.lowered * lr_at(now.share, config.optim))
         disc_learns = nets.disc is not None and now.share >= adversarial.start - adversarial.lead
         for x, _ in run.passes(batches, nets.model, nets.disc):  # (B, C, H, W) in [-1, 1]
-            terms, codes, x_rec = tokenizer_pass(nets, x, config, run, now, stopwatch)
+            terms, codes, asked, x_rec = tokenizer_pass(nets, x, config, run, now, stopwatch)
             if disc_learns:
-                terms |= discriminator_pass(nets, x, x_rec, config, run, now)
+                terms |= discriminator_pass(nets, asked, x_rec, config, run, now)
             run.add(terms)
             usage.update(codes)
         learning = {"grad_norm": (nets.model, nets.optimizer)}
@@ -258,7 +283,7 @@ def build(config: Stage1Config, run: Run) -> Nets:
     torch.manual_seed(config.seed)
     with section("model", image_size="data.image_size"):
         tokenizer = build_tokenizer(**config.model)
-        tokenizer.code_layout(config.data.image_size)  # raises if the stride does not divide the size
+        layout = tokenizer.code_layout(config.data.image_size)  # raises if the stride does not divide the size
     if run.origin is not None:
         run.origin.fill(tokenizer)
         run.origin.kept += [f"{' and '.join(config.freeze)} frozen"] if config.freeze else []
@@ -266,6 +291,11 @@ def build(config: Stage1Config, run: Run) -> Nets:
     if config.train.activation_checkpointing:
         with section("train"):
             tokenizer.checkpoint_activations()
+    if config.perturb.images > 0:
+        with section("perturb"):
+            tokenizer.quantizer.check_nearest(config.perturb.nearest)
+    if config.equivariance.share > 0:
+        refuse_compiled(run.accelerator, {"equivariance.share": config.equivariance.share})
     perceptual = disc = lecam = disc_optimizer = None
     if config.loss.perceptual.name != "none":
         with section("loss.perceptual"), run.accelerator.local_main_process_first():  # which may have to fetch weights
@@ -274,10 +304,15 @@ def build(config: Stage1Config, run: Run) -> Nets:
     if adversarial.name != "none":
         fp16 = run.accelerator.mixed_precision == "fp16"
         require(not fp16, "train.mixed_precision=fp16 is too coarse for a discriminator's gradients; use bf16 or no")
-        refuse_compiled(run.accelerator, r1=adversarial.r1, adaptive=adversarial.adaptive)
+        refuse_compiled(run.accelerator, {f"loss.adversarial.{k}": getattr(adversarial, k) for k in ("r1", "adaptive")})
         with section("discriminator"):
             disc = PatchDiscriminator(config.data.channels, **config.discriminator)
             disc.check_size(config.data.image_size)
+            if config.equivariance.share > 0:  # D sees the transformed images
+                smallest = [
+                    tokenizer.stride * side for side in smallest_latent(config.equivariance, layout.shapes[0][1:])
+                ]
+                disc.check_size(smallest, f", which equivariance.scale={config.equivariance.scale} makes")
         lecam = LeCam()
         if run.origin is not None and run.origin.fill_part("disc", disc, "discriminator"):
             lecam.load_state_dict(run.origin.state["lecam"])

@@ -399,6 +399,22 @@ BAD = {
         "order=spiral",
         "order=spiral: no such order of tokens; there is raster",
     ),
+    "more neighbours than codes": (
+        "stage1",
+        "perturb.images=0.1 perturb.nearest=512",
+        "perturb.nearest=512: a code has only ",
+    ),
+    "a share that is none": ("stage1", "perturb.codes=1.5", "perturb.codes=1.5: is a share, from 0 to 1"),
+    "equivariance of nothing": (
+        "stage1",
+        "equivariance.share=0.5 equivariance.scale=1 equivariance.rotate=false",
+        "equivariance.share=0.5: nothing is left to do; ",
+    ),
+    "latents too small for the discriminator": (
+        "stage1",
+        "equivariance.share=0.5 loss.adversarial.name=hinge",
+        "discriminator.layers=3 is too deep for images of 8 pixels, which equivariance.scale=0.25 makes; use 1",
+    ),
     "no budget": ("stage1", "train.max_steps=null", "train.max_seconds"),
 }
 

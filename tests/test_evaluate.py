@@ -11,8 +11,10 @@ from PIL import Image
 from programs import launch_two, shell
 
 from vqgen.data.images import load_images
+from vqgen.data.order import mixed_seed
 from vqgen.errors import InputError
-from vqgen.evaluation.metrics import psnr
+from vqgen.evaluation.features import EfficientNetLite0, collect_features
+from vqgen.evaluation.metrics import frechet_distance, psnr
 from vqgen.evaluation.report import Report, compare
 from vqgen.settings import DataConfig
 from vqgen.tokenizers.vqmodel import from_uint8, load_tokenizer, to_uint8
@@ -53,6 +55,7 @@ def test_a_tokenizers_figures_are_those_of_its_held_out_images(evaluations, runs
     report = evaluated(evaluations / "stage1")
     assert list(report["figures"]) == [
         *("psnr", "psnr_per_image", "ssim", "perceptual", "rFD-EffLite0", "rKD-EffLite0"),
+        *("pFD-EffLite0", "pKD-EffLite0"),
         *("usage", "perplexity", "code_entropy"),
     ]
     model, checkpoint = load_tokenizer(runs / "stage1")
@@ -78,6 +81,74 @@ def test_a_tokenizers_figures_are_those_of_its_held_out_images(evaluations, runs
     picture = Image.open(evaluations / "stage1/extremes.png")
     assert picture.width > 10 * 32
     assert picture.height > 4 * 32
+
+
+class Decoded:
+    """Images with the part of ImageSet's interface that features are taken by."""
+
+    def __init__(self, x: torch.Tensor, class_ids: torch.Tensor):
+        self.x, self.class_ids = x, class_ids
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitems__(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.x[rows], self.class_ids[rows]
+
+
+def test_pfd_is_the_distance_of_images_from_perturbed_codes(evaluations, runs, digits):
+    """The neighbours by distances written out here, from the draws of each image's own seed."""
+    model, _ = load_tokenizer(runs / "stage1")
+    rows = np.sort(np.random.default_rng(0).choice(len(digits[1]), 60, replace=False))
+    x, class_ids = digits[1].__getitems__(rows)
+    codes = model.encode(from_uint8(x))[0]  # (60, 1, 4, 4)
+    order = torch.cdist(model.quantizer.codebook, model.quantizer.codebook).argsort(dim=1, stable=True)
+    perturbed = codes.clone()
+    for i, row in enumerate(rows):
+        source = torch.Generator().manual_seed(mixed_seed(0, int(row)))
+        chosen = torch.rand((1, 4, 4), generator=source) < 0.5
+        rank = torch.randint(1, 3 + 1, (1, 4, 4), generator=source)  # of 64 codes, 5 % are 3
+        perturbed[i] = torch.where(chosen, order[codes[i], rank], codes[i])
+    assert 0.4 < (perturbed != codes).float().mean() < 0.6
+    x_rec, x_near = (to_uint8(model.decode([part])) for part in (codes, perturbed))
+    assert psnr((from_uint8(x) - from_uint8(x_near)).square().mean()) < psnr(
+        (from_uint8(x) - from_uint8(x_rec)).square().mean()
+    )
+    network, every = EfficientNetLite0(), np.arange(60)
+    reference, reconstructed, near = (
+        collect_features(Decoded(part, class_ids), every, network, 128, "") for part in (x, x_rec, x_near)
+    )
+    figures = evaluated(evaluations / "stage1")["figures"]
+    for kind, features in (("r", reconstructed), ("p", near)):
+        found = figures[f"{kind}FD-EffLite0"]
+        assert found["value"] == pytest.approx(frechet_distance(features, reference), rel=1e-3)
+        assert found["floor"] == figures["rFD-EffLite0"]["floor"]
+        replacing = {"codes_replaced": 0.5, "among_nearest": 0.05} if kind == "p" else {}
+        assert found["protocol"].items() >= replacing.items()
+        assert ("codes_replaced" in found["protocol"]) == (kind == "p")
+    assert figures["pFD-EffLite0"]["value"] != pytest.approx(figures["rFD-EffLite0"]["value"], rel=1e-2)
+
+
+def test_pfd_of_no_perturbed_code_is_rfd(runs, program, cache, tmp_path, evaluations):
+    options = ["perturbed=0", FEW[0], "perceptual=none", cache, "tracking.wandb=disabled", f"out={tmp_path}"]
+    code, _, errors = program("stage1/evaluate.py", runs / "stage1", *options)
+    assert code == 0, errors
+    found = values(tmp_path)
+    assert found["pFD-EffLite0"] == found["rFD-EffLite0"]
+    assert found["pKD-EffLite0"] == found["rKD-EffLite0"]
+    with pytest.raises(InputError, match=r"for pFD-EffLite0, codes_replaced is 0\.0 in one and 0\.5 in the other"):
+        compare(tmp_path, evaluations / "stage1")
+
+
+def test_a_tokenizer_whose_codes_have_no_neighbours_has_no_pfd(program, cache, tmp_path):
+    settings = ["train.max_steps=1", "model.quantizer.codebook_size=1", "tracking.wandb=disabled"]
+    code, _, errors = program("stage1/train.py", "configs/debug/stage1.yaml", f"run_dir={tmp_path}", *settings)
+    assert code == 0, errors
+    options = ["num_images=20", "perceptual=none", cache, "tracking.wandb=disabled"]
+    code, printed, errors = program("stage1/evaluate.py", tmp_path, *options)
+    assert code == 0, errors
+    assert "warning: no pFD-EffLite0: neighbours are for 2 to 262144 codes, not 1" in printed
+    assert not any(name.startswith("p") and "D-" in name for name in values(tmp_path / "evaluation"))
 
 
 def test_every_figure_says_how_it_was_made(evaluations, digits):

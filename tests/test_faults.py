@@ -26,7 +26,8 @@ QUIET = "tracking.wandb=disabled"
 UNEVEN = ["train.log_every=7", "train.eval_every=9", "train.checkpoint_every=11", "train.accumulation=2", QUIET]
 UNEVEN += ["train.max_steps=30", "train.eval_images=32"]
 VQGAN = ["loss.adversarial.name=hinge", "loss.adversarial.start=0.2", "loss.adversarial.lecam=0.01"]
-VQGAN += ["discriminator.width=8", "model.quantizer.temperature=0.01"]
+VQGAN += ["discriminator.width=8", "model.quantizer.temperature=0.01", "perturb.images=0.3"]
+VQGAN += ["equivariance.share=0.5", "equivariance.scale=0.75", "equivariance.flip=true"]
 PROGRAMS = {
     "stage1/train": ["configs/debug/stage1.yaml", "data.flip=true", *VQGAN],
     "stage1/train_gan": ["configs/debug/gan.yaml", "data.flip=true"],

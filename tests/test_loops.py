@@ -160,6 +160,61 @@ def test_one_update_of_a_vqgan_is_that_of_the_summed_loss(program, tmp_path):
     torch.testing.assert_close(torch.stack([saved["lecam"]["real_mean"], saved["lecam"]["fake_mean"]]), lecam)
 
 
+def test_an_update_with_changed_latents_asks_for_the_images_so_transformed(program, tmp_path):
+    """The second update, as the first has no transform. Half of the images have codes replaced before the decoder."""
+    settings = ["train.max_steps=2", "train.checkpoint_every=1", "train.log_every=1", "train.batch_size=16", QUIET]
+    settings += ["data.flip=true", "optim.grad_clip=1e9", "equivariance.share=1", "equivariance.flip=true"]
+    settings += ["perturb.images=0.5", "perturb.codes=0.6", "perturb.nearest=5", "perturb.end=1"]
+    settings += ["loss.adversarial.name=non_saturating", "loss.adversarial.start=0", "loss.adversarial.ramp=0"]
+    settings += ["loss.adversarial.adaptive=false", "loss.adversarial.r1=0", "discriminator.layers=1"]
+    settings += ["discriminator.width=8", "equivariance.scale=0.5"]
+    code, _, errors = program("stage1/train.py", "configs/debug/stage1.yaml", f"run_dir={tmp_path}", *settings)
+    assert code == 0, errors
+    config, first, second = read_yaml(tmp_path / "config.yaml"), state(tmp_path, 1), state(tmp_path, 2)
+    model, disc = build_tokenizer(**config["model"]).train(), PatchDiscriminator(1, **config["discriminator"]).train()
+    model.load_state_dict(first["model"])
+    disc.load_state_dict(first["disc"])
+    ((x, _),) = first_batches(1, 16, step=1)
+
+    random = np.random.default_rng(mixed_seed(0, 1, 0, 1))
+    assert random.random() < 1
+    side, quarters, mirrored = random.integers(2, 4), random.integers(1, 4), random.random() < 0.5  # of a 4 x 4 latent
+    change = {"mode": "bilinear", "antialias": True}
+    z = F.interpolate(model.to_code(model.encoder(x)), size=(side, side), **change).rot90(quarters, (2, 3))
+    asked = F.interpolate(x, size=(8 * side, 8 * side), **change).rot90(quarters, (2, 3))
+    z, asked = (t.flip(3) if mirrored else t for t in (z, asked))
+    q = model.quantizer(z)
+    torch.manual_seed(mixed_seed(0, 1, 0))
+    torch.rand(())  # decides between 8 and 9 images, of exactly 8
+    chosen = torch.rand(8, 1, side, side) < 0.6
+    ranks = torch.randint(1, 6, chosen.shape)
+    vectors = model.quantizer.codebook[q.codes[:8]].squeeze(1)  # (8, H, W, D); the codebook has moved with z
+    order = torch.cdist(vectors.flatten(0, 2), model.quantizer.codebook).argsort(dim=1)  # the code itself is first
+    others = order.gather(1, ranks.view(-1, 1)).view(8, side, side)
+    near = model.quantizer.codebook[others].movedim(3, 1)
+    z_q = torch.cat([torch.where(chosen, near, q.z_q[:8]), q.z_q[8:]])
+    x_rec = model.decoder(model.from_code(q.z_q + (z_q - q.z_q).detach()))
+    rec, adv = F.mse_loss(x_rec, asked), F.softplus(-disc(x_rec)).mean()
+    (rec + q.loss + 0.3 * adv).backward()
+    real, fake = disc(torch.cat([asked, x_rec.detach()])).chunk(2)
+    disc_loss = F.softplus(-real).mean() + F.softplus(fake).mean()
+    logged = metrics(tmp_path)
+    expected = {"rec_loss": rec, "adv_loss": adv, "disc_loss": disc_loss, "quantizer_loss": q.loss}
+    expected |= {"grad_norm": nn.utils.clip_grad_norm_(model.parameters(), 1e9)}
+    assert {name: logged[f"train/{name}"] for name in expected} == pytest.approx(
+        {name: value.item() for name, value in expected.items()}, rel=1e-4
+    )
+    torch.testing.assert_close(second["model"]["quantizer.codebook"], model.quantizer.codebook, rtol=1e-4, atol=1e-5)
+    before, after = (saved["optimizer"]["state"] for saved in (first, second))
+    numbers = [number for group in first["optimizer"]["param_groups"] for number in group["params"]]
+    named = dict(model.named_parameters())
+    order = [n for n, p in named.items() if p.ndim >= 2] + [n for n, p in named.items() if p.ndim < 2]
+    largest = max(p.grad.abs().max() for p in named.values())
+    for number, name in zip(numbers, order, strict=True):
+        gradient = (after[number]["exp_avg"] - 0.9 * before[number]["exp_avg"]) / 0.1
+        torch.testing.assert_close(gradient, named[name].grad, rtol=1e-3, atol=1e-4 * largest, msg=name)
+
+
 def test_one_update_of_the_prior_is_that_of_its_loss_for_the_classes_that_were_not_hidden(runs, program, tmp_path):
     arguments = [f"run_dir={tmp_path}", f"stage1={runs}/stage1", f"codes_dir={tmp_path}/codes", "class_dropout=0.5"]
     code, _, errors = program("stage2/train.py", "configs/debug/stage2.yaml", *arguments, *STEP)

@@ -173,6 +173,50 @@ class LossConfig:
 
 
 @dataclass
+class PerturbConfig:
+    """Codes replaced by near ones before the decoder sees them, so that it forgives the prior's errors (RobusTok)."""
+
+    images: float = 0.0
+    """Share of the images in which codes are replaced; 0 turns it off, RobusTok has 0.1."""
+    codes: float = 1.0
+    """Share of the codes of these images that are replaced."""
+    nearest: int = 12
+    """A code is replaced by one of so many codes, those nearest to it. RobusTok has 100 of 4,096, as large a share."""
+    end: float = 0.5
+    """Factor of `codes` and `nearest` at the end: from 1 after a fifth of the run, it falls to this at three fifths."""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "codes", "end"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"perturb.{name}={value}: is a share, from 0 to 1")
+        require_size("perturb.nearest", self.nearest)
+
+
+@dataclass
+class EquivarianceConfig:
+    """Latents scaled and turned, of which the decoder has to make the image so transformed (EQ-VAE)."""
+
+    share: float = 0.0
+    """Share of the steps that do so; 0 turns it off, EQ-VAE has 0.5."""
+    scale: float = 0.25
+    """The least scale of the latent's sides, which become any whole number from there to below their own; 1 leaves
+    their size."""
+    rotate: bool = True
+    """Turn the latent by one, two or three quarters."""
+    flip: bool = False
+    """Mirror the latent in half of these steps."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.share <= 1, f"equivariance.share={self.share}: is a share of the steps, from 0 to 1")
+        require(0 < self.scale <= 1, f"equivariance.scale={self.scale}: is a share, above 0 and at most 1")
+        idle = self.scale == 1 and not self.rotate and not self.flip
+        require(
+            not (self.share and idle),
+            f"equivariance.share={self.share}: nothing is left to do; use equivariance.rotate=true, or scale=0.25",
+        )
+
+
+@dataclass
 class OptimConfig:
     """AdamW, with linear warm-up and a cosine to zero over the run's budget."""
 
@@ -292,6 +336,8 @@ class Stage1Config:
     model: dict[str, Any] = field(default_factory=dict)
     """The tokenizer's architecture"""
     loss: LossConfig = field(default_factory=LossConfig)
+    perturb: PerturbConfig = field(default_factory=PerturbConfig)
+    equivariance: EquivarianceConfig = field(default_factory=EquivarianceConfig)
     discriminator: dict[str, Any] = field(default_factory=dict)
     optim: TokenizerOptimConfig = field(default_factory=TokenizerOptimConfig)
     train: Stage1TrainConfig = field(default_factory=Stage1TrainConfig)
@@ -462,6 +508,8 @@ class Stage1EvaluateConfig(EvaluateConfig):
     """Perceptual distance: `alex` or `vgg` (shift-tolerant LPIPS), `lpips-vgg` (the original) or `none`."""
     perceptual_weights: list[str] = field(default_factory=list)
     """Files with its weights, as in stage 1's loss.perceptual.weights; an empty list takes the published ones."""
+    perturbed: float = 0.5
+    """Share of the codes that are replaced by near ones for pFD."""
     batch_size: int = 128
     """Images per batch of each process."""
     seed: int = 0
@@ -471,6 +519,7 @@ class Stage1EvaluateConfig(EvaluateConfig):
 
     def __post_init__(self) -> None:
         require(self.num_images is None or self.num_images > 1, f"num_images={self.num_images}: must be 2 or more")
+        require(0 <= self.perturbed <= 1, f"perturbed={self.perturbed}: is a share of the codes, from 0 to 1")
         require(self.batch_size > 0, f"batch_size={self.batch_size}: must be at least 1")
         require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
 

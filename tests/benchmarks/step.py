@@ -136,9 +136,9 @@ class Step:
     def backward(self) -> None:
         """Both passes: the tokenizer's, and the discriminator's if there is one and it learns yet."""
         arguments = (self.config, self.run, self.now)
-        terms, codes, x_rec = stage1.tokenizer_pass(self.nets, self.x, *arguments, self.stopwatch)
+        terms, codes, asked, x_rec = stage1.tokenizer_pass(self.nets, self.x, *arguments, self.stopwatch)
         if self.disc_learns:
-            terms |= stage1.discriminator_pass(self.nets, self.x, x_rec, *arguments)
+            terms |= stage1.discriminator_pass(self.nets, asked, x_rec, *arguments)
         Run.add(self.run, terms)
         self.usage.update(codes)
 

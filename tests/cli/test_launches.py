@@ -34,6 +34,12 @@ VQGAN = ["loss.adversarial.name=hinge", "discriminator.width=8"]
             [*VQGAN, "loss.adversarial.r1=0"],
             "--dynamo_backend aot_eager: needs loss.adversarial.adaptive=false; ",
         ),
+        (
+            "ACCELERATE_DYNAMO_BACKEND",
+            "AOT_EAGER",
+            ["equivariance.share=0.5"],
+            "--dynamo_backend aot_eager: needs equivariance.share=0.0; ",
+        ),
     ],
 )
 def test_launches_that_would_end_in_a_traceback_are_refused(

@@ -72,6 +72,52 @@ MUTANTS = [
         "tests/tokenizers/test_vqmodel.py",
         "frozen or codes_that",
     ),
+    # Codes for the prior
+    Mutant(
+        "the images are not transformed as their latents are",
+        "stage1/train.py",
+        "    x = asked\n",
+        "",
+        LOOPS,
+        "changed_latents",
+    ),
+    Mutant(
+        "the discriminator sees the transformed images mirrored",
+        "stage1/train.py",
+        "discriminator_pass(nets, asked, x_rec",
+        "discriminator_pass(nets, asked.flip(3), x_rec",
+        LOOPS,
+        "changed_latents",
+    ),
+    Mutant(
+        "no gradient passes replaced codes",
+        "vqgen/quantizers/common.py",
+        "return straight_through(q.z_q, z_q)",
+        "return z_q + 0 * q.z_q.sum()",
+        "tests/quantizers/test_neighbours.py",
+    ),
+    Mutant(
+        "a code is its own neighbour's equal",
+        "vqgen/quantizers/common.py",
+        "scores.scatter_(1, part[:, None], torch.inf)",
+        "pass",
+        "tests/quantizers/test_neighbours.py",
+    ),
+    Mutant(
+        "small batches have no replaced codes",
+        "vqgen/tokenizers/latents.py",
+        "int(config.images * batch + torch.rand(()).item())",
+        "int(config.images * batch)",
+        "tests/tokenizers/test_latents.py",
+    ),
+    Mutant(
+        "pFD is of codes that are not perturbed",
+        "stage1/evaluate.py",
+        "maps.append(model.quantizer.replace(part, Replacements(ranks.to(part.device), nearest)))",
+        "maps.append(part)",
+        "tests/test_evaluate.py",
+        "pfd_is",
+    ),
     # The average, which is evaluated and saved
     Mutant(
         "the average is updated with the wrong step number",

@@ -55,12 +55,17 @@ class PatchDiscriminator(nn.Module):
         """Maps images (B, C, H, W) in [-1, 1] to logits (B, 1, H / 2^layers - 2, W / 2^layers - 2)."""
         return self.net(x)
 
-    def check_size(self, image_size: int | Sequence[int]) -> None:
-        """Raises InputError if images of image_size pixels, a side or height and width, are too small for a logit."""
+    def check_size(self, image_size: int | Sequence[int], why: str = "") -> None:
+        """Raises InputError if images of image_size pixels, a side or height and width, are too small for a logit.
+
+        Args:
+            image_size: the size.
+            why: where the size comes from if it is not that of the data, for the message; begins with a comma.
+        """
         least = min(sides(image_size))
         deepest = (least // 3).bit_length() - 1  # after the layers, the side must be at least 3
         remedy = f"use {deepest} or fewer" if deepest > 0 else "the least is 6 pixels"
-        require(self.layers <= deepest, f"layers={self.layers} is too deep for images of {least} pixels; {remedy}")
+        require(self.layers <= deepest, f"layers={self.layers} is too deep for images of {least} pixels{why}; {remedy}")
 
 
 class Blur(nn.Module):

@@ -245,10 +245,11 @@ def distances(
         network: the network that the features come from.
         protocol: the figures' protocol, without the network's part.
         real: features of other real images, whose distances are the floor.
-        prefix: prefix of the figures' names: r for reconstructions.
+        prefix: prefix of the figures' names: r for reconstructions, p for those from perturbed codes.
     """
     if isinstance(size := protocol.get("image_size"), list):  # every network makes a square map of an image
-        report.warnings.append(f"{network.name} sees the images, of {size[0]} x {size[1]} pixels, squeezed to squares")
+        warning = f"{network.name} sees the images, of {size[0]} x {size[1]} pixels, squeezed to squares"
+        report.warnings += [] if warning in report.warnings else [warning]
     protocol = {**protocol, **network_protocol(network)}
     few = min(images.count.item(), reference.count.item()) <= len(images.total)
     floor: dict[str, Any] = {}

@@ -3,7 +3,7 @@
 from typing import Any
 
 from vqgen.quantizers.build import BASES, build, complete
-from vqgen.quantizers.common import LEARNING, Quantizer, QuantizerOutput
+from vqgen.quantizers.common import LEARNING, Quantizer, QuantizerOutput, Replacements
 from vqgen.quantizers.ema import EMAQuantizer
 from vqgen.quantizers.fsq import FSQ
 from vqgen.quantizers.gumbel import GumbelQuantizer
@@ -24,6 +24,7 @@ __all__ = [
     "GumbelQuantizer",
     "Quantizer",
     "QuantizerOutput",
+    "Replacements",
     "ResidualQuantizer",
     "SimVQ",
     "VQQuantizer",

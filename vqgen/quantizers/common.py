@@ -14,6 +14,7 @@ from vqgen.errors import require, require_choice
 
 BLOCK_ELEMENTS = 1 << 22  # elements of the (N, K) probabilities that are in memory at a time
 MAX_CODES, MAX_DIM = 1 << 31, 1 << 16  # the largest codebook
+MAX_SEARCHED = 1 << 18  # the largest codebook that is searched for the neighbours of codes
 # Options that say how a quantizer learns, not what its codes mean: training from given weights may change them.
 LEARNING: tuple[str, ...] = (
     "gradient",
@@ -39,6 +40,18 @@ class QuantizerOutput(NamedTuple):
     z_q: Tensor
     codes: Tensor
     loss: Tensor
+
+
+class Replacements(NamedTuple):
+    """Which codes are replaced, and by which of their neighbours.
+
+    Attributes:
+        ranks: int64, in the shape of the codes: r takes the r-th nearest other code, and 0 keeps the code.
+        nearest: the largest rank that may occur.
+    """
+
+    ranks: Tensor
+    nearest: int
 
 
 class Quantizer(nn.Module):
@@ -81,6 +94,38 @@ class Quantizer(nn.Module):
         """The vectors (B, D, *S) in fp32 of codes (B, Q, *S)."""
         with torch.autocast(codes.device.type, enabled=False):
             return self.decode(codes.movedim(1, -1)).movedim(-1, 1)
+
+    def check_nearest(self, count: int) -> None:
+        """Raises InputError if a code does not have so many neighbours, or has too many to search."""
+        codes = self.codebook_size
+        require(codes <= MAX_SEARCHED, f"nearest={count}: not for {codes} codes; {MAX_SEARCHED} are the most to search")
+        require(count < codes, f"nearest={count}: a code has only {codes - 1} others; use that, or fewer")
+
+    @torch.no_grad()
+    def replace(self, codes: Tensor, by: Replacements) -> Tensor:
+        """Codes (B, Q, *S) with some of them replaced by near ones, in the same shape."""
+        with torch.autocast(codes.device.type, enabled=False):
+            near = self.neighbours(rearrange(codes, "b q ... -> (b ...) q"), by.nearest)  # (B S, Q, 1 + nearest)
+            chosen = near.gather(-1, rearrange(by.ranks, "b q ... -> (b ...) q 1"))
+        return chosen.view(len(codes), *codes.shape[2:], codes.shape[1]).movedim(-1, 1)
+
+    def perturbed(self, q: QuantizerOutput, by: Replacements) -> Tensor:
+        """z_q (B, D, *S) with some codes of the first images replaced, as many images as `by` is for.
+
+        The gradient passes a replaced vector as it passes the original one, on the way to z (RobusTok, Qiu et al. 2025,
+        latent_perturbation.py). The codes in q and its loss stay those of the images.
+        """
+        with torch.no_grad():
+            first, others = q.z_q.tensor_split([len(by.ranks)])
+            vectors = self.decode_codes(self.replace(q.codes[: len(first)], by))
+            replaced = (by.ranks > 0).any(dim=1, keepdim=True)  # (n, 1, *S)
+            z_q = torch.cat([torch.where(replaced, vectors, first), others])
+        return straight_through(q.z_q, z_q)
+
+    def neighbours(self, codes: Tensor, count: int) -> Tensor:
+        """Each of the codes (N, Q), then the `count` others with the nearest vectors: (N, Q, 1 + count)."""
+        every = torch.arange(self.codebook_size, device=codes.device)
+        return nearest_others(codes[:, 0], self.decode(every[:, None]), count)[:, None]
 
     def bound(self, z: Tensor) -> Tensor:
         """Maps vectors (..., D) to the space of the codes; residual quantizers do so once, before the first level."""
@@ -223,6 +268,17 @@ def _row_max(x: Tensor) -> tuple[Tensor, Tensor]:
     best, group = groups.amax(dim=1).max(dim=1)
     members = groups[torch.arange(len(x), device=x.device), :, group]
     return best, members.max(dim=1).indices * 32 + group
+
+
+def nearest_others(indices: Tensor, codebook: Tensor, count: int) -> Tensor:
+    """The codebook rows (K, D) nearest to some of them, (N,) -> (N, 1 + count): each row itself, then the others."""
+    bias = -0.5 * codebook.square().sum(dim=1)
+    found = []
+    for part in indices.split(max(1, BLOCK_ELEMENTS // len(codebook))):
+        scores = torch.addmm(bias, codebook[part], codebook.T)
+        scores.scatter_(1, part[:, None], torch.inf)  # the row itself comes first, even if others are equal to it
+        found.append(scores.topk(1 + count).indices)
+    return torch.cat(found)
 
 
 def spread_vectors(z: Tensor, count: int, draw: Tensor) -> Tensor:

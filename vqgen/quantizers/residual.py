@@ -91,6 +91,16 @@ class ResidualQuantizer(Quantizer):
         vectors = [level.decode(code) * scale for level, scale, code in parts]
         return functools.reduce(torch.add, vectors)  # the order of quantize, which gives the same bits
 
+    def check_nearest(self, count: int) -> None:
+        super().check_nearest(count)
+        undone = "it would bring back levels that dropout leaves out; use dropout=0 in the quantizer"
+        require(not self.dropout, f"nearest={count}: not with the quantizer's dropout={self.dropout}: {undone}")
+
+    def neighbours(self, codes: Tensor, count: int) -> Tensor:
+        """Each of the codes (N, Q), then the `count` others of its level nearest to it: (N, Q, 1 + count)."""
+        levels = zip(self._levels(), codes.split(1, dim=-1), strict=True)
+        return torch.cat([level.neighbours(code, count) for level, code in levels], dim=1)
+
     def _levels(self) -> list[Quantizer]:
         return list(self.levels)  # type: ignore[arg-type]
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from vqgen.codes import CodeLayout, shown, sides
 from vqgen.errors import InputError, expanded, require, require_choice, section
-from vqgen.quantizers import Quantizer, QuantizerOutput, build_quantizer, quantizer_options
+from vqgen.quantizers import Quantizer, QuantizerOutput, Replacements, build_quantizer, quantizer_options
 from vqgen.tokenizers.blocks import Stack
+from vqgen.tokenizers.latents import Transform
 
 CARD = """---
 library_name: vqgen
@@ -86,13 +87,24 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         for stack in stacks:
             stack.checkpointing = True
 
-    def forward(self, x: Tensor) -> tuple[Tensor, list[QuantizerOutput]]:
-        """Reconstructions of images (B, C, H, W), in the same shape, and the quantizer's output for each code map."""
+    def forward(
+        self, x: Tensor, transform: Transform | None = None, replacements: Replacements | None = None
+    ) -> tuple[Tensor, list[QuantizerOutput]]:
+        """Reconstructions of images (B, C, H, W), in the same shape, and the quantizer's output for each code map.
+
+        Args:
+            x: the images.
+            transform: is applied to the encoder's vectors, so the reconstructions become those of the images so
+                transformed.
+            replacements: codes that the decoder sees replaced by near ones, in the first images.
+        """
         with torch.no_grad() if self.codes_stay else nullcontext():
-            q = self.quantizer(self.to_code(self.encoder(x)))
+            z = self.to_code(self.encoder(x))
+            q = self.quantizer(z if transform is None else transform(z))
         if self.codes_stay:
             q = q._replace(loss=torch.zeros_like(q.loss))
-        return self.decoder(self.from_code(q.z_q)), [q]
+        z_q = q.z_q if replacements is None else self.quantizer.perturbed(q, replacements)
+        return self.decoder(self.from_code(z_q)), [q]
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """The code maps [(B, Q, H / stride, W / stride)] of images (B, C, H, W), coarse to fine."""

@@ -38,6 +38,9 @@ BEFORE: dict[str, Any] = {"model.name": "light", "order": "raster", "data.crops"
 BEFORE |= {"data.stream": False, "data.shuffle_buffer": 10000, "freeze": []}
 BEFORE |= {"model.block": "residual", "model.head_width": 0, "optim.name": "adamw"}
 BEFORE |= {"model.quantizer.legacy_beta": False, "model.quantizer.base.legacy_beta": False}
+BEFORE |= {"perturb.images": 0.0, "perturb.codes": 1.0, "perturb.nearest": 12, "perturb.end": 0.5}
+BEFORE |= {"equivariance.share": 0.0, "equivariance.scale": 0.25}
+BEFORE |= {"equivariance.rotate": True, "equivariance.flip": False}
 
 CHECKSUMS = "SHA256SUMS"  # a file in the format of sha256sum, which can check it
 
