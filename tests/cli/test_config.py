@@ -390,7 +390,7 @@ def test_complete_options_converts_and_fills_in_at_every_depth():
     complete = complete_options(SECTIONS, "model", given)
     quantizer = complete["quantizer"]
     assert [complete["name"], quantizer["name"], quantizer["base"]["name"]] == ["light", "residual", "ema"]
-    assert (complete["patch_size"], complete["widths"]) == (2, [24, 96])
+    assert (complete["patch_size"], complete["head_width"]) == (2, 8)
     assert type(quantizer["dropout"]) is float
     assert quantizer["base"] == quantizer_options(codebook_size=8, decay=0.5)
     assert given["quantizer"]["base"] == base == {"codebook_size": "8", "decay": "0.5"}
