@@ -4,6 +4,7 @@ accelerate launch stage1/train.py [CONFIG.yaml] [key=value ...]
 """
 
 from dataclasses import replace
+from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
@@ -34,10 +35,11 @@ from vqgen.distributed import all_reduce_sum, rank, world_size
 from vqgen.errors import require, section
 from vqgen.evaluation.metrics import CodeUsage, image_psnr, psnr
 from vqgen.evaluation.perceptual import PerceptualDistance
-from vqgen.quantizers import LEARNING, Replacements
+from vqgen.priors.redraw import prior_of, redraw_codes
+from vqgen.quantizers import LEARNING
 from vqgen.settings import Stage1Config
 from vqgen.tokenizers import build_tokenizer
-from vqgen.tokenizers.latents import Transform, draw_replacements, draw_transform, smallest_latent
+from vqgen.tokenizers.latents import draw_replacements, draw_transform, smallest_latent
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, to_uint8
 from vqgen.training.average import WeightEMA
 from vqgen.training.launchers import refuse_compiled
@@ -71,6 +73,7 @@ class Nets(NamedTuple):
         bare_disc: the same D without the wrapper.
         disc_optimizer: D's optimizer.
         lecam: D's regularisation.
+        prior: draws codes anew for the decoder to learn from; None if `redraw` is off.
     """
 
     model: nn.Module
@@ -82,6 +85,7 @@ class Nets(NamedTuple):
     bare_disc: PatchDiscriminator | None
     disc_optimizer: Any
     lecam: LeCam | None
+    prior: Any
 
 
 def main(config: Stage1Config) -> None:
@@ -95,13 +99,14 @@ def main(config: Stage1Config) -> None:
 
 
 def tokenizer_pass(
-    nets: Nets, x: Tensor, config: Stage1Config, run: Run, now: Now, stopwatch: Stopwatch
+    nets: Nets, x: Tensor, class_ids: Tensor, config: Stage1Config, run: Run, now: Now, stopwatch: Stopwatch
 ) -> tuple[dict[str, Tensor], list[Tensor], Tensor, Tensor]:
     """One pass of the tokenizer: its losses, their weighted sum, and the gradient; D judges, but does not learn here.
 
     Args:
         nets: the tokenizer, and the networks that its losses need.
         x: images (B, C, H, W) in [-1, 1].
+        class_ids: their classes (B,), -1 for none; for the prior.
         config: names and weights of the losses.
         run: runs the backward pass, and says how far the adversarial weight is lowered.
         now: decides which losses have started.
@@ -113,7 +118,7 @@ def tokenizer_pass(
     """
     perceptual, adversarial = config.loss.perceptual, config.loss.adversarial
     losses: dict[str, Tensor] = {}
-    asked, changes = latent_changes(nets, x, config, run, now)
+    asked, changes = latent_changes(nets, x, class_ids, config, run, now)
     x_rec, q = nets.model(x, **changes)
     x = asked
     losses["quantizer_loss"] = sum(out.loss for out in q)
@@ -144,14 +149,17 @@ def tokenizer_pass(
 
 
 def latent_changes(
-    nets: Nets, x: Tensor, config: Stage1Config, run: Run, now: Now
-) -> tuple[Tensor, dict[str, Transform | Replacements]]:
-    """The images to ask the decoder for, given images x (B, C, H, W); and what changes the latent, for the model.
+    nets: Nets, x: Tensor, class_ids: Tensor, config: Stage1Config, run: Run, now: Now
+) -> tuple[Tensor, dict[str, Any]]:
+    """The images to ask the decoder for, given images x (B, C, H, W) of classes (B,); and the model's other arguments.
 
     All passes and processes of a step have the same transform, so that the step has one size of images. The first step
     has none, because the quantizer initialises its codebook from it, and small latents have few vectors.
     """
-    changes: dict[str, Transform | Replacements] = {}
+    if nets.prior is not None:
+        with run.accelerator.autocast():
+            return x, {"codes": redraw_codes(nets.prior, nets.tokenizer, x, class_ids, keep=config.redraw.keep)}
+    changes: dict[str, Any] = {}
     if config.equivariance.share == config.perturb.images == 0:
         return x, changes
     shape = nets.tokenizer.code_layout(list(x.shape[2:])).shapes[0]  # (Q, H, W)
@@ -189,7 +197,7 @@ def train(config: Stage1Config, run: Run) -> None:
     adversarial = config.loss.adversarial
     run.find_origin("model", VQModel.from_pretrained)
     train_set, val_set = load_data(config, run)
-    nets = build(config, run)
+    nets = build(config, run, train_set.class_names)
     run.open(train_set, val_set)
     usage = CodeUsage(nets.tokenizer.code_layout(config.data.image_size), run.device)
     model, optimizer, disc, disc_optimizer = run.prepare(nets.model, nets.optimizer, nets.disc, nets.disc_optimizer)
@@ -229,8 +237,8 @@ def train(config: Stage1Config, run: Run) -> None:
 
         lr = set_lr(nets.optimizer, run.lowered * lr_at(now.share, config.optim))
         disc_learns = nets.disc is not None and now.share >= adversarial.start - adversarial.lead
-        for x, _ in run.passes(batches, nets.model, nets.disc):  # (B, C, H, W) in [-1, 1]
-            terms, codes, asked, x_rec = tokenizer_pass(nets, x, config, run, now, stopwatch)
+        for x, class_ids in run.passes(batches, nets.model, nets.disc):  # (B, C, H, W) in [-1, 1] and (B,)
+            terms, codes, asked, x_rec = tokenizer_pass(nets, x, class_ids, config, run, now, stopwatch)
             if disc_learns:
                 terms |= discriminator_pass(nets, asked, x_rec, config, run, now)
             run.add(terms)
@@ -276,7 +284,7 @@ def load_data(config: Stage1Config, run: Run) -> tuple[ImageSet | ImageStream, I
     return train_set, val_set
 
 
-def build(config: Stage1Config, run: Run) -> Nets:
+def build(config: Stage1Config, run: Run, class_names: list[str]) -> Nets:
     """The networks on their device, their optimizers and the average, in their state before the first step."""
     adversarial, device = config.loss.adversarial, run.device
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
@@ -288,6 +296,10 @@ def build(config: Stage1Config, run: Run) -> Nets:
         run.origin.fill(tokenizer)
         run.origin.kept += [f"{' and '.join(config.freeze)} frozen"] if config.freeze else []
     tokenizer.freeze(config.freeze)
+    prior = None
+    if config.redraw.stage2 is not None:
+        with section("redraw"):
+            prior = prior_of(Path(config.redraw.stage2), tokenizer, layout, class_names).to(device)
     if config.train.activation_checkpointing:
         with section("train"):
             tokenizer.checkpoint_activations()
@@ -328,7 +340,7 @@ def build(config: Stage1Config, run: Run) -> Nets:
     else:
         optimizer = torch.optim.AdamW(groups, **adam)
     average = WeightEMA(tokenizer, config.train.ema)
-    return Nets(tokenizer, tokenizer, average, optimizer, perceptual, disc, disc, disc_optimizer, lecam)
+    return Nets(tokenizer, tokenizer, average, optimizer, perceptual, disc, disc, disc_optimizer, lecam, prior)
 
 
 def disc_lr_at(share: float, config: Stage1Config) -> float:

@@ -413,7 +413,7 @@ BAD = {
     "latents too small for the discriminator": (
         "stage1",
         "equivariance.share=0.5 loss.adversarial.name=hinge",
-        "discriminator.layers=3 is too deep for images of 8 pixels, which equivariance.scale=0.25 makes; use 1",
+        " pixels, which equivariance.scale=0.25 makes; use ",
     ),
     "no budget": ("stage1", "train.max_steps=null", "train.max_seconds"),
 }

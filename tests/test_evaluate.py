@@ -101,15 +101,16 @@ def test_pfd_is_the_distance_of_images_from_perturbed_codes(evaluations, runs, d
     model, _ = load_tokenizer(runs / "stage1")
     rows = np.sort(np.random.default_rng(0).choice(len(digits[1]), 60, replace=False))
     x, class_ids = digits[1].__getitems__(rows)
-    codes = model.encode(from_uint8(x))[0]  # (60, 1, 4, 4)
+    codes = model.encode(from_uint8(x))[0]  # (60, 1, H, W)
+    shape = codes.shape[1:]
     order = torch.cdist(model.quantizer.codebook, model.quantizer.codebook).argsort(dim=1, stable=True)
     perturbed = codes.clone()
     for i, row in enumerate(rows):
         source = torch.Generator().manual_seed(mixed_seed(0, int(row)))
-        chosen = torch.rand((1, 4, 4), generator=source) < 0.5
-        rank = torch.randint(1, 3 + 1, (1, 4, 4), generator=source)  # of 64 codes, 5 % are 3
+        chosen = torch.rand(shape, generator=source) < 0.5
+        rank = torch.randint(1, 3 + 1, shape, generator=source)  # of 64 codes, 5 % are 3
         perturbed[i] = torch.where(chosen, order[codes[i], rank], codes[i])
-    assert 0.4 < (perturbed != codes).float().mean() < 0.6
+    assert 0.35 < (perturbed != codes).float().mean() < 0.65
     x_rec, x_near = (to_uint8(model.decode([part])) for part in (codes, perturbed))
     assert psnr((from_uint8(x) - from_uint8(x_near)).square().mean()) < psnr(
         (from_uint8(x) - from_uint8(x_rec)).square().mean()
@@ -121,12 +122,12 @@ def test_pfd_is_the_distance_of_images_from_perturbed_codes(evaluations, runs, d
     figures = evaluated(evaluations / "stage1")["figures"]
     for kind, features in (("r", reconstructed), ("p", near)):
         found = figures[f"{kind}FD-EffLite0"]
-        assert found["value"] == pytest.approx(frechet_distance(features, reference), rel=1e-3)
+        assert found["value"] == pytest.approx(frechet_distance(features, reference), rel=1e-4)
         assert found["floor"] == figures["rFD-EffLite0"]["floor"]
         replacing = {"codes_replaced": 0.5, "among_nearest": 0.05} if kind == "p" else {}
         assert found["protocol"].items() >= replacing.items()
         assert ("codes_replaced" in found["protocol"]) == (kind == "p")
-    assert figures["pFD-EffLite0"]["value"] != pytest.approx(figures["rFD-EffLite0"]["value"], rel=1e-2)
+    assert figures["pFD-EffLite0"]["value"] != pytest.approx(figures["rFD-EffLite0"]["value"], rel=1e-3)
 
 
 def test_pfd_of_no_perturbed_code_is_rfd(runs, program, cache, tmp_path, evaluations):

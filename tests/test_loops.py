@@ -167,7 +167,8 @@ def test_an_update_with_changed_latents_asks_for_the_images_so_transformed(progr
     settings += ["perturb.images=0.5", "perturb.codes=0.6", "perturb.nearest=5", "perturb.end=1"]
     settings += ["loss.adversarial.name=non_saturating", "loss.adversarial.start=0", "loss.adversarial.ramp=0"]
     settings += ["loss.adversarial.adaptive=false", "loss.adversarial.r1=0", "discriminator.layers=1"]
-    settings += ["discriminator.width=8", "equivariance.scale=0.5"]
+    settings += ["discriminator.width=8", "equivariance.scale=0.5", "optim.name=adamw"]
+    settings += ["model.patch_size=4", "model.widths=[16,32]"]
     code, _, errors = program("stage1/train.py", "configs/debug/stage1.yaml", f"run_dir={tmp_path}", *settings)
     assert code == 0, errors
     config, first, second = read_yaml(tmp_path / "config.yaml"), state(tmp_path, 1), state(tmp_path, 2)

@@ -8,7 +8,7 @@ from vqgen.codes import ORDERS, sides
 from vqgen.errors import InputError, require, require_choice, require_size
 
 # The last part of the key of each setting that is a path; the programs expand `~` in these.
-PATHS = {"run_dir", "init_from", "source", "val_source", "stage1", "codes_dir", "weights", "out"}
+PATHS = {"run_dir", "init_from", "source", "val_source", "stage1", "stage2", "codes_dir", "weights", "out"}
 PATHS |= {"cache_dir", "feature_weights", "perceptual_weights", "compare", "images", "reference"}
 ADDRESSES = {"source", "val_source", "images", "reference"}  # those of them that may also be an address
 VQGAN_SETTINGS = ["loss.perceptual.name=alex", "loss.adversarial.name=non_saturating"]
@@ -217,6 +217,20 @@ class EquivarianceConfig:
 
 
 @dataclass
+class RedrawConfig:
+    """Codes drawn anew by a prior, of which a frozen tokenizer's decoder learns to make the image (RobusTok)."""
+
+    stage2: str | None = None
+    """A stage-2 run whose prior draws the codes; null draws none. It needs freeze=[encoder,quantizer], with `init_from`
+    the tokenizer that the prior is for."""
+    keep: float = 0.7
+    """Share of the codes that stay those of the image."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.keep <= 1, f"redraw.keep={self.keep}: is a share of the codes, from 0 to 1")
+
+
+@dataclass
 class OptimConfig:
     """AdamW, with linear warm-up and a cosine to zero over the run's budget."""
 
@@ -338,6 +352,7 @@ class Stage1Config:
     loss: LossConfig = field(default_factory=LossConfig)
     perturb: PerturbConfig = field(default_factory=PerturbConfig)
     equivariance: EquivarianceConfig = field(default_factory=EquivarianceConfig)
+    redraw: RedrawConfig = field(default_factory=RedrawConfig)
     discriminator: dict[str, Any] = field(default_factory=dict)
     optim: TokenizerOptimConfig = field(default_factory=TokenizerOptimConfig)
     train: Stage1TrainConfig = field(default_factory=Stage1TrainConfig)
@@ -354,6 +369,12 @@ class Stage1Config:
         )
         remedy = "the adaptive weight measures the decoder's gradient; use loss.adversarial.adaptive=false"
         require(not no_gradient, f"{parts}: {remedy}")
+        if self.redraw.stage2 is not None:
+            stay = {"encoder", "quantizer"} <= {*self.freeze}
+            remedy = "a prior's codes mean something to its own tokenizer only; use freeze=[encoder,quantizer]"
+            require(stay, f"redraw.stage2={self.redraw.stage2}: {remedy}, and init_from=ITS_TOKENIZER")
+            alone = self.perturb.images == 0 and self.equivariance.share == 0
+            require(alone, "redraw.stage2: the prior replaces the codes; use perturb.images=0 and equivariance.share=0")
 
 
 @dataclass

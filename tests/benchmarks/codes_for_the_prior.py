@@ -9,6 +9,7 @@ results.json. Samples are drawn without guidance (cfg_scale=1, top_p=1). `--jobs
 """
 
 import argparse
+import inspect
 import json
 import os
 import statistics
@@ -20,6 +21,9 @@ from pathlib import Path
 from queue import Queue
 from typing import Any, NamedTuple
 
+from vqgen.tokenizers import Light
+from vqgen.yaml_file import read_yaml
+
 ROOT = Path(__file__).parents[2]
 CONFIGS: dict[str, list[str]] = {"digits": ["", ""], "emoji64": [f"configs/stage{n}/emoji64.yaml" for n in (1, 2)]}
 ARMS: dict[str, list[str]] = {  # settings of stage 1; stage 2 is always as shipped
@@ -30,7 +34,13 @@ ARMS: dict[str, list[str]] = {  # settings of stage 1; stage 2 is always as ship
     "equivariance, scale only": ["equivariance.share=0.5", "equivariance.rotate=false"],
     "perturbation and equivariance": ["perturb.images=0.1", "equivariance.share=0.5"],
     "2,048 codes": ["model.quantizer.codebook_size=2048"],
-    "four times the codes per image": ["model.patch_size=2"],
+    "four times the codes per image": ["model.patch_size={half}"],
+}
+# Arms that spend the last third of stage 1's seconds on the decoder alone, after the prior has been trained.
+ALONE = ["freeze=[encoder,quantizer]", "optim.lr=4e-3", "optim.warmup=0.05"]
+DECODERS: dict[str, list[str]] = {
+    "decoder trained on, on the images' codes": ALONE,
+    "decoder trained on, on the prior's codes": [*ALONE, "redraw.stage2={stage2}"],
 }
 FIGURES = {  # columns of the table: the stage whose evaluation has the figure, and its heading
     "FD-EffLite0": (2, "`FD-EffLite0`"),
@@ -44,6 +54,12 @@ FIGURES = {  # columns of the table: the stage whose evaluation has the figure, 
 }
 
 
+def half_patch(data: str) -> int:
+    """Half of the patch size that a data set's configuration has, for codes twice as dense along each side."""
+    model = (read_yaml(ROOT / CONFIGS[data][0]) if CONFIGS[data][0] else {}).get("model", {})
+    return model.get("patch_size", inspect.signature(Light).parameters["patch_size"].default) // 2
+
+
 class Case(NamedTuple):
     """One tokenizer and its prior: the data set, the arm and the seed."""
 
@@ -53,21 +69,35 @@ class Case(NamedTuple):
 
     def folder(self, runs: Path) -> Path:
         words = self.arm.replace(",", "").split()
-        return runs / self.data / "-".join([*words, f"seed{self.seed}"])
+        return runs / self.data / "-".join([*words, f"seed{self.seed}"]).replace("'", "")
+
+    def tokenizer(self, runs: Path) -> Path:
+        """The run whose tokenizer decodes the samples."""
+        return self.folder(runs) / ("decoder" if self.arm in DECODERS else "stage1")
 
     def commands(self, options: argparse.Namespace) -> list[list[str]]:
-        """The four commands, in their order: both stages are trained, then both are measured."""
+        """The commands in their order: both stages are trained, in some arms the decoder again; both are measured."""
         folder = self.folder(options.runs)
         quiet = [f"seed={self.seed}", "tracking.wandb=disabled"]
         rare = ["train.max_steps=null", "train.eval_every=1000000", "train.checkpoint_every=1000000"]
         first, second = ([config] if config else [] for config in CONFIGS[self.data])
-        first += [f"run_dir={folder}/stage1", f"train.max_seconds={options.stage1_seconds}", *rare, *quiet]
+        seconds = options.stage1_seconds
+        last = seconds / 3 if self.arm in DECODERS else 0
+        decoder = [*first, f"run_dir={folder}/decoder", f"train.max_seconds={last:g}", *rare, *quiet]
+        decoder += [f"init_from={folder}/stage1", *DECODERS.get(self.arm, [])]
+        first += [f"run_dir={folder}/stage1", f"train.max_seconds={seconds - last:g}", *rare, *quiet]
         second += [f"run_dir={folder}/stage2", f"train.max_seconds={options.stage2_seconds}", *rare, *quiet]
         unguided = ["cfg_scale=1", "top_p=1", f"num_images={options.images}"]
+        copy = "import shutil, sys; shutil.copytree(*sys.argv[1:], dirs_exist_ok=True)"
+        again = [
+            ["stage1/train.py", *(setting.format(stage2=folder / "stage2") for setting in decoder)],
+            ["-c", copy, f"{folder}/decoder/model", f"{folder}/stage2/model/tokenizer"],
+        ]
         return [
-            ["stage1/train.py", *first, *ARMS[self.arm]],
+            ["stage1/train.py", *first, *(s.format(half=half_patch(self.data)) for s in ARMS.get(self.arm, []))],
             ["stage2/train.py", *second, f"stage1={folder}/stage1"],
-            ["stage1/evaluate.py", f"{folder}/stage1", "perceptual=none", *quiet],
+            *(again if self.arm in DECODERS else []),
+            ["stage1/evaluate.py", str(self.tokenizer(options.runs)), "perceptual=none", *quiet],
             ["stage2/evaluate.py", f"{folder}/stage2", *unguided, *quiet],
         ]
 
@@ -87,8 +117,7 @@ def figures_of(case: Case, options: argparse.Namespace, cores: Sequence[int]) ->
             if done.returncode:
                 raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}; see {output.name}")
     figures: dict[str, float] = {}
-    for stage in (1, 2):
-        run = folder / f"stage{stage}"
+    for stage, run in ((1, case.tokenizer(options.runs)), (2, folder / "stage2")):
         found = json.loads((run / "evaluation/evaluation.json").read_text())["figures"]
         figures |= {name: found[name]["value"] for name, (of, _) in FIGURES.items() if of == stage and name in found}
         figures[f"steps of stage {stage}"] = last_step(run)
@@ -106,7 +135,7 @@ def table(data: str, results: dict[Case, dict[str, float]]) -> str:
     names = [*FIGURES, "steps of stage 1", "steps of stage 2"]
     headings = [FIGURES[name][1] if name in FIGURES else name for name in names]
     lines = [f"| {data}, seeds | {' | '.join(headings)} |", "|---" * (len(names) + 1) + "|"]
-    for arm in ARMS:
+    for arm in [*ARMS, *DECODERS]:
         found = [figures for case, figures in results.items() if (case.data, case.arm) == (data, arm)]
         if found:
             cells = [spread([figures[name] for figures in found if name in figures]) for name in names]
@@ -151,7 +180,7 @@ def main(options: argparse.Namespace) -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    content: dict[str, Any] = {"options": {**vars(options), "runs": str(options.runs)}, "arms": ARMS}
+    content: dict[str, Any] = {"options": {**vars(options), "runs": str(options.runs)}, "arms": ARMS | DECODERS}
     content["results"] = [{**case._asdict(), **figures} for case, figures in sorted(results.items())]
     (options.runs / "results.json").write_text(json.dumps(content, indent=1))
     text = "\n\n".join(table(data, results) for data in options.data)
@@ -163,7 +192,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="NAME")
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *DECODERS], default=[*ARMS, *DECODERS], metavar="NAME")
     parser.add_argument("--stage1-seconds", type=float, default=90)
     parser.add_argument("--stage2-seconds", type=float, default=90)
     parser.add_argument("--images", type=int, default=2000)

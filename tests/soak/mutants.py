@@ -35,6 +35,23 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
+    # Codes that a prior draws anew
+    Mutant(
+        "the decoder sees the images' own codes, not those drawn anew",
+        "vqgen/priors/redraw.py",
+        "torch.where(kept, tokens, drawn)",
+        "torch.where(kept, tokens, tokens)",
+        "tests/priors/test_redraw.py",
+        "follow",
+    ),
+    Mutant(
+        "codes drawn anew are the likeliest",
+        "vqgen/priors/redraw.py",
+        "drawn = (logits - torch.empty_like(logits).exponential_().log())",
+        "drawn = logits",
+        "tests/priors/test_redraw.py",
+        "follow",
+    ),
     # The start from other weights, and frozen parts
     Mutant(
         "a run starts from the weights of the last step, not from their average",

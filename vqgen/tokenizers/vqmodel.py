@@ -88,7 +88,11 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
             stack.checkpointing = True
 
     def forward(
-        self, x: Tensor, transform: Transform | None = None, replacements: Replacements | None = None
+        self,
+        x: Tensor,
+        transform: Transform | None = None,
+        replacements: Replacements | None = None,
+        codes: Tensor | None = None,
     ) -> tuple[Tensor, list[QuantizerOutput]]:
         """Reconstructions of images (B, C, H, W), in the same shape, and the quantizer's output for each code map.
 
@@ -97,7 +101,11 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
             transform: is applied to the encoder's vectors, so the reconstructions become those of the images so
                 transformed.
             replacements: codes that the decoder sees replaced by near ones, in the first images.
+            codes: (B, Q, *S) codes to decode instead of the images' own; only the decoder then has a gradient.
         """
+        if codes is not None:
+            z_q = self.quantizer.decode_codes(codes).detach()
+            return self.decoder(self.from_code(z_q)), [QuantizerOutput(z_q, codes, z_q.new_zeros(()))]
         with torch.no_grad() if self.codes_stay else nullcontext():
             z = self.to_code(self.encoder(x))
             q = self.quantizer(z if transform is None else transform(z))

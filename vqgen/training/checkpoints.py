@@ -40,7 +40,7 @@ BEFORE |= {"model.block": "residual", "model.head_width": 0, "optim.name": "adam
 BEFORE |= {"model.quantizer.legacy_beta": False, "model.quantizer.base.legacy_beta": False}
 BEFORE |= {"perturb.images": 0.0, "perturb.codes": 1.0, "perturb.nearest": 12, "perturb.end": 0.5}
 BEFORE |= {"equivariance.share": 0.0, "equivariance.scale": 0.25}
-BEFORE |= {"equivariance.rotate": True, "equivariance.flip": False}
+BEFORE |= {"equivariance.rotate": True, "equivariance.flip": False, "redraw.keep": 0.7}
 
 CHECKSUMS = "SHA256SUMS"  # a file in the format of sha256sum, which can check it
 
