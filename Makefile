@@ -11,7 +11,7 @@ INSTALLED = $(VENV)/installed
 # On two quiet cores the steps take about two and a half minutes in stage 1 and two in stage 2. A busy machine takes longer
 # for the same model. After max_seconds a stage ends early, and says so.
 demo: $(INSTALLED)
-	$(LAUNCH) stage1/train.py run_dir=$(RUN)/stage1 train.max_steps=2400 train.max_seconds=900 $(STAGE1)
+	$(LAUNCH) stage1/train.py run_dir=$(RUN)/stage1 train.max_steps=1200 train.max_seconds=900 $(STAGE1)
 	$(LAUNCH) stage2/train.py run_dir=$(RUN)/stage2 stage1=$(RUN)/stage1 train.max_steps=700 train.max_seconds=900 $(STAGE2)
 	$(VENV)/bin/python stage2/sample.py $(RUN)/stage2 num_images=100 out=$(RUN) $(SAMPLE)
 

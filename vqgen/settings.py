@@ -263,8 +263,10 @@ class TokenizerOptimConfig(OptimConfig):
     name: Literal["muon", "adamw"] = "muon"
     """`muon`: orthogonalised steps for the weights between hidden layers, of the same size as AdamW's, which trains the
     others; or `adamw` for all."""
-    lr: float = 4e-3
+    lr: float = 1e-2
     """Peak learning rate."""
+    warmup: float = 0.05
+    """Share of the budget over which the learning rate rises to its peak."""
 
 
 @dataclass

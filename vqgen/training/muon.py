@@ -37,47 +37,59 @@ class Muon(torch.optim.AdamW):
         return super().step(closure)  # skips the weights above, as they have no gradient any more
 
     def _orthogonal_step(self, group: dict[str, Any]) -> None:
-        alike = defaultdict(list)  # weights whose matrices have one shape: one batch of products for all of them
+        alike = defaultdict(list)  # matrices of one shape, tall ones turned: one batch of products for all of them
         for p in group["params"]:
             if p.grad is not None:
-                alike[len(p), p[0].numel()].append(p)
+                alike[_wide(p.grad).shape].append(p)
         bad = getattr(self, "found_inf", None)
-        for (rows, columns), weights in alike.items():
-            gradient = torch.stack([p.grad.flatten(1) for p in weights])  # (N, rows, columns)
-            old = torch.stack([self._momentum(p) for p in weights])
-            new = self.momentum * old + gradient
-            step = orthogonalised(self.momentum * new + gradient)
-            step *= -0.2 * group["lr"] * max(rows, columns) ** 0.5
+        lr, momentum = group["lr"], self.momentum
+        if bad is not None:  # then the momentum stays, and the step is 0
+            lr, momentum = lr * (1 - bad), torch.where(bad > 0, 1.0, momentum)
+        for shape, weights in alike.items():
+            gradient = torch.stack([_wide(p.grad) for p in weights])  # (N, R, C) with R <= C
             if bad is not None:
-                new, step = torch.where(bad > 0, old, new), torch.where(bad > 0, 0.0, step)
-            kept = 1 - group["lr"] * group["weight_decay"] * (1.0 if bad is None else 1 - bad)
-            for p, mean, change in zip(weights, new, step, strict=True):
-                self._momentum(p).copy_(mean)
-                p.mul_(kept).add_(change.view_as(p))
+                gradient = torch.where(bad > 0, 0.0, gradient)
+            sums = [self._momentum(p) for p in weights]
+            total = torch.stack(sums).mul_(momentum).add_(gradient)
+            step = orthogonalised(gradient.add_(total, alpha=self.momentum)).mul_(-0.2 * max(shape) ** 0.5 * lr)
+            torch._foreach_copy_(sums, list(total))
+            changes = [x.mT if len(p) > p[0].numel() else x for p, x in zip(weights, step, strict=True)]
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(weights, [x.reshape(p.shape) for p, x in zip(weights, changes, strict=True)])
+            for p in weights:
                 p.grad = None
 
     def _momentum(self, p: Tensor) -> Tensor:
-        """The sum of a weight's gradients, as a matrix."""
+        """The sum of a weight's gradients, as a wide matrix."""
         state = self.state[p]
         if "momentum" not in state:
             state["step"] = torch.zeros(())  # AdamW looks for it when it loads a state
-            state["momentum"] = torch.zeros_like(p.flatten(1))
+            state["momentum"] = torch.zeros_like(_wide(p), memory_format=torch.contiguous_format)
         return state["momentum"]
 
 
-def orthogonalised(x: Tensor) -> Tensor:
-    """Matrices (N, R, C) with about the same singular vectors, but singular values near 1 (0.7 to 1.2).
+def _wide(x: Tensor) -> Tensor:
+    """A weight or its gradient as a matrix, turned if it has more rows than columns."""
+    matrix = x.flatten(1)
+    return matrix.mT if len(matrix) > matrix.shape[1] else matrix
 
-    The Newton-Schulz iteration of Muon: an odd polynomial of the matrix changes its singular values alone.
+
+def orthogonalised(x: Tensor) -> Tensor:
+    """Matrices (N, R, C), R <= C, with about the same singular vectors, but singular values near 1 (0.7 to 1.2).
+
+    The Newton-Schulz iteration of Muon: an odd polynomial of the matrix changes its singular values alone. As x only
+    gets factors P from the left, which commute with x x^T, the iteration needs the small matrices (R, R) alone.
     """
     a, b, c = QUINTIC
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    gram, product = x @ x.mT, None
+    identity = torch.eye(x.shape[1], device=x.device)
+    for i in range(ITERATIONS):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c).add_(identity, alpha=a)
+        product = factor if product is None else factor @ product
+        if i < ITERATIONS - 1:
+            gram = factor @ (factor @ gram)
+    return product @ x
 
 
 def muon_groups(groups: list[dict[str, Any]], last_layer: nn.Parameter) -> list[dict[str, Any]]:
