@@ -130,7 +130,7 @@ def test_stage_1_starts_with_the_weights_and_a_new_optimizer(runs, program, tmp_
     torch.testing.assert_close(
         saved["model"]["quantizer.counts"], torch.lerp(before["quantizer.counts"], count.float(), weight)
     )
-    assert {of["step"].item() for of in saved["optimizer"]["state"].values()} == {1}
+    assert {of["step"].item() for of in saved["optimizer"]["state"].values() if "exp_avg" in of} == {1}
     config = read_yaml(tmp_path / "config.yaml")
     assert config["init_from"] == f"{runs}/stage1"
     expected = read_yaml(runs / "stage1/config.yaml")["model"]

@@ -121,7 +121,7 @@ class Step:
             config=config, accelerator=accelerator, accumulation=1, device=device, lowered=1.0, origin=None, step=0,
             say=print, means=Means(device), stop=SimpleNamespace(asked=False, agreed=False), _guards={}, _terms={},
         )  # fmt: skip
-        nets = prepare(stage1.build(config, self.run))
+        nets = prepare(stage1.build(config, self.run, class_names=[]))
         there = [name for name in ("model", "optimizer", "disc", "disc_optimizer") if getattr(nets, name) is not None]
         prepared = accelerator.prepare(*(getattr(nets, name) for name in there))
         self.nets = nets._replace(**dict(zip(there, prepared, strict=True)))

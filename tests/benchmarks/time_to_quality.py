@@ -56,6 +56,7 @@ from vqgen.training.stop import Stop
 
 ROOT = Path(__file__).parents[2]
 ARMS = {"ours": "vqgen", "vqp": "vqgen + VectorQuantize", "diffusers": "diffusers.VQModel"}
+THEIRS = "vector-quantize-pytorch"
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 MARKS = (0.01, 0.025, *(i / 20 for i in range(1, 21)))  # shares of the budget at which the curve has a point
 CURVE_IMAGES = 500  # held-out images of a point that is not at a quarter
@@ -261,8 +262,12 @@ def race(arm: str, config: Stage1Config, lr: float) -> list[dict[str, float]]:
     else:
         if arm == "vqp":
             codes = {key: getattr(ours.quantizer, key) for key in ("codebook_size", "code_dim")}
-            config.model["quantizer"] = {"name": "vector-quantize-pytorch", **codes}
-        train_ours(config, MeasuredRun(config, meter))
+            config.model["quantizer"] = {"name": THEIRS, **codes}
+            QUANTIZERS[THEIRS] = TheirQuantizer
+        try:
+            train_ours(config, MeasuredRun(config, meter))
+        finally:
+            QUANTIZERS.pop(THEIRS, None)  # tests of the command line would find it
     return [{"parameters": parameters, **point} for point in meter.points]
 
 
@@ -395,8 +400,6 @@ def main(options: dict[str, str], settings: Sequence[str]) -> None:
     draw(results, f"{data}: seeds {options['seeds']}; CPU threads: {torch.get_num_threads()}", out / "curves.png")
     print(f"{out / 'figures.jsonl'}, {out / 'curves.png'}")
 
-
-QUANTIZERS["vector-quantize-pytorch"] = TheirQuantizer
 
 if __name__ == "__main__":
     known = {"data": "emoji64", "seconds": "90", "seeds": "0,1", "arms": "ours,vqp,diffusers"}

@@ -16,7 +16,7 @@ class Muon(torch.optim.AdamW):
 
     Such a step moves all directions of a weight equally far, and not mostly the few that dominate the gradient. It is
     scaled to the size of AdamW's steps, so both kinds of groups share one learning rate (Moonlight, Liu et al. 2025,
-    section 2.2). A convolution (O, I, h, w) counts as the matrix (O, I h w).
+    section 2.2). A convolution (O, I, h, w) counts as the matrix (O, I h w). All processes compute all steps.
 
     Args:
         groups: parameter groups, each with `muon` True or False.
@@ -42,8 +42,9 @@ class Muon(torch.optim.AdamW):
             if p.grad is not None:
                 alike[_wide(p.grad).shape].append(p)
         bad = getattr(self, "found_inf", None)
-        lr, momentum = group["lr"], self.momentum
-        if bad is not None:  # then the momentum stays, and the step is 0
+        lr: Any = group["lr"]
+        momentum: Any = self.momentum
+        if bad is not None:  # where it is not 0, the momentum stays, and the step is 0
             lr, momentum = lr * (1 - bad), torch.where(bad > 0, 1.0, momentum)
         for shape, weights in alike.items():
             gradient = torch.stack([_wide(p.grad) for p in weights])  # (N, R, C) with R <= C
@@ -82,13 +83,11 @@ def orthogonalised(x: Tensor) -> Tensor:
     """
     a, b, c = QUINTIC
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram, product = x @ x.mT, None
-    identity = torch.eye(x.shape[1], device=x.device)
-    for i in range(ITERATIONS):
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c).add_(identity, alpha=a)
-        product = factor if product is None else factor @ product
-        if i < ITERATIONS - 1:
-            gram = factor @ (factor @ gram)
+    gram, identity = x @ x.mT, torch.eye(x.shape[1], device=x.device)
+    product = identity
+    for _ in range(ITERATIONS):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * identity
+        gram, product = factor @ (factor @ gram), factor @ product
     return product @ x
 
 
