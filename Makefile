@@ -8,7 +8,7 @@ INSTALLED = $(VENV)/installed
 
 .PHONY: demo test lint
 
-# On two quiet cores the steps take about two and a half minutes in stage 1 and two in stage 2. A busy machine takes longer
+# On two quiet cores the steps take about one minute in stage 1 and two in stage 2. A busy machine takes longer
 # for the same model. After max_seconds a stage ends early, and says so.
 demo: $(INSTALLED)
 	$(LAUNCH) stage1/train.py run_dir=$(RUN)/stage1 train.max_steps=1200 train.max_seconds=900 $(STAGE1)

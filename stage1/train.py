@@ -286,7 +286,7 @@ def load_data(config: Stage1Config, run: Run) -> tuple[ImageSet | ImageStream, I
 
 def build(config: Stage1Config, run: Run, class_names: list[str]) -> Nets:
     """The networks on their device, their optimizers and the average, in their state before the first step."""
-    adversarial, device = config.loss.adversarial, run.device
+    device = run.device
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     torch.manual_seed(config.seed)
     with section("model", image_size="data.image_size"):
@@ -313,25 +313,8 @@ def build(config: Stage1Config, run: Run, class_names: list[str]) -> Nets:
         with section("loss.perceptual"), run.accelerator.local_main_process_first():  # which may have to fetch weights
             perceptual = PerceptualDistance(config.loss.perceptual.name, config.loss.perceptual.weights)
         perceptual = perceptual.to(device, memory_format=memory_format)
-    if adversarial.name != "none":
-        fp16 = run.accelerator.mixed_precision == "fp16"
-        require(not fp16, "train.mixed_precision=fp16 is too coarse for a discriminator's gradients; use bf16 or no")
-        refuse_compiled(run.accelerator, {f"loss.adversarial.{k}": getattr(adversarial, k) for k in ("r1", "adaptive")})
-        with section("discriminator"):
-            disc = PatchDiscriminator(config.data.channels, **config.discriminator)
-            disc.check_size(config.data.image_size)
-            if config.equivariance.share > 0:  # D sees the transformed images
-                smallest = [
-                    tokenizer.stride * side for side in smallest_latent(config.equivariance, layout.shapes[0][1:])
-                ]
-                disc.check_size(smallest, f", which equivariance.scale={config.equivariance.scale} makes")
-        lecam = LeCam()
-        if run.origin is not None and run.origin.fill_part("disc", disc, "discriminator"):
-            lecam.load_state_dict(run.origin.state["lecam"])
-        disc, lecam = disc.to(device, memory_format=memory_format), lecam.to(device)
-        disc_optimizer = torch.optim.AdamW(
-            disc.parameters(), lr=adversarial.lr, betas=DISC_BETAS, eps=DISC_EPS, weight_decay=0.0, fused=True
-        )
+    if config.loss.adversarial.name != "none":
+        disc, lecam, disc_optimizer = build_discriminator(config, run, tokenizer, memory_format)
     tokenizer = tokenizer.to(device, memory_format=memory_format)
     groups = parameter_groups(tokenizer, config.optim.weight_decay)
     adam = {"lr": config.optim.lr, "betas": (config.optim.beta1, config.optim.beta2), "fused": True}
@@ -341,6 +324,31 @@ def build(config: Stage1Config, run: Run, class_names: list[str]) -> Nets:
         optimizer = torch.optim.AdamW(groups, **adam)
     average = WeightEMA(tokenizer, config.train.ema)
     return Nets(tokenizer, tokenizer, average, optimizer, perceptual, disc, disc, disc_optimizer, lecam, prior)
+
+
+def build_discriminator(
+    config: Stage1Config, run: Run, tokenizer: VQModel, memory_format: torch.memory_format
+) -> tuple[PatchDiscriminator, LeCam, torch.optim.Optimizer]:
+    """D on its device, its regularisation, and its optimizer, in their state before the first step."""
+    adversarial = config.loss.adversarial
+    fp16 = run.accelerator.mixed_precision == "fp16"
+    require(not fp16, "train.mixed_precision=fp16 is too coarse for a discriminator's gradients; use bf16 or no")
+    refuse_compiled(run.accelerator, {f"loss.adversarial.{k}": getattr(adversarial, k) for k in ("r1", "adaptive")})
+    with section("discriminator"):
+        disc = PatchDiscriminator(config.data.channels, **config.discriminator)
+        disc.check_size(config.data.image_size)
+        if config.equivariance.share > 0:  # D sees the transformed images
+            shape = tokenizer.code_layout(config.data.image_size).shapes[0][1:]
+            smallest = [tokenizer.stride * side for side in smallest_latent(config.equivariance, shape)]
+            disc.check_size(smallest, f", which equivariance.scale={config.equivariance.scale} makes")
+    lecam = LeCam()
+    if run.origin is not None and run.origin.fill_part("disc", disc, "discriminator"):
+        lecam.load_state_dict(run.origin.state["lecam"])
+    disc, lecam = disc.to(run.device, memory_format=memory_format), lecam.to(run.device)
+    optimizer = torch.optim.AdamW(
+        disc.parameters(), lr=adversarial.lr, betas=DISC_BETAS, eps=DISC_EPS, weight_decay=0.0, fused=True
+    )
+    return disc, lecam, optimizer
 
 
 def disc_lr_at(share: float, config: Stage1Config) -> float:
