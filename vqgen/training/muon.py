@@ -86,11 +86,12 @@ def orthogonalised(x: Tensor) -> Tensor:
     """
     a, b, c = QUINTIC
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram, identity = x @ x.mT, torch.eye(x.shape[1], device=x.device)
-    product = identity
-    for _ in range(ITERATIONS):
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * identity
-        gram, product = factor @ (factor @ gram), factor @ product
+    gram, scaled_identity = x @ x.mT, a * torch.eye(x.shape[1], device=x.device)
+    product = factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + scaled_identity
+    for _ in range(ITERATIONS - 1):
+        gram = factor @ (factor @ gram)
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + scaled_identity
+        product = factor @ product
     return product @ x
 
 
