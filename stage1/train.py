@@ -40,7 +40,7 @@ from vqgen.quantizers import LEARNING
 from vqgen.settings import Stage1Config
 from vqgen.tokenizers import build_tokenizer
 from vqgen.tokenizers.latents import draw_replacements, draw_transform, smallest_latent
-from vqgen.tokenizers.vqmodel import VQModel, from_uint8, to_uint8
+from vqgen.tokenizers.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
 from vqgen.training.average import WeightEMA
 from vqgen.training.launchers import refuse_compiled
 from vqgen.training.means import Stopwatch
@@ -298,8 +298,10 @@ def build(config: Stage1Config, run: Run, class_names: list[str]) -> Nets:
     tokenizer.freeze(config.freeze)
     prior = None
     if config.redraw.stage2 is not None:
+        # A run that goes on loads its weights later, but its model/ has the same frozen parts.
+        its = load_tokenizer(run.dir)[0] if run.origin is None else tokenizer
         with section("redraw"):
-            prior = prior_of(Path(config.redraw.stage2), tokenizer, layout, class_names).to(device)
+            prior = prior_of(Path(config.redraw.stage2), its, layout, class_names).to(device)
     if config.train.activation_checkpointing:
         with section("train"):
             tokenizer.checkpoint_activations()
@@ -319,7 +321,7 @@ def build(config: Stage1Config, run: Run, class_names: list[str]) -> Nets:
     groups = parameter_groups(tokenizer, config.optim.weight_decay)
     adam = {"lr": config.optim.lr, "betas": (config.optim.beta1, config.optim.beta2), "fused": True}
     if config.optim.name == "muon":
-        optimizer = Muon(muon_groups(groups, tokenizer.last_layer), **adam)
+        optimizer = Muon(muon_groups(groups, tokenizer), **adam)
     else:
         optimizer = torch.optim.AdamW(groups, **adam)
     average = WeightEMA(tokenizer, config.train.ema)

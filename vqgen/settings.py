@@ -210,10 +210,8 @@ class EquivarianceConfig:
         require(0 <= self.share <= 1, f"equivariance.share={self.share}: is a share of the steps, from 0 to 1")
         require(0 < self.scale <= 1, f"equivariance.scale={self.scale}: is a share, above 0 and at most 1")
         idle = self.scale == 1 and not self.rotate and not self.flip
-        require(
-            not (self.share and idle),
-            f"equivariance.share={self.share}: nothing is left to do; use equivariance.rotate=true, or scale=0.25",
-        )
+        remedy = "use equivariance.rotate=true, or equivariance.scale=0.25"
+        require(not (self.share and idle), f"equivariance.share={self.share}: nothing is left to do; {remedy}")
 
 
 @dataclass
@@ -234,7 +232,7 @@ class RedrawConfig:
 class OptimConfig:
     """AdamW, with linear warm-up and a cosine to zero over the run's budget."""
 
-    lr: float = 8e-3
+    lr: float = 3e-3
     """Peak learning rate."""
     weight_decay: float = 0.01
     """Decoupled weight decay, on matrices and convolutions only."""
@@ -419,7 +417,7 @@ class Stage2Config:
     """Seed of everything random; on the CPU the same seed gives the same bits."""
     data: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, beta2=0.95))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(beta2=0.95))
     train: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=128, max_steps=1000))
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

@@ -114,6 +114,21 @@ def test_settings_that_cannot_be_are_refused_in_one_line(runs, program, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_goes_on_to_the_same_bits(runs, program, tmp_path):
+    settings = [f"init_from={runs}/stage1", "freeze=[encoder,quantizer]", f"redraw.stage2={runs}/stage2"]
+    settings += ["train.max_steps=2", "train.checkpoint_every=1", "train.batch_size=16", "train.eval_images=32"]
+    settings += [f"run_dir={tmp_path}", "tracking.wandb=disabled"]
+    code, _, errors = program("stage1/train.py", *settings)
+    assert code == 0, errors
+    whole = load_file(tmp_path / "model/model.safetensors")
+    shutil.rmtree(tmp_path / "checkpoints/step_00000002")
+    code, output, errors = program("stage1/train.py", *settings)
+    assert code == 0, errors
+    assert "going on from step 1" in output
+    after = load_file(tmp_path / "model/model.safetensors")
+    assert all(torch.equal(whole[key], after[key]) for key in whole)
+
+
 def test_a_prior_goes_on_with_the_decoder_that_learned_from_it(runs, program, tmp_path):
     """As the page on tokenizers says: the codes are the same, so only the tokenizer's files change."""
     run = shutil.copytree(runs / "stage2", tmp_path / "stage2")

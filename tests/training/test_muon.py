@@ -99,7 +99,7 @@ def test_groups_leave_edges_and_depthwise_convolutions_to_adamw(name):
     options = {"width": 32, "norm_groups": 16} if name == "vqgan" else {"widths": [32]}
     model = build_tokenizer(name, **options)
     names = {id(p): key for key, p in model.named_parameters()}
-    groups = muon_groups(parameter_groups(model, 0.1), model.last_layer)
+    groups = muon_groups(parameter_groups(model, 0.1), model)
     by_muon = {names[id(p)] for group in groups if group["muon"] for p in group["params"]}
     all_names = [names[id(p)] for group in groups for p in group["params"]]
     assert sorted(all_names) == sorted(names.values())
@@ -110,3 +110,14 @@ def test_groups_leave_edges_and_depthwise_convolutions_to_adamw(name):
     assert not by_muon & {last, stem, "to_code.weight", "from_code.weight"}
     assert not any("depthwise" in key for key in by_muon)
     assert len(by_muon) > 5
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "simvq", "gumbel"])
+def test_groups_leave_the_quantizer_to_adamw(quantizer):
+    options = {"name": quantizer, "codebook_size": 64, "code_dim": 32}
+    model = build_tokenizer(widths=[32], quantizer=options)
+    groups = [group for group in muon_groups(parameter_groups(model, 0.1), model) if group["muon"]]
+    by_muon = {id(p) for group in groups for p in group["params"]}
+    own = {id(p) for p in model.quantizer.parameters()}
+    assert own
+    assert not by_muon & own

@@ -73,7 +73,7 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The weight of the decoder's last layer, for VQGAN's adaptive weight."""
+        """The weight of the decoder's last layer, for VQGAN's adaptive weight, and because Muon leaves it to AdamW."""
         raise NotImplementedError
 
     def checkpoint_activations(self) -> None:

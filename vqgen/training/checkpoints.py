@@ -85,7 +85,8 @@ def _check_settings(config: Any) -> None:
     there, asked = BEFORE | _flat(read_yaml(run_dir / "config.yaml")), _flat(asdict(config))
     if there.get("train.mixed_precision") is None:
         there["train.mixed_precision"] = asked["train.mixed_precision"]  # older versions left it open
-    for key in sorted(there.keys() | asked.keys(), key=lambda key: (key != "init_from", key)):  # the model follows it
+    # init_from is compared first, because the options of the model follow from it.
+    for key in sorted(there.keys() | asked.keys(), key=lambda key: (key != "init_from", key)):
         free = any(key == name or key.startswith(f"{name}.") for name in FREE_SETTINGS)
         if not free and there.get(key) != asked.get(key) and (key in asked or key not in BEFORE):
             raise other_settings(run_dir, key, there.get(key), asked.get(key), there.get("train.max_steps"))

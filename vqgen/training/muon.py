@@ -4,7 +4,9 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from vqgen.tokenizers.vqmodel import VQModel
 
 ITERATIONS = 5
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Muon's coefficients: steep at 0, so that small singular values grow fast
@@ -31,10 +33,11 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One update; where `found_inf` is set on the optimizer and not 0, nothing changes, as in fused AdamW."""
+        assert closure is None, "a closure would compute the gradients anew after half of the update"
         for group in self.param_groups:
             if group["muon"]:
                 self._orthogonal_step(group)
-        return super().step(closure)  # skips the weights above, as they have no gradient any more
+        return super().step()  # skips the weights above, as they have no gradient any more
 
     def _orthogonal_step(self, group: dict[str, Any]) -> None:
         alike = defaultdict(list)  # matrices of one shape, tall ones turned: one batch of products for all of them
@@ -83,23 +86,25 @@ def orthogonalised(x: Tensor) -> Tensor:
     """
     a, b, c = QUINTIC
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram, identity = x @ x.mT, torch.eye(x.shape[1], device=x.device)
-    product = identity
-    for _ in range(ITERATIONS):
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * identity
-        gram, product = factor @ (factor @ gram), factor @ product
+    gram, scaled_identity = x @ x.mT, a * torch.eye(x.shape[1], device=x.device)
+    product = factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + scaled_identity
+    for _ in range(ITERATIONS - 1):
+        gram = factor @ (factor @ gram)
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + scaled_identity
+        product = factor @ product
     return product @ x
 
 
-def muon_groups(groups: list[dict[str, Any]], last_layer: nn.Parameter) -> list[dict[str, Any]]:
-    """Divides parameter groups into matrices between hidden features, which have `muon=True`, and all others.
+def muon_groups(groups: list[dict[str, Any]], tokenizer: VQModel) -> list[dict[str, Any]]:
+    """Divides a tokenizer's groups into matrices between hidden features, which have `muon=True`, and all others.
 
-    AdamW keeps biases, norms, depthwise convolutions, the first and the last layer, and matrices with few rows or
-    columns, such as those next to the codes.
+    AdamW keeps biases, norms, depthwise convolutions, the first and the last layer, the quantizer, whose codes are no
+    map between features, and matrices with few rows or columns, such as those next to the codes.
     """
+    kept = {id(p) for p in (tokenizer.last_layer, *tokenizer.quantizer.parameters())}
     divided = []
     for group in groups:
-        hidden = [p for p in group["params"] if p.ndim >= 2 and min(p.shape[:2]) >= LEAST and p is not last_layer]
+        hidden = [p for p in group["params"] if p.ndim >= 2 and min(p.shape[:2]) >= LEAST and id(p) not in kept]
         chosen = {id(p) for p in hidden}
         others = [p for p in group["params"] if id(p) not in chosen]
         divided += [{**group, "params": hidden, "muon": True}, {**group, "params": others, "muon": False}]

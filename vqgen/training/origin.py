@@ -68,7 +68,8 @@ class Origin:
             return {}
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=True)
         if state.get("ema", {}).keys() != self.model.state_dict().keys():  # of a prior, where its tokenizer is taken
-            require(not named, f"init_from={self.path}: is a checkpoint of another kind of model")
+            remedy = "give one of a run of the same program"
+            require(not named, f"init_from={self.path}: is a checkpoint of another kind of model; {remedy}")
             return {}
         self.model.load_state_dict(state["ema"])
         return state
