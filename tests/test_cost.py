@@ -25,8 +25,9 @@ DEBUG = ROOT / "configs/debug/stage1.yaml"
 
 
 def test_the_cost_of_a_step_is_what_the_same_step_counts_on_real_tensors():
-    costs = cost.measured(configuration(DEBUG, **TINY))
-    model = build_tokenizer(widths=[16, 32], quantizer={"codebook_size": 64}).train()
+    config = configuration(DEBUG, **TINY)
+    costs = cost.measured(config)
+    model = build_tokenizer(**config.model).train()
     x = torch.rand(4, 3, 16, 16)
     model(x)  # initialises the codebook
     with FlopCounterMode(display=False) as counted:
