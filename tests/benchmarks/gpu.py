@@ -196,4 +196,8 @@ def main(budget: float) -> None:
 
 
 if __name__ == "__main__":
-    main(float(next((argument for argument in sys.argv[1:] if argument.isdecimal()), 150)))
+    words = [word for word in sys.argv[1:] if word != "--tiny"]
+    if len(words) > 1 or not all(map(str.isdecimal, words)):
+        print("error: usage: python tests/benchmarks/gpu.py [--tiny] [SECONDS]", file=sys.stderr)
+        sys.exit(2)
+    main(float(words[0]) if words else 150)
