@@ -59,7 +59,7 @@ def test_each_loss_costs_what_it_does_in_the_phases_in_which_it_counts():
 
 
 def test_checkpointing_costs_products_and_saves_memory():
-    deep = {**TINY, "model__widths": [16], "model__decoder_blocks": 4}
+    deep = {**TINY, "model__widths": [16], "model__decoder_blocks": 4, "model__head_width": 0}  # most of it is blocks
     plain, again = (
         cost.measured(configuration(DEBUG, **deep, train__activation_checkpointing=on)) for on in (False, True)
     )
