@@ -48,7 +48,11 @@ def main(checkpoint: str, out: str, config: ConvertConfig) -> None:
     free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     require(free, f"{out} exists already; name a new folder, or an empty one")
     if config.from_ is None:
-        settings, weights = to_diffusers(load_tokenizer(source)[0])
+        tokenizer = load_tokenizer(source)[0]
+        try:
+            settings, weights = to_diffusers(tokenizer)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
         with written(target) as folder:
             (folder / "config.json").write_text(json.dumps(settings, indent=2), "utf-8")
             save_file(weights, folder / DIFFUSERS_FILES[0], {"format": "pt"})

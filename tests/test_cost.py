@@ -25,8 +25,9 @@ DEBUG = ROOT / "configs/debug/stage1.yaml"
 
 
 def test_the_cost_of_a_step_is_what_the_same_step_counts_on_real_tensors():
-    costs = cost.measured(configuration(DEBUG, **TINY))
-    model = build_tokenizer(widths=[16, 32], quantizer={"codebook_size": 64}).train()
+    config = configuration(DEBUG, **TINY)
+    costs = cost.measured(config)
+    model = build_tokenizer(**config.model).train()
     x = torch.rand(4, 3, 16, 16)
     model(x)  # initialises the codebook
     with FlopCounterMode(display=False) as counted:
@@ -58,7 +59,7 @@ def test_each_loss_costs_what_it_does_in_the_phases_in_which_it_counts():
 
 
 def test_checkpointing_costs_products_and_saves_memory():
-    deep = {**TINY, "model__widths": [16], "model__decoder_blocks": 4}
+    deep = {**TINY, "model__widths": [16], "model__decoder_blocks": 4, "model__head_width": 0}  # most of it is blocks
     plain, again = (
         cost.measured(configuration(DEBUG, **deep, train__activation_checkpointing=on)) for on in (False, True)
     )

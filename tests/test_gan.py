@@ -285,7 +285,7 @@ BAD = {
     "two files for one network": (
         "train",
         "loss.perceptual.name=lpips-vgg loss.perceptual.weights=[vgg16.pth]",
-        "loss.perceptual.name=lpips-vgg needs weights=[VGG16.pth,HEADS.pth]",
+        "LPIPS's; give loss.perceptual.weights=[VGG16.pth,HEADS.pth], or leave them out",
     ),
     "comparing for no time": ("compare", "seconds=0", "seconds=0.0: must be positive"),
     "comparing on nothing": ("compare", "run_dir={tmp}/run data.source={tmp}/missing", "missing"),

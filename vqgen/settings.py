@@ -589,7 +589,7 @@ class CompareConfig:
     features: str = "efficientnet-lite0"
     """Feature network: `efficientnet-lite0`, `inception` or `lenet`, as in the evaluations."""
     perceptual: str = "alex"
-    """Perceptual distance of the reconstructions: `alex`, `vgg` or `none`."""
+    """Perceptual distance of the reconstructions: `alex`, `vgg`, `lpips-vgg` or `none`, as in the evaluations."""
     cache_dir: str | None = None
     """Folder for the features of reference sets; null means vqgen/ in the user's cache folder."""
     gan: list[str] = field(default_factory=list)

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from vqgen.errors import InputError, require
 from vqgen.settings import Stage1Config
 from vqgen.training.schedule import num_parameters
 
@@ -165,13 +166,17 @@ def phases(config: Stage1Config) -> list[tuple[float, float]]:
 
 def main(path: Path, gpus: int, utilisation: float) -> None:
     config = configuration(path)
+    length = "train.max_steps is null, so the run's length is not known; give it a number there"
+    require(config.train.max_steps is not None, f"{path}: {length}")
+    require(gpus > 0, f"gpus={gpus}: must be 1 or more")
+    passed, rest = divmod(config.train.batch_size, gpus * config.train.accumulation)
+    require(rest == 0, f"gpus={gpus}: train.batch_size={config.train.batch_size} does not divide over them; use fewer")
     plain, again = (measured(configuration(path, train__activation_checkpointing=on)) for on in (False, True))
     print(f"{path}: {config.data.image_size} pixels, {config.train.mixed_precision or 'no'} mixed precision\n")
     print("| part | parameters | forward, GFLOP per image |\n|---|---|---|")
     for name, (count, flops) in plain["parts"].items():
         print(f"| {name} | {count / 1e6:.2f} M | {flops / 1e9:.1f} |")
     images = config.train.batch_size * config.train.max_steps
-    passed = config.train.batch_size // gpus // config.train.accumulation
     print("\n| | | with activation checkpointing |\n|---|---|---|")
 
     def row(name: str, figure: Callable[[dict[str, Any]], str]) -> None:
@@ -194,5 +199,13 @@ def main(path: Path, gpus: int, utilisation: float) -> None:
 
 
 if __name__ == "__main__":
-    options = dict(argument.split("=", 1) for argument in sys.argv[2:])
-    main(Path(sys.argv[1]), int(options.get("gpus", 8)), float(options.get("utilisation", 0.35)))
+    options = {"gpus": "8", "utilisation": "0.35"}
+    given = [word for word in sys.argv[1:] if word.startswith(tuple(f"{key}=" for key in options))]
+    paths = [word for word in sys.argv[1:] if word not in given]
+    options |= dict(word.split("=", 1) for word in given)
+    try:
+        require(len(paths) == 1, "usage: python tests/benchmarks/cost.py CONFIG.yaml [gpus=8] [utilisation=0.35]")
+        main(Path(paths[0]), int(options["gpus"]), float(options["utilisation"]))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

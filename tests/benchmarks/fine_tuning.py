@@ -13,12 +13,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from vqgen.data.images import load_images
+from vqgen.evaluation.metrics import CodeUsage, image_psnr
 from vqgen.settings import DataConfig
-from vqgen.tokenizers.vqmodel import from_uint8, load_tokenizer
+from vqgen.tokenizers.vqmodel import from_uint8, load_tokenizer, to_uint8
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/stage1/cifar10.yaml"  # the model and the recipe of all runs
@@ -39,15 +39,14 @@ def train(folder: Path, seconds: str, *settings: str) -> Path:
 def figures(run: Path, data: DataConfig) -> tuple[float, float, int]:
     """The mean per-image PSNR in dB on the held-out images, the share of codes in use, and the steps of a run."""
     model, (_, held_out) = load_tokenizer(run)[0], load_images(data)
-    psnr, used = [], set()
-    for rows in np.array_split(np.arange(len(held_out)), max(1, len(held_out) // 64)):
-        x = from_uint8(held_out.__getitems__(rows)[0])
-        x_rec, (q,) = model(x)
-        mse = (x_rec.clamp(-1, 1) - x).square().mean(dim=(1, 2, 3))
-        psnr += (10 * torch.log10(4 / mse)).tolist()  # the peak is 2
-        used |= set(q.codes.unique().tolist())
+    psnr, usage = [], CodeUsage(model.code_layout(held_out.image_size), torch.device("cpu"))
+    for rows in torch.arange(len(held_out)).split(64):
+        x = held_out.__getitems__(rows.numpy())[0]  # uint8 (B, C, H, W)
+        codes = model.encode(from_uint8(x))
+        psnr.append(image_psnr(to_uint8(model.decode(codes)), x))
+        usage.update(codes)
     step = max(int(path.name[5:]) for path in (run / "checkpoints").glob("step_*"))
-    return float(np.mean(psnr)), len(used) / model.quantizer.codebook_size, step
+    return torch.cat(psnr).mean().item(), usage.compute()["usage"].item(), step
 
 
 def main(options: dict[str, str]) -> None:
@@ -76,8 +75,9 @@ def main(options: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    given = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
     unknown = given.keys() - DEFAULTS.keys()
     if unknown:
-        sys.exit(f"{', '.join(sorted(unknown))}: no such option; there is {', '.join(DEFAULTS)}")
+        print(f"error: {', '.join(sorted(unknown))}: no such option; there is {', '.join(DEFAULTS)}", file=sys.stderr)
+        sys.exit(2)
     main(DEFAULTS | given)

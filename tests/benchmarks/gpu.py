@@ -27,7 +27,7 @@ TINY = "--tiny" in sys.argv
 SHRUNK = {"data__image_size": 32, "model__width": 8, "model__norm_groups": 4, "discriminator__width": 8}
 SHRUNK |= {"discriminator__layers": 2}
 WARMUP, TIMED = (1, 1) if TINY else (2, 5)
-PRODUCTS = ("conv", "mm", "attention", "linear")  # parts of the names of operators that are convolutions or products
+PRODUCTS = ("conv", "mm", "attention", "::linear")  # parts of the names of convolutions and products; no "bilinear"
 F16, F8, LIGHT = "imagenet256_f16", "imagenet256_f8", "emoji64"
 
 
@@ -196,4 +196,8 @@ def main(budget: float) -> None:
 
 
 if __name__ == "__main__":
-    main(float(next((argument for argument in sys.argv[1:] if argument.isdecimal()), 150)))
+    words = [word for word in sys.argv[1:] if word != "--tiny"]
+    if len(words) > 1 or not all(map(str.isdecimal, words)):
+        print("error: usage: python tests/benchmarks/gpu.py [--tiny] [SECONDS]", file=sys.stderr)
+        sys.exit(2)
+    main(float(words[0]) if words else 150)

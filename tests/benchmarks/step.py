@@ -69,7 +69,7 @@ stage1.PerceptualDistance = Untrained
 
 
 def configuration(path: Path, **changes: Any) -> Stage1Config:
-    """The settings in a file of stage 1, with changes by key; `__` stands for the dot."""
+    """The settings in a file of stage 1, for RGB images, with changes by key; `__` stands for the dot."""
     settings = read_yaml(path)
     for key, value in changes.items():
         *sections, last = key.split("__")
@@ -105,6 +105,7 @@ class Step:
     Attributes:
         nets: the program's networks and optimizers.
         x: random images (B, 3, H, W) in [-1, 1].
+        class_ids: their classes (B,), -1 for none.
     """
 
     def __init__(
@@ -132,11 +133,14 @@ class Step:
         memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         height, width = config.data.size
         self.x = (torch.rand(batch, 3, height, width, device=device) * 2 - 1).contiguous(memory_format=memory_format)
+        self.class_ids = torch.full((batch,), -1, device=device)
 
     def backward(self) -> None:
         """Both passes: the tokenizer's, and the discriminator's if there is one and it learns yet."""
         arguments = (self.config, self.run, self.now)
-        terms, codes, asked, x_rec = stage1.tokenizer_pass(self.nets, self.x, *arguments, self.stopwatch)
+        terms, codes, asked, x_rec = stage1.tokenizer_pass(
+            self.nets, self.x, self.class_ids, *arguments, self.stopwatch
+        )
         if self.disc_learns:
             terms |= stage1.discriminator_pass(self.nets, asked, x_rec, *arguments)
         Run.add(self.run, terms)

@@ -186,6 +186,7 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 def main(places: list[str], out: Path, size: str | None) -> None:
     runs, samples = ([p for p in places if p.endswith(".npz") == is_file] for is_file in (False, True))
     require(bool(runs), "name a run, or a folder with a tokenizer")
+    require(size is None or size.isdecimal(), f"size={size}: must be a number of pixels")
     out.mkdir(parents=True, exist_ok=True)
     columns: dict[str, dict[str, float]] = {}
     for run in runs:
@@ -211,11 +212,11 @@ def main(places: list[str], out: Path, size: str | None) -> None:
 
 
 if __name__ == "__main__":
-    known = ("out", "size")
-    options = dict(word.split("=", 1) for word in sys.argv[1:] if word.partition("=")[0] in known)
+    words = sys.argv[1:]
+    own = [word for word in words if word.startswith(("out=", "size="))]
+    options = {"out": "runs/texture", **dict(word.split("=", 1) for word in own)}
     try:
-        given = [word for word in sys.argv[1:] if word.partition("=")[0] not in known]
-        main(given, Path(options.get("out", "runs/texture")), options.get("size"))
+        main([word for word in words if word not in own], Path(options["out"]), options.get("size"))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

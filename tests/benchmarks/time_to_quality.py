@@ -62,7 +62,7 @@ MARKS = (0.01, 0.025, *(i / 20 for i in range(1, 21)))  # shares of the budget a
 CURVE_IMAGES = 500  # held-out images of a point that is not at a quarter
 FEW = 128  # images per batch of the evaluation
 WARM_UP, PROFILED = 10, 20  # steps
-PRODUCTS = ("conv", "mm", "linear", "matmul", "attention")  # parts of the names of convolutions and matrix products
+PRODUCTS = ("conv", "mm", "::linear", "matmul", "attention")  # parts of the names of convolutions and matrix products
 
 
 class TheirQuantizer(Quantizer):
@@ -249,7 +249,8 @@ def train_theirs(model: TheirTokenizer, train_set: ImageSet, config: Stage1Confi
 def race(arm: str, config: Stage1Config, lr: float) -> list[dict[str, float]]:
     """Trains one arm, and returns its figures at each mark."""
     train_set, held_out = load_images(config.data)
-    assert isinstance(train_set, ImageSet), "a stream would give the arms other batches"
+    whole = isinstance(train_set, ImageSet)
+    require(whole, "data.stream=true: a stream would give the arms other batches; use data.stream=false")
     ours = build_tokenizer(**{"channels": train_set.channels, **config.model})
     layout, parameters = ours.code_layout(held_out.image_size), num_parameters(ours)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -374,6 +375,7 @@ def operators(run: ProfiledRun) -> str:
 
 def main(options: dict[str, str], settings: Sequence[str]) -> None:
     data, out = options["data"], Path(options["out"])
+    require_choice("profile", options["profile"], ("true", "false"), "choice")
     if options["profile"] == "true":
         with tempfile.TemporaryDirectory() as folder:
             few = f"train.max_steps={WARM_UP + PROFILED}"
@@ -381,12 +383,13 @@ def main(options: dict[str, str], settings: Sequence[str]) -> None:
             train_ours(config, run := ProfiledRun(config))
         print(operators(run))
         return
-    arms, seeds = options["arms"].split(","), [int(seed) for seed in options["seeds"].split(",")]
+    arms, seeds = options["arms"].split(","), options["seeds"].split(",")
+    require(all(map(str.isdecimal, seeds)), f"seeds={options['seeds']}: must be whole numbers, as in seeds=0,1")
     for arm in arms:
         require_choice("arms", arm, ARMS, "arm")
     require(not out.exists(), f"out={out}: is there already; remove it, or name another folder")
     results: Results = {arm: [] for arm in arms}
-    for seed in seeds:
+    for seed in map(int, seeds):
         for arm in arms:
             print(f"\n{ARMS[arm]}, seed {seed}", flush=True)
             budget = ["train.max_steps=null", f"train.max_seconds={options['seconds']}"]
@@ -405,7 +408,7 @@ if __name__ == "__main__":
     known = {"data": "emoji64", "seconds": "90", "seeds": "0,1", "arms": "ours,vqp,diffusers"}
     known |= {"out": "runs/time_to_quality", "peer_lr": "1e-4", "profile": "false"}
     words = sys.argv[1:]
-    own = [word for word in words if word.partition("=")[0] in known]
+    own = [word for word in words if word.startswith(tuple(f"{key}=" for key in known))]
     try:
         make_up_for_launcher()
         main(known | dict(word.split("=", 1) for word in own), [word for word in words if word not in own])

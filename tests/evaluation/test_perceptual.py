@@ -222,7 +222,7 @@ def test_what_is_wrong_with_the_weights_is_said(tmp_path):
     file = installed_file("stlpips_pytorch", "weights/vST0.0/alex_shift_tolerant.pth", "")
     with pytest.raises(InputError, match=r"^name=squeeze is not known; use alex, vgg, lpips-vgg or none"):
         PerceptualDistance("squeeze")
-    with pytest.raises(InputError, match=r"^name=lpips-vgg needs weights="):
+    with pytest.raises(InputError, match=r"^name=lpips-vgg has two files of weights, .*; give weights="):
         PerceptualDistance("lpips-vgg", [str(file)])
     with pytest.raises(InputError, match="belong to another network"):
         PerceptualDistance("vgg", [str(file)])

@@ -350,7 +350,7 @@ def test_containers_are_unpacked(tmp_path, container):
         assert any(line in note for note in notes) == container.startswith(beginning)
     if container == "a bare state_dict":
         save_file(s, tmp_path / "x.safetensors")
-        again, _ = from_checkpoint(tmp_path / "x.safetensors", "taming")
+        again, _ = from_checkpoint(str(tmp_path / "x.safetensors"), "taming")
         assert torch.equal(again(images())[0], model(images())[0])
 
 
@@ -475,6 +475,7 @@ def ours(**options) -> VQGAN:
 def test_what_diffusers_cannot_do_is_not_converted(tmp_path, program, model, message):
     model().save_pretrained(tmp_path / "ours")
     refused(program, tmp_path / "ours", "--to", "diffusers", message=message)
+    refused(program, tmp_path / "ours", "--to", "diffusers", message=f"error: {tmp_path}/ours: ")
 
 
 # The program
@@ -674,6 +675,11 @@ def test_mistakes_on_the_command_line_are_one_line(program, arguments, message):
     code, output, errors = program("stage1/convert.py", *arguments)
     assert (code, output, len(errors.splitlines())) == (2, "", 1)
     assert errors.startswith(f"error: {message}")
+
+
+def test_from_python_an_unknown_project_is_one_line_too(tmp_path):
+    with pytest.raises(InputError, match="^family=lama: no such project; there is taming, llamagen, diffusers$"):
+        from_checkpoint(tmp_path / "x.ckpt", "lama")
 
 
 def test_help_shows_the_flags_as_they_are_written(program):

@@ -122,12 +122,8 @@ class Inception(FeatureNetwork):
 
     def __init__(self, weights: str | None = None):
         super().__init__()
-        remedy = "fetch it elsewhere and give feature_weights=PATH"
-        path = (
-            fetched_file(INCEPTION_URL, INCEPTION_SHA256, "features=inception", remedy)
-            if not weights
-            else Path(weights)
-        )
+        what, remedy = "features=inception", "fetch it elsewhere and give feature_weights=PATH"
+        path = Path(weights) if weights else fetched_file(INCEPTION_URL, INCEPTION_SHA256, what, remedy)
         state, self.checksum = read_weights(path, INCEPTION_SHA256)
         self.net = InceptionV3()
         try:

@@ -27,7 +27,7 @@ HEADS = {  # package: the file of LPIPS 0.1's linear heads for VGG16 in it, the 
 }
 HEADS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
 PERCEPTUAL = (*SHIFT_TOLERANT, "lpips-vgg")
-REMEDY = "pip install 'vqgen[perceptual]', or do without it: none"
+REMEDY = "pip install 'vqgen[perceptual]', or set name=none"
 SMALLEST = 24  # pixels; the trunks pad by reflection, which fails for images below 21 pixels
 
 
@@ -114,7 +114,8 @@ def _weights_of(name: str, files: Sequence[str]) -> tuple[dict[str, Tensor], str
     if name != "lpips-vgg":
         raise InputError(f"name={name} is not known; use {', '.join(PERCEPTUAL)} or none")
     if len(files) not in (0, 2):
-        raise InputError("name=lpips-vgg needs weights=[VGG16.pth,HEADS.pth]: torchvision's and LPIPS's, or []")
+        two = "has two files of weights, torchvision's and LPIPS's"
+        raise InputError(f"name=lpips-vgg {two}; give weights=[VGG16.pth,HEADS.pth], or leave them out")
     (trunk, first), (heads, second) = map(_given_weights, files) if files else _published_lpips()
     place = {str(i): stage for stage, layers in enumerate(_vgg16(shift_tolerant=False)) for i in layers}
     kept = {key: value for key, value in trunk.items() if key.startswith("features.")}
@@ -135,7 +136,7 @@ def _given_weights(path: str) -> tuple[dict[str, Tensor], str]:
 def _published_lpips() -> tuple[tuple[dict[str, Tensor], str], tuple[dict[str, Tensor], str]]:
     """The tensors of torchvision's VGG16 and of LPIPS's heads for it, each with its file's SHA-256."""
     package = next((name for name in HEADS if find_spec(name)), "torchmetrics")
-    heads = installed_file(package, HEADS[package], "pip install 'vqgen[evaluation]', or do without it: none")
+    heads = installed_file(package, HEADS[package], "pip install 'vqgen[evaluation]', or set name=none")
     trunk = fetched_file(
         VGG16_URL, VGG16_SHA256, "name=lpips-vgg", "fetch it elsewhere and give weights=[VGG16.pth,HEADS.pth]"
     )

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+MAX_WIDTH = 1 << 16  # channels, of any architecture
+
 
 class Stack(nn.Sequential):
     """Layers one after another, whose blocks need not keep their activations for the backward pass.

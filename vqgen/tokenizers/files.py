@@ -68,7 +68,7 @@ def read_folder(path: Path) -> tuple[Weights, dict[str, Any], list[str]]:
     require((path / "config.json").is_file(), f"{path} has no config.json, so it is not a model of diffusers{inside}")
     file = next((path / name for name in DIFFUSERS_FILES if (path / name).is_file()), None)
     if file is None:
-        raise InputError(f"{path} has neither {' nor '.join(DIFFUSERS_FILES)}")
+        raise InputError(f"{path} has neither {' nor '.join(DIFFUSERS_FILES)}; fetch one of them")
     try:
         settings = dict(json.loads((path / "config.json").read_text("utf-8")))
     except (TypeError, ValueError) as error:
@@ -127,7 +127,8 @@ def _loaded(path: Path) -> dict[str, Any]:
 
 def _damaged(path: Path, reason: str) -> InputError:
     first = (reason.splitlines() or [""])[0][:100]
-    return InputError(f"{path} does not load: it is damaged, or no file of weights" + (f" ({first})" if first else ""))
+    why = f" ({first})" if first else ""
+    return InputError(f"{path} does not load: it is damaged, or no file of weights{why}; fetch it again")
 
 
 def _named(path: Path, content: Mapping[Any, Any]) -> Weights:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vqgen.errors import InputError, require
+from vqgen.errors import InputError, expanded, require, require_choice
 from vqgen.quantizers.codebook import CodebookQuantizer
 from vqgen.tokenizers.files import Weights, read_file, read_folder, unwrapped
 from vqgen.tokenizers.vqgan import VQGAN, Attention, ResidualBlock
@@ -84,7 +84,7 @@ GUMBEL = {"codebook": "quantize.embed.weight", "projection.weight": "quantize.pr
 GUMBEL["projection.bias"] = "quantize.proj.bias"
 
 
-def from_checkpoint(path: Path, family: str) -> tuple[VQGAN, list[str]]:
+def from_checkpoint(path: str | Path, family: str) -> tuple[VQGAN, list[str]]:
     """The tokenizer of another project's checkpoint, in eval mode, and lines that say what was found and assumed.
 
     Args:
@@ -92,8 +92,11 @@ def from_checkpoint(path: Path, family: str) -> tuple[VQGAN, list[str]]:
         family: the project, a key of FAMILIES.
 
     Raises:
-        InputError: the checkpoint does not load, is another project's or no VQ model, or is what VQGAN cannot be.
+        InputError: there is no such project, or the checkpoint does not load, is another project's or no VQ model, or
+            is what VQGAN cannot be.
     """
+    require_choice("family", family, FAMILIES, "project")
+    path = expanded(path)
     weights, settings, notes = read_folder(path) if family == "diffusers" else read_file(path)
     try:
         weights = unwrapped(weights, notes)

@@ -6,10 +6,8 @@ from typing import Any, Literal
 from torch import nn
 
 from vqgen.errors import require, require_choice, require_size
-from vqgen.tokenizers.blocks import BLOCKS, GroupNorm, Stack, num_groups
+from vqgen.tokenizers.blocks import BLOCKS, MAX_WIDTH, GroupNorm, Stack, num_groups
 from vqgen.tokenizers.vqmodel import VQModel
-
-MAX_WIDTH = 1 << 16
 
 
 class Light(VQModel):

@@ -8,10 +8,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqgen.errors import require, require_size
-from vqgen.tokenizers.blocks import GroupNorm, Stack
+from vqgen.tokenizers.blocks import MAX_WIDTH, GroupNorm, Stack
 from vqgen.tokenizers.vqmodel import VQModel
-
-MAX_WIDTH = 1 << 16
 
 
 class VQGAN(VQModel):
