@@ -678,7 +678,7 @@ def test_mistakes_on_the_command_line_are_one_line(program, arguments, message):
 
 
 def test_from_python_an_unknown_project_is_one_line_too(tmp_path):
-    with pytest.raises(InputError, match="^family=lama: no such project; there is taming, llamagen, diffusers$"):
+    with pytest.raises(InputError, match=r"^family=lama: no such project; there is taming, llamagen, diffusers$"):
         from_checkpoint(tmp_path / "x.ckpt", "lama")
 
 
