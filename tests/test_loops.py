@@ -107,7 +107,8 @@ def test_one_update_of_a_vqgan_is_that_of_the_summed_loss(program, tmp_path):
     settings = ["loss.perceptual.name=alex", "loss.perceptual.start=0", "loss.perceptual.weight=0.5"]
     settings += ["loss.perceptual.every=4", "loss.adversarial.name=non_saturating", "loss.adversarial.start=0"]
     settings += ["loss.adversarial.ramp=0", "loss.adversarial.weight=0.7", "loss.adversarial.lecam=0.1"]
-    settings += ["loss.adversarial.r1=0.01", "discriminator.width=8", "discriminator.layers=2", *STEP]
+    settings += ["loss.adversarial.r1=0.01", "optim.name=adamw"]
+    settings += ["discriminator.width=8", "discriminator.layers=2", *STEP]
     code, _, errors = program("stage1/train.py", "configs/debug/stage1.yaml", f"run_dir={tmp_path}", *settings)
     assert code == 0, errors
     config = read_yaml(tmp_path / "config.yaml")
