@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared/data"  # real data, only on the project's own machines; the product never reads it
@@ -38,6 +39,19 @@ def untimed_metrics(run: Path) -> list[dict[str, float]]:
     timed = ("train/images_per_second", "train/data_time", "train/perceptual_time")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+
+
+def metrics(run: Path) -> dict[str, float]:
+    """All figures in the last lines of a run's log."""
+    merged: dict[str, float] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        merged |= json.loads(line)
+    return merged
+
+
+def state(run: Path, step: int) -> dict:
+    """The state in a run's checkpoint."""
+    return torch.load(run / f"checkpoints/step_{step:08d}/state.pt", weights_only=True)
 
 
 def launch_two() -> str:

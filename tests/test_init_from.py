@@ -1,14 +1,13 @@
 """Runs that start from the weights of others, and tokenizers of which some parts stay as they are."""
 
 import itertools
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import untimed_metrics
+from programs import metrics, state, untimed_metrics
 from safetensors.torch import load_file
 
 from vqgen.adversarial.dcgan import DCGANDiscriminator, DCGANGenerator, load_gan
@@ -25,18 +24,6 @@ SHORT = ["train.max_steps=1", "train.log_every=1", "train.batch_size=16", "train
 SHORT += ["tracking.wandb=disabled"]
 D = ["loss.adversarial.name=hinge", "discriminator.width=8", "discriminator.layers=2", "loss.adversarial.start=1"]
 FROZEN = ["freeze=[encoder,quantizer]", "train.max_steps=4", "train.checkpoint_every=2", "optim.lr=1e-3"]
-
-
-def logged(run: Path) -> dict[str, float]:
-    """The figures of all lines of a run's log together."""
-    merged: dict[str, float] = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        merged |= json.loads(line)
-    return merged
-
-
-def state(run: Path, step: int) -> dict:
-    return torch.load(run / f"checkpoints/step_{step:08d}/state.pt", weights_only=True)
 
 
 def first_batch(size: int, max_images: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,7 +103,7 @@ def test_stage_1_starts_with_the_weights_and_a_new_optimizer(runs, program, tmp_
     model = load_tokenizer(runs / "stage1")[0]
     with torch.no_grad():
         x_rec, (q,) = model(x)
-    mse, figures = F.mse_loss(x_rec, x).item(), logged(tmp_path)
+    mse, figures = F.mse_loss(x_rec, x).item(), metrics(tmp_path)
     assert figures["train/loss"] == pytest.approx(mse + q.loss.item(), rel=1e-4)
     assert figures["train/rec_loss"] == pytest.approx(mse, rel=1e-4)
     before, saved = load_file(runs / "stage1/model/model.safetensors"), state(tmp_path, 1)
@@ -153,7 +140,7 @@ def test_stage_2_starts_with_the_prior(runs, program, tmp_path):
     with torch.no_grad():
         tokens = prior.layout.flatten(tokenizer.encode(x))
         log_p = prior(tokens, class_ids).log_softmax(dim=-1).gather(-1, tokens[..., None])
-    assert logged(tmp_path / "2")["train/loss"] == pytest.approx(-log_p.mean().item(), rel=1e-4)
+    assert metrics(tmp_path / "2")["train/loss"] == pytest.approx(-log_p.mean().item(), rel=1e-4)
     config = read_yaml(tmp_path / "2/config.yaml")["model"]
     assert config == read_yaml(runs / "stage2/config.yaml")["model"] | {"attention_dropout": 1e-9}
 
@@ -271,7 +258,7 @@ def test_frozen_parts_stay_bit_for_bit_and_the_run_goes_on_to_the_same_bits_with
             assert torch.equal(value, weights[name]) is not name.startswith(decoded), name
     trained = [name for name, _ in a.named_parameters() if name.startswith(decoded)]
     assert len(saved["optimizer"]["state"]) == len(trained)
-    figures = logged(run)
+    figures = metrics(run)
     assert figures["train/quantizer_loss"] == 0
     assert figures["train/loss"] == figures["train/rec_loss"]
 

@@ -11,14 +11,13 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import ROOT
+from programs import ROOT, metrics, state
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -47,18 +46,6 @@ STEP = [
 ]
 STEP += ["optim.grad_clip=0.02", "optim.weight_decay=0.3", "optim.warmup=0.5", "train.eval_images=100"]
 CLIP, DECAY, WARMUP = 0.02, 0.3, 1e-3 / 0.5  # the learning rate's factor before the first update
-
-
-def metrics(run: Path) -> dict[str, float]:
-    """All figures in the last lines of a run's log."""
-    merged: dict[str, float] = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        merged |= json.loads(line)
-    return merged
-
-
-def state(run: Path, step: int) -> dict:
-    return torch.load(run / f"checkpoints/step_{step:08d}/state.pt", weights_only=True)
 
 
 def first_batches(num_passes: int, size: int, step: int = 0) -> list[tuple[Tensor, Tensor]]:
