@@ -137,9 +137,8 @@ def test_inception_takes_no_other_file(random_inception):
 def test_without_a_network_inception_says_where_to_get_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(vqgen.evaluation.features, "INCEPTION_URL", "http://localhost:9/inception.pth")
-    with pytest.raises(
-        InputError, match=r"^features=inception: http.* cannot be downloaded .*give feature_weights=PATH"
-    ):
+    place = f"fetch it elsewhere and put it into {tmp_path}/hub/checkpoints, or give feature_weights=PATH"
+    with pytest.raises(InputError, match=rf"^features=inception: http.* cannot be downloaded .*; {place}$"):
         Inception()
 
 

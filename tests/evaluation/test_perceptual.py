@@ -200,7 +200,7 @@ def test_the_original_is_fetched_once_and_its_heads_are_torchmetrics_or_lpips(pu
 
 
 def test_the_original_that_cannot_be_fetched_is_one_line(published, tmp_path, monkeypatch, capsys):
-    remedy = r"; fetch it elsewhere and give weights=\[VGG16.pth,HEADS.pth\]$"
+    remedy = f"; fetch it elsewhere and put it into {tmp_path}/home/hub/checkpoints, or set name=none$"
     published.answers["/vgg16.pth"] = 503
     with pytest.raises(
         InputError, match=rf"^name=lpips-vgg: http\S+ cannot be downloaded \(HTTP Error 503.*\){remedy}"

@@ -105,6 +105,19 @@ def test_a_run_that_an_older_version_left_goes_on(tmp_path):
         opened(run_config(tmp_path, model={"name": "other", "patch_size": 2}))
 
 
+def test_all_settings_that_differ_are_named_up_to_a_few(tmp_path):
+    opened(run_config(tmp_path, model={"name": "light", "patch_size": 2, "widths": [8]}))
+    save_checkpoint(tmp_path / "run", 1, {}, keep=1)
+    both = r"patch_size=4 is asked for; also other than there: model.widths, seed; repeat .* name another run_dir=$"
+    with pytest.raises(InputError, match=both):  # without the advice to train on from its weights, which do not fit
+        opened(run_config(tmp_path, seed=1, model={"name": "light", "patch_size": 4, "widths": [16]}))
+    with pytest.raises(InputError, match=r"model.name=other is asked for; repeat"):  # a name stands for its options
+        opened(run_config(tmp_path, model={"name": "other", "patch_size": 4, "widths": [16]}))
+    many = {f"option{i}": 1 for i in range(9)}
+    with pytest.raises(InputError, match=r"model.option4, model.option5 and 3 more; repeat"):
+        opened(run_config(tmp_path, model={"name": "light", "patch_size": 2, "widths": [8], **many}))
+
+
 def test_a_run_of_before_legacy_beta_goes_on_without_it_and_not_with_it(tmp_path):
     before = {"name": "residual", "base": {"name": "vq"}}
     opened(run_config(tmp_path, model={"name": "light", "quantizer": before}))

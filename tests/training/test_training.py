@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import re
+import shutil
 import signal
 import time
 
@@ -19,13 +20,13 @@ from vqgen.tokenizers.light import Light
 from vqgen.training import schedule
 from vqgen.training.average import WeightEMA
 from vqgen.training.checkpoints import save_checkpoint
+from vqgen.training.cpu import CHOSEN, keep_threads
 from vqgen.training.guard import Diverged, FiniteGuard
 from vqgen.training.means import Means, Stopwatch
 from vqgen.training.run import Run, attempts
 from vqgen.training.schedule import Budget, lr_at, micro_batch_size, parameter_groups, ramp_at
 from vqgen.training.state import TrainState
 from vqgen.training.stop import Stop
-from vqgen.training.threads import CHOSEN, keep_threads
 from vqgen.yaml_file import save_config
 
 CPU = torch.device("cpu")
@@ -580,3 +581,26 @@ def saved_state(**more) -> dict:
     """The checkpoint state of a run without anything to train."""
     numbers = {"step": 20, "evaluated": 0, "seconds": 1.0, "rollbacks": 0, "processes": 1, "accumulation": 1}
     return {**numbers, "means": Means(CPU).state_dict(), "scaler": {}, "logged": 0, **more}
+
+
+BF16 = "hint: this CPU computes in bf16 too: train.mixed_precision=bf16"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision", "hinted"),
+    [({"avx512_bf16": True}, "null", 1), ({"amx_bf16": True}, "null", 1), ({"avx512_bf16": False}, "null", 0)]
+    + [({"avx512_bf16": True}, chosen, 0) for chosen in ("no", "bf16")],
+)
+def test_a_cpu_with_instructions_for_bf16_is_pointed_out_if_the_precision_is_left_open(
+    program, tmp_path, monkeypatch, capabilities, precision, hinted
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    settings = ["configs/debug/stage1.yaml", f"run_dir={tmp_path}", f"train.mixed_precision={precision}"]
+    settings += ["train.max_steps=2", "train.checkpoint_every=1", "tracking.wandb=disabled"]
+    code, output, errors = program("stage1/train.py", *settings)
+    assert code == 0, errors
+    assert output.count(BF16) == hinted
+    shutil.rmtree(tmp_path / "checkpoints/step_00000002")
+    _, output, _ = program("stage1/train.py", *settings)
+    assert "going on from step 1" in output
+    assert BF16 not in output

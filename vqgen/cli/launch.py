@@ -8,7 +8,7 @@ import torch
 
 from vqgen.distributed import available_cores
 from vqgen.errors import InputError
-from vqgen.training.threads import CHOSEN
+from vqgen.training.cpu import CHOSEN
 
 LOOKS, LOOK = 3, 0.2  # times that the cores are watched, and for how many seconds each
 

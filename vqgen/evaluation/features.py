@@ -122,7 +122,7 @@ class Inception(FeatureNetwork):
 
     def __init__(self, weights: str | None = None):
         super().__init__()
-        what, remedy = "features=inception", "fetch it elsewhere and give feature_weights=PATH"
+        what, remedy = "features=inception", "or give feature_weights=PATH"
         path = Path(weights) if weights else fetched_file(INCEPTION_URL, INCEPTION_SHA256, what, remedy)
         state, self.checksum = read_weights(path, INCEPTION_SHA256)
         self.net = InceptionV3()

@@ -137,9 +137,7 @@ def _published_lpips() -> tuple[tuple[dict[str, Tensor], str], tuple[dict[str, T
     """The tensors of torchvision's VGG16 and of LPIPS's heads for it, each with its file's SHA-256."""
     package = next((name for name in HEADS if find_spec(name)), "torchmetrics")
     heads = installed_file(package, HEADS[package], "pip install 'vqgen[evaluation]', or set name=none")
-    trunk = fetched_file(
-        VGG16_URL, VGG16_SHA256, "name=lpips-vgg", "fetch it elsewhere and give weights=[VGG16.pth,HEADS.pth]"
-    )
+    trunk = fetched_file(VGG16_URL, VGG16_SHA256, "name=lpips-vgg", "or set name=none")
     return read_weights(trunk, VGG16_SHA256), read_weights(heads, HEADS_SHA256)
 
 

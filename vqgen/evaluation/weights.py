@@ -34,7 +34,7 @@ def fetched_file(url: str, expected: str, what: str, remedy: str) -> Path:
         url: the file's address.
         expected: the beginning of the correct SHA-256.
         what: the setting that needs the file, for the message.
-        remedy: the end of the message.
+        remedy: another way to give the file, for the end of the message.
 
     Raises:
         InputError: it cannot be fetched.
@@ -46,7 +46,8 @@ def fetched_file(url: str, expected: str, what: str, remedy: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), expected)
         except (URLError, OSError, RuntimeError) as error:
-            raise InputError(f"{what}: {url} cannot be downloaded ({error}); {remedy}") from error
+            elsewhere = f"fetch it elsewhere and put it into {path.parent}"
+            raise InputError(f"{what}: {url} cannot be downloaded ({error}); {elsewhere}, {remedy}") from error
     return path
 
 

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -41,7 +41,9 @@ BEFORE |= {"model.quantizer.legacy_beta": False, "model.quantizer.base.legacy_be
 BEFORE |= {"perturb.images": 0.0, "perturb.codes": 1.0, "perturb.nearest": 12, "perturb.end": 0.5}
 BEFORE |= {"equivariance.share": 0.0, "equivariance.scale": 0.25}
 BEFORE |= {"equivariance.rotate": True, "equivariance.flip": False, "redraw.keep": 0.7}
+BEFORE |= {"loss.adversarial.every": 1, "loss.adversarial.augment": []}
 
+NAMED = 5  # further settings that a refusal names
 CHECKSUMS = "SHA256SUMS"  # a file in the format of sha256sum, which can check it
 
 
@@ -80,19 +82,29 @@ def open_run(config: Any) -> Iterator[None]:
 
 
 def _check_settings(config: Any) -> None:
-    """Raises InputError for the first setting that differs from the run's config.yaml and may not change."""
+    """Raises InputError if settings differ from the run's config.yaml that may not change."""
     run_dir = Path(config.run_dir)
     there, asked = BEFORE | _flat(read_yaml(run_dir / "config.yaml")), _flat(asdict(config))
     if there.get("train.mixed_precision") is None:
         there["train.mixed_precision"] = asked["train.mixed_precision"]  # older versions left it open
-    # init_from is compared first, because the options of the model follow from it.
-    for key in sorted(there.keys() | asked.keys(), key=lambda key: (key != "init_from", key)):
-        free = any(key == name or key.startswith(f"{name}.") for name in FREE_SETTINGS)
-        if not free and there.get(key) != asked.get(key) and (key in asked or key not in BEFORE):
-            raise other_settings(run_dir, key, there.get(key), asked.get(key), there.get("train.max_steps"))
+    # init_from comes first, because the options of the model follow from it.
+    differing = [
+        key
+        for key in sorted(there.keys() | asked.keys(), key=lambda key: (key != "init_from", key))
+        if not any(key == name or key.startswith(f"{name}.") for name in FREE_SETTINGS)
+        and there.get(key) != asked.get(key)
+        and (key in asked or key not in BEFORE)
+    ]
+    if "model.name" in differing:  # its options are then others in any case
+        differing = [key for key in differing if key == "model.name" or not key.startswith("model.")]
+    if differing:
+        key, *others = differing
+        raise other_settings(run_dir, key, there.get(key), asked.get(key), others, there.get("train.max_steps"))
 
 
-def other_settings(run_dir: Path, key: str, there: Any, asked: Any, max_steps: int | None = None) -> InputError:
+def other_settings(
+    run_dir: Path, key: str, there: Any, asked: Any, others: Sequence[str] = (), max_steps: int | None = None
+) -> InputError:
     """The refusal of a setting that differs from the run's own, with what to do instead.
 
     Args:
@@ -100,6 +112,7 @@ def other_settings(run_dir: Path, key: str, there: Any, asked: Any, max_steps: i
         key: the setting.
         there: its value in the run's config.yaml.
         asked: its value now.
+        others: further settings that differ.
         max_steps: the run's own `train.max_steps`.
     """
     step = max(map(_step, _all_checkpoints(run_dir)), default=0)
@@ -107,9 +120,11 @@ def other_settings(run_dir: Path, key: str, there: Any, asked: Any, max_steps: i
     what = f"is finished, at step {step}," if finished else "holds a run"
     remedy = "" if finished else "repeat its own settings to go on with it, or "
     remedy += "name another run_dir="
-    if not key.startswith(("model.", "generator.", "order", "init_from")):
+    if not any(name.startswith(("model.", "generator.", "order", "init_from")) for name in (key, *others)):
         remedy += f"; to train on from its weights: {train_on(run_dir)}"
-    return InputError(f"{run_dir} {what} with {key}={there}, but {key}={asked} is asked for; {remedy}")
+    more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+    also = f"; also other than there: {', '.join(others[:NAMED])}{more}" if others else ""
+    return InputError(f"{run_dir} {what} with {key}={there}, but {key}={asked} is asked for{also}; {remedy}")
 
 
 def train_on(run_dir: Path) -> str:

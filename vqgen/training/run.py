@@ -40,6 +40,7 @@ from vqgen.training.checkpoints import (
     update_config,
     written_whole,
 )
+from vqgen.training.cpu import computes_bf16, keep_threads
 from vqgen.training.fsdp import check_fsdp, gathered, refuse_fsdp
 from vqgen.training.guard import Diverged, FiniteGuard
 from vqgen.training.launchers import refuse_other_engines
@@ -48,7 +49,6 @@ from vqgen.training.origin import Origin, differing, merged
 from vqgen.training.schedule import Budget, micro_batch_size
 from vqgen.training.state import TrainState
 from vqgen.training.stop import Stop, explained
-from vqgen.training.threads import keep_threads
 from vqgen.training.tracking import Tracker
 from vqgen.yaml_file import read_yaml
 
@@ -154,8 +154,10 @@ class Run:
         )
         if fsdp:
             check_fsdp(self.accelerator)
-        config.train.mixed_precision = self.accelerator.mixed_precision
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        left_open, chosen = config.train.mixed_precision is None, self.accelerator.mixed_precision
+        self._may_compute_bf16 = left_open and chosen == "no" and computes_bf16(self.device)
+        config.train.mixed_precision = chosen
         self.accumulation = self.accelerator.gradient_accumulation_steps
         self.micro_batch = micro_batch_size(config.train.batch_size, self.accumulation)
         self.diverged: Diverged | None = None
@@ -228,8 +230,9 @@ class Run:
             self.origin = Origin(config.init_from, load)
         elif own.is_file():
             options, given = read_yaml(own)[section], getattr(config, section)
-            for key, asked, there in differing(section, given, options):
-                raise other_settings(self.dir, key, there, asked)
+            if found := list(differing(section, given, options)):
+                (key, asked, there), *others = found
+                raise other_settings(self.dir, key, there, asked, [name for name, *_ in others])
             setattr(config, section, merged(options, given))
 
     def show_data(self, train: ImageSet | ImageStream, held_out: ImageSet) -> None:
@@ -332,6 +335,8 @@ class Run:
         )
         resumed = how_resumed(saved, self.accumulation, by_pass=by_pass, by_process=by_process, workers=stream_workers)
         self.say(f"{self.dir}: {what}, {world_size()} x {self.device.type}{resumed}{self._threads}")
+        if saved is None and self._may_compute_bf16:
+            self.say("hint: this CPU computes in bf16 too: train.mixed_precision=bf16 may be 1.5 times as fast")
         if self.origin is not None:
             self._started_from = f"{self.origin.path}{self.origin.at}"
             self.say(f"starts from {self.origin}")

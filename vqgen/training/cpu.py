@@ -1,6 +1,7 @@
-"""The number of CPU threads of a run: another number sums in another order, which changes the last bits."""
+"""A run's CPU: whether it computes in bf16, and its number of threads, on which the last bits of sums depend."""
 
 import os
+from typing import Any
 
 import torch
 
@@ -23,3 +24,9 @@ def keep_threads(saved: int | None) -> str:
         torch.set_num_threads(saved)
         return f" with {saved} thread(s), as before"
     return f" with {now} thread(s) after {saved}: the same numbers except for rounding"
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the device is an x86 CPU with instructions for bf16; torch emulates bf16 on others, which is slow."""
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
+    return device.type == "cpu" and any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
