@@ -15,6 +15,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
+from vqgen.adversarial.augment import diff_augment
 from vqgen.adversarial.discriminators import PatchDiscriminator
 from vqgen.adversarial.losses import (
     DiscriminatorWatch,
@@ -130,12 +131,14 @@ def tokenizer_pass(
     loss = losses["rec_loss"] + losses["quantizer_loss"]
     if nets.perceptual is not None and now.share >= perceptual.start:
         with stopwatch.running(), run.accelerator.autocast():
-            losses["perceptual_loss"] = nets.perceptual(y[:: perceptual.every], x[:: perceptual.every]).mean()
+            shown = (every_nth(images, perceptual.every, now) for images in (y, x))
+            losses["perceptual_loss"] = nets.perceptual(*shown).mean()
             (perceptual_gradient,) = torch.autograd.grad(losses["perceptual_loss"], y)
         gradient = gradient + perceptual.weight * perceptual_gradient
         loss = loss + perceptual.weight * losses["perceptual_loss"]
     if nets.bare_disc is not None and (ramp := ramp_at(now.share, adversarial.start, adversarial.ramp)) > 0:
-        losses["adv_loss"] = generator_loss(adversarial.name, nets.bare_disc(y))
+        shown = diff_augment(every_nth(y, adversarial.every, now), adversarial.augment)
+        losses["adv_loss"] = generator_loss(adversarial.name, nets.bare_disc(shown))
         (adv_gradient,) = torch.autograd.grad(losses["adv_loss"], y)
         adv_weight = torch.full((), adversarial.weight * ramp * run.lowered, device=run.device)
         if adversarial.adaptive:
@@ -146,6 +149,14 @@ def tokenizer_pass(
     run.accelerator.backward(losses["quantizer_loss"] + (x_rec * gradient).sum())
     losses |= {"loss": loss, "mse": F.mse_loss(y, x)}
     return losses, [out.codes for out in q], x, y.detach()
+
+
+def every_nth(images: Tensor, n: int, now: Now) -> Tensor:
+    """Every n-th of a pass's images (B, C, H, W), at least one; the first is another one at the next step.
+
+    `draw_replacements` changes the first images of a pass, so a fixed choice would see those too often.
+    """
+    return images[now.step % min(n, len(images)) :: n]
 
 
 def latent_changes(
@@ -179,7 +190,9 @@ def discriminator_pass(
     adversarial = config.loss.adversarial
     losses: dict[str, Tensor] = {}
     penalised = adversarial.r1 > 0 and now.step % R1_EVERY == 0
-    real, fake = nets.disc(torch.cat([x.requires_grad_(penalised), x_rec])).chunk(2)
+    x, x_rec = (every_nth(images, adversarial.every, now) for images in (x, x_rec))
+    shown = diff_augment(torch.cat([x.requires_grad_(penalised), x_rec]), adversarial.augment)
+    real, fake = nets.disc(shown).chunk(2)
     losses["disc_loss"] = loss = discriminator_loss(adversarial.name, real, fake)
     if adversarial.lecam > 0:
         losses["lecam_loss"] = nets.lecam(real, fake)

@@ -20,7 +20,12 @@ sys.path.remove(BENCHMARKS)  # its data.py would hide tests/data
 
 TINY = {"data__image_size": 16, "model__widths": [16, 32], "train__mixed_precision": "no"}
 VQGAN = {"loss__adversarial__name": "hinge", "loss__perceptual__name": "alex", "loss__perceptual__every": 2}
-VQGAN |= {"loss__adversarial__adaptive": False, "discriminator__width": 8, "discriminator__layers": 1}
+VQGAN |= {
+    "loss__adversarial__every": 1,
+    "loss__adversarial__adaptive": False,
+    "discriminator__width": 8,
+    "discriminator__layers": 1,
+}
 DEBUG = ROOT / "configs/debug/stage1.yaml"
 
 

@@ -22,6 +22,7 @@ QUIET = "tracking.wandb=disabled"
 VQGAN = ["loss.perceptual.name=alex", "loss.perceptual.every=8", "loss.perceptual.start=0"]
 VQGAN += ["loss.adversarial.name=hinge", "loss.adversarial.start=0.4", "loss.adversarial.lead=0.2"]
 VQGAN += ["loss.adversarial.lecam=0.01", "loss.adversarial.r1=0.1", "discriminator.width=8", "discriminator.layers=2"]
+DRAWN = [*VQGAN, "loss.adversarial.every=2", "loss.adversarial.augment=[color,translation,cutout]"]
 
 
 def same_weights(a: Path, b: Path) -> bool:
@@ -33,7 +34,7 @@ def same_weights(a: Path, b: Path) -> bool:
 def made(tmp_path_factory) -> Path:
     """A folder with vqgan/ and gan/, made by the two commands on tiny settings."""
     folder = tmp_path_factory.mktemp("made")
-    shell(f"accelerate launch stage1/train.py {DEBUG['train']} run_dir={folder}/train {QUIET} {' '.join(VQGAN)}")
+    shell(f"accelerate launch stage1/train.py {DEBUG['train']} run_dir={folder}/train {QUIET} {' '.join(DRAWN)}")
     shell(f"accelerate launch stage1/train_gan.py {DEBUG['train_gan']} run_dir={folder}/train_gan {QUIET}")
     return folder
 
@@ -42,7 +43,7 @@ def test_activations_that_are_computed_again_change_no_bit_of_a_run_that_goes_on
     run = shutil.copytree(made / "train", tmp_path / "run")
     shutil.rmtree(run / "checkpoints/step_00000040")
     again = "train.activation_checkpointing=true"
-    code, output, _ = program("stage1/train.py", DEBUG["train"], f"run_dir={run}", QUIET, *VQGAN, again)
+    code, output, _ = program("stage1/train.py", DEBUG["train"], f"run_dir={run}", QUIET, *DRAWN, again)
     assert (code, "going on from step 20" in output) == (0, True)
     assert "activation_checkpointing: true" in (run / "config.yaml").read_text()
     assert same_weights(run, made / "train")
@@ -52,7 +53,7 @@ def test_activations_that_are_computed_again_change_no_bit_of_a_run_that_goes_on
 @pytest.mark.parametrize("name", ["train", "train_gan"])
 def test_the_same_seed_gives_the_same_bits_and_a_killed_run_goes_on_to_them(made, program, tmp_path, name):
     run = tmp_path / "run"
-    arguments = [DEBUG[name], f"run_dir={run}", QUIET, *(VQGAN if name == "train" else [])]
+    arguments = [DEBUG[name], f"run_dir={run}", QUIET, *(DRAWN if name == "train" else [])]
     process = subprocess.Popen(["python", f"stage1/{name}.py", *arguments], cwd=ROOT, env=ENVIRONMENT)
     while not (run / "checkpoints/step_00000020").exists():
         assert process.poll() is None
@@ -262,6 +263,12 @@ BAD = {
     ),
     "a start before the run": ("train", "loss.adversarial.start=-0.1", "from 0 to 1"),
     "a perceptual loss of no image": ("train", "loss.perceptual.every=0", "must be at least 1"),
+    "a discriminator of no image": ("train", "loss.adversarial.every=0", "must be at least 1"),
+    "a change that D does not know": (
+        "train",
+        "loss.adversarial.augment=[blur]",
+        "one of ['color', 'translation', 'cutout']",
+    ),
     "mistyped discriminator key": ("train", "discriminator.layer=2", "did you mean discriminator.layers?"),
     "too coarse": (
         "train",

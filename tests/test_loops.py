@@ -90,8 +90,13 @@ def check_update(saved: dict, part: str, optimizer: str, before: nn.Module, grad
         torch.testing.assert_close(saved[part][name], expected, rtol=1e-5, atol=1e-3 * lr, msg=name)
 
 
-def test_one_update_of_a_vqgan_is_that_of_the_summed_loss(program, tmp_path):
-    settings = ["loss.perceptual.name=alex", "loss.perceptual.start=0", "loss.perceptual.weight=0.5"]
+@pytest.mark.parametrize("every", [1, 2])
+def test_one_update_of_a_vqgan_is_that_of_the_summed_loss(program, tmp_path, monkeypatch, every):
+    """With every=2 D sees half of the images, and them changed: here darkened and upside down, not at random."""
+    shown = (lambda x: 0.5 * x[::2].flip(2)) if every == 2 else (lambda x: x)
+    monkeypatch.setattr("vqgen.adversarial.augment.diff_augment", lambda x, kinds: 0.5 * x.flip(2) if kinds else x)
+    settings = [f"loss.adversarial.every={every}", *(["loss.adversarial.augment=[cutout]"] if every == 2 else [])]
+    settings += ["loss.perceptual.name=alex", "loss.perceptual.start=0", "loss.perceptual.weight=0.5"]
     settings += ["loss.perceptual.every=4", "loss.adversarial.name=non_saturating", "loss.adversarial.start=0"]
     settings += ["loss.adversarial.ramp=0", "loss.adversarial.weight=0.7", "loss.adversarial.lecam=0.1"]
     settings += ["loss.adversarial.r1=0.01", "optim.name=adamw"]
@@ -108,7 +113,7 @@ def test_one_update_of_a_vqgan_is_that_of_the_summed_loss(program, tmp_path):
     for x, _ in first_batches(2, 8):
         x_rec, q = model(x)
         image_loss = (rec := F.mse_loss(x_rec, x)) + 0.5 * (distance := perceptual(x_rec[::4], x[::4]).mean())
-        adv = F.softplus(-disc(x_rec)).mean()
+        adv = F.softplus(-disc(shown(x_rec))).mean()
         norms = [torch.autograd.grad(term, model.last_layer, retain_graph=True)[0].norm() for term in (image_loss, adv)]
         weight = 0.7 * (norms[0] / (norms[1] + 1e-6)).detach()
         loss = image_loss + q[0].loss + weight * adv
@@ -116,10 +121,10 @@ def test_one_update_of_a_vqgan_is_that_of_the_summed_loss(program, tmp_path):
             p.grad = g / 2 if p.grad is None else p.grad + g / 2
 
         x.requires_grad_()
-        real, fake = disc(torch.cat([x, x_rec.detach()])).chunk(2)  # once: a call changes spectral norm
+        real, fake = disc(torch.cat([shown(x), shown(x_rec.detach())])).chunk(2)  # once: a call changes spectral norm
         disc_loss = F.softplus(-real).mean() + F.softplus(fake).mean()
         drift = F.relu(real - lecam[1]).square().mean() + F.relu(lecam[0] - fake).square().mean()
-        slope = 0.5 * torch.autograd.grad(real.sum(), x, create_graph=True)[0].square().sum(dim=(1, 2, 3)).mean()
+        slope = 0.5 * torch.autograd.grad(real.sum(), x, create_graph=True)[0].square().sum() / len(real)
         for p, g in zip(
             params := list(disc.parameters()),
             torch.autograd.grad(disc_loss + 0.1 * drift + 4 * 0.01 * slope, params),
@@ -152,7 +157,13 @@ def test_an_update_with_changed_latents_asks_for_the_images_so_transformed(progr
     """The second update, as the first has no transform. Half of the images have codes replaced before the decoder."""
     settings = ["train.max_steps=2", "train.checkpoint_every=1", "train.log_every=1", "train.batch_size=16", QUIET]
     settings += ["data.flip=true", "optim.grad_clip=1e9", "equivariance.share=1", "equivariance.flip=true"]
-    settings += ["perturb.images=0.5", "perturb.codes=0.6", "perturb.nearest=5", "perturb.end=1"]
+    settings += [
+        "loss.adversarial.every=4",
+        "perturb.images=0.5",
+        "perturb.codes=0.6",
+        "perturb.nearest=5",
+        "perturb.end=1",
+    ]
     settings += ["loss.adversarial.name=non_saturating", "loss.adversarial.start=0", "loss.adversarial.ramp=0"]
     settings += ["loss.adversarial.adaptive=false", "loss.adversarial.r1=0", "discriminator.layers=1"]
     settings += ["discriminator.width=8", "equivariance.scale=0.5", "optim.name=adamw"]
@@ -183,9 +194,9 @@ def test_an_update_with_changed_latents_asks_for_the_images_so_transformed(progr
     near = model.quantizer.codebook[others].movedim(3, 1)
     z_q = torch.cat([torch.where(chosen, near, q.z_q[:8]), q.z_q[8:]])
     x_rec = model.decoder(model.from_code(q.z_q + (z_q - q.z_q).detach()))
-    rec, adv = F.mse_loss(x_rec, asked), F.softplus(-disc(x_rec)).mean()
+    rec, adv = F.mse_loss(x_rec, asked), F.softplus(-disc(x_rec[1::4])).mean()  # the second step's choice
     (rec + q.loss + 0.3 * adv).backward()
-    real, fake = disc(torch.cat([asked, x_rec.detach()])).chunk(2)
+    real, fake = disc(torch.cat([asked[1::4], x_rec[1::4].detach()])).chunk(2)
     disc_loss = F.softplus(-real).mean() + F.softplus(fake).mean()
     logged = metrics(tmp_path)
     expected = {"rec_loss": rec, "adv_loss": adv, "disc_loss": disc_loss, "quantizer_loss": q.loss}

@@ -119,8 +119,9 @@ class PerceptualConfig:
     weight: float = 0.01
     """Its weight in the loss. With a much larger weight the decoder draws patterns that only the classifier takes for
     texture."""
-    every: int = 4
-    """N: it is computed on every N-th image of each pass; a larger N costs less, and gives the same on average."""
+    every: int = 16
+    """N: it is computed on every N-th image of each pass, but at least on one; a larger N costs less, and gives the
+    same on average."""
     start: float = 0.5
     """Share of the run after which it counts; earlier steps are cheaper."""
 
@@ -138,6 +139,12 @@ class AdversarialConfig:
     """`none`, `non_saturating`, `hinge` or `least_squares`."""
     weight: float = 0.3
     """Its weight in the loss; with `adaptive`, a factor of the adaptive weight."""
+    every: int = 4
+    """N: D sees every N-th image of each pass, but at least one, and its reconstruction; a larger N costs less. Only
+    these images get an adversarial gradient."""
+    augment: list[Literal["color", "translation", "cutout"]] = field(default_factory=list)
+    """What is changed at random in all images that D sees, so that it cannot learn a small set by heart (DiffAugment);
+    its authors have `[color,translation,cutout]`."""
     adaptive: bool = True
     """Adapt the weight so that D's gradient at the decoder's last layer is as large as the others' (VQGAN, eq. 7)."""
     start: float = 0.75
@@ -160,6 +167,8 @@ class AdversarialConfig:
             value = getattr(self, name)
             require(value >= 0, f"loss.adversarial.{name}={value}: must be 0 or more")
         require(self.lr > 0, f"loss.adversarial.lr={self.lr}: must be positive")
+        require_size("loss.adversarial.every", self.every)
+        self.augment = [kind for kind in ("color", "translation", "cutout") if kind in self.augment]
 
 
 @dataclass

@@ -31,7 +31,7 @@ from vqgen.training.schedule import num_parameters
 
 GPUS = {"A100": 312e12, "H100": 989e12}  # name: FLOP/s in bf16 without sparsity, by their data sheets
 IMAGENET = 1_281_167  # training images
-BATCHES = 4, 8  # images of a measured pass
+LEAST = 4  # images of a measured pass
 
 
 class Meter(TorchDispatchMode):
@@ -101,7 +101,9 @@ def measured(config: Stage1Config) -> dict[str, Any]:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.mixed_precision or "no", torch.float32)
     with without_memory(dtype):
         most = {}
-        for batch in BATCHES:
+        # So many images that the losses which see every N-th image see their share of them.
+        small = max(LEAST, config.loss.perceptual.every, config.loss.adversarial.every)
+        for batch in (small, 2 * small):
             step = Step(config, batch, torch.device("meta"))
             step.nets.tokenizer.quantizer.initialised = True  # the first batch's k-means is not a step's cost
             step.now.share = 0.999
@@ -131,8 +133,7 @@ def measured(config: Stage1Config) -> dict[str, Any]:
                 with Meter() as meter:
                     pass_()
                 forward[name] = parameters, meter.flops / batch
-    small, large = BATCHES
-    each = (most[large] - most[small]) / (large - small)
+    each = (most[2 * small] - most[small]) / small
     counts = {name: count for name, (count, _) in forward.items()}
     weights += 4 * (sum(counts.values()) + counts["encoder"] + counts["quantizer"] + counts["decoder"])  # the average
     fixed = weights + most[small] - small * each
