@@ -2,29 +2,30 @@
 
 python tests/benchmarks/codes_for_the_prior.py [--data digits emoji64] [--seeds 0 1 2] [--arms NAME ...]
     [--stage1-seconds 90] [--stage2-seconds 90] [--images 2000] [--jobs 1] [--threads 1] [--runs FOLDER]
+    [--measure-rates RATES.json | --rates RATES.json]
 
 Prints a table for each data set, of means over the seeds and their standard deviation, and writes it to FOLDER with
 results.json. Samples are drawn without guidance (cfg_scale=1, top_p=1). `--jobs` runs that many arms at a time, each on
 `--threads` cores of its own. The same command again goes on where it stopped, and does not repeat what is finished.
+
+Where the seconds of one machine count but another one trains: `--measure-rates` on the first writes how many steps a
+second each arm makes there (run it alone), and `--rates` on the second trains for as many steps as those seconds give.
 """
 
 import argparse
 import inspect
 import json
-import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
 from pathlib import Path
-from queue import Queue
-from typing import Any, NamedTuple
+
+from arms import ROOT, Case, Commands, add_options, compare, evaluated, half_lr, last_step
 
 from vqgen.tokenizers import Light
 from vqgen.yaml_file import read_yaml
 
-ROOT = Path(__file__).parents[2]
 CONFIGS: dict[str, list[str]] = {"digits": ["", ""], "emoji64": [f"configs/stage{n}/emoji64.yaml" for n in (1, 2)]}
 ARMS: dict[str, list[str]] = {  # settings of stage 1; stage 2 is always as shipped
     "as shipped": [],
@@ -34,10 +35,10 @@ ARMS: dict[str, list[str]] = {  # settings of stage 1; stage 2 is always as ship
     "equivariance, scale only": ["equivariance.share=0.5", "equivariance.rotate=false"],
     "perturbation and equivariance": ["perturb.images=0.1", "equivariance.share=0.5"],
     "2,048 codes": ["model.quantizer.codebook_size=2048"],
-    "four times the codes per image": ["model.patch_size={half}"],
+    "four times the codes per image": ["model.patch_size={half_patch}"],
 }
 # Arms that spend the last third of stage 1's seconds on the decoder alone, after the prior has been trained.
-ALONE = ["freeze=[encoder,quantizer]", "optim.lr=4e-3", "optim.warmup=0.05"]
+ALONE = ["freeze=[encoder,quantizer]", "optim.lr={half_lr}"]
 DECODERS: dict[str, list[str]] = {
     "decoder trained on, on the images' codes": ALONE,
     "decoder trained on, on the prior's codes": [*ALONE, "redraw.stage2={stage2}"],
@@ -54,149 +55,100 @@ FIGURES = {  # columns of the table: the stage whose evaluation has the figure, 
 }
 
 
-def half_patch(data: str) -> int:
-    """Half of the patch size that a data set's configuration has, for codes twice as dense along each side."""
-    model = (read_yaml(ROOT / CONFIGS[data][0]) if CONFIGS[data][0] else {}).get("model", {})
-    return model.get("patch_size", inspect.signature(Light).parameters["patch_size"].default) // 2
+def halves(data: str) -> dict[str, float]:
+    """Half of a data set's patch size, for codes twice as dense along each side; and half of its learning rate."""
+    config = read_yaml(ROOT / CONFIGS[data][0]) if CONFIGS[data][0] else {}
+    patch_size = inspect.signature(Light).parameters["patch_size"].default
+    return {
+        "half_patch": config.get("model", {}).get("patch_size", patch_size) // 2,
+        "half_lr": half_lr(CONFIGS[data][0]),
+    }
 
 
-class Case(NamedTuple):
-    """One tokenizer and its prior: the data set, the arm and the seed."""
-
-    data: str
-    arm: str
-    seed: int
-
-    def folder(self, runs: Path) -> Path:
-        words = self.arm.replace(",", "").split()
-        return runs / self.data / "-".join([*words, f"seed{self.seed}"]).replace("'", "")
-
-    def tokenizer(self, runs: Path) -> Path:
-        """The run whose tokenizer decodes the samples."""
-        return self.folder(runs) / ("decoder" if self.arm in DECODERS else "stage1")
-
-    def commands(self, options: argparse.Namespace) -> list[list[str]]:
-        """The commands in their order: both stages are trained, in some arms the decoder again; both are measured."""
-        folder = self.folder(options.runs)
-        quiet = [f"seed={self.seed}", "tracking.wandb=disabled"]
-        rare = ["train.max_steps=null", "train.eval_every=1000000", "train.checkpoint_every=1000000"]
-        first, second = ([config] if config else [] for config in CONFIGS[self.data])
-        seconds = options.stage1_seconds
-        last = seconds / 3 if self.arm in DECODERS else 0
-        decoder = [*first, f"run_dir={folder}/decoder", f"train.max_seconds={last:g}", *rare, *quiet]
-        decoder += [f"init_from={folder}/stage1", *DECODERS.get(self.arm, [])]
-        first += [f"run_dir={folder}/stage1", f"train.max_seconds={seconds - last:g}", *rare, *quiet]
-        second += [f"run_dir={folder}/stage2", f"train.max_seconds={options.stage2_seconds}", *rare, *quiet]
-        unguided = ["cfg_scale=1", "top_p=1", f"num_images={options.images}"]
-        copy = "import shutil, sys; shutil.copytree(*sys.argv[1:], dirs_exist_ok=True)"
-        again = [
-            ["stage1/train.py", *(setting.format(stage2=folder / "stage2") for setting in decoder)],
-            ["-c", copy, f"{folder}/decoder/model", f"{folder}/stage2/model/tokenizer"],
-        ]
-        return [
-            ["stage1/train.py", *first, *(s.format(half=half_patch(self.data)) for s in ARMS.get(self.arm, []))],
-            ["stage2/train.py", *second, f"stage1={folder}/stage1"],
-            *(again if self.arm in DECODERS else []),
-            ["stage1/evaluate.py", str(self.tokenizer(options.runs)), "perceptual=none", *quiet],
-            ["stage2/evaluate.py", f"{folder}/stage2", *unguided, *quiet],
-        ]
+def tokenizer(case: Case, runs: Path) -> Path:
+    """The run whose tokenizer decodes the samples."""
+    return case.folder(runs) / ("decoder" if case.arm in DECODERS else "stage1")
 
 
-def figures_of(case: Case, options: argparse.Namespace, cores: Sequence[int]) -> dict[str, float]:
-    """The figures of a case; runs its commands on these cores, unless the same commands have been run before."""
-    folder, commands = case.folder(options.runs), case.commands(options)
-    result = folder / "result.json"
-    if result.is_file() and (kept := json.loads(result.read_text()))["commands"] == commands:
-        return kept["figures"]
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
-    with (folder / "output.txt").open("w") as output:
-        for command in commands:
-            pinned = ["taskset", "--cpu-list", ",".join(map(str, cores)), sys.executable, *command]
-            done = subprocess.run(pinned, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-            if done.returncode:
-                raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}; see {output.name}")
-    figures: dict[str, float] = {}
-    for stage, run in ((1, case.tokenizer(options.runs)), (2, folder / "stage2")):
-        found = json.loads((run / "evaluation/evaluation.json").read_text())["figures"]
-        figures |= {name: found[name]["value"] for name, (of, _) in FIGURES.items() if of == stage and name in found}
-        figures[f"steps of stage {stage}"] = last_step(run)
-    result.write_text(json.dumps({"commands": commands, "figures": figures}, indent=1))
-    return figures
+def length(case: Case, part: str, seconds: float, options: argparse.Namespace) -> list[str]:
+    """The settings that train a part for these seconds, or for the steps that another machine makes in them."""
+    if options.rates is None:
+        return [f"train.max_seconds={seconds:g}", "train.max_steps=null"]
+    name = f"{case.data}, {case.arm}, {part}"
+    if name not in options.rates:
+        raise SystemExit(f"--rates: nothing is known of {name}; measure it with --measure-rates")
+    return [f"train.max_steps={round(seconds * options.rates[name])}"]
 
 
-def last_step(run: Path) -> int:
-    """The step of a run's last line of metrics, which is its evaluation at the end."""
-    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+def commands(case: Case, options: argparse.Namespace) -> Commands:
+    """The commands in their order: both stages are trained, in some arms the decoder again; both are measured."""
+    folder = case.folder(options.runs)
+    quiet = [f"seed={case.seed}", "tracking.wandb=disabled"]
+    rare = ["train.eval_every=1000000", "train.checkpoint_every=1000000", *quiet]
+    first, second = ([config] if config else [] for config in CONFIGS[case.data])
+    seconds, decoder = options.stage1_seconds, []
+    if case.arm in DECODERS:
+        decoder = [*first, f"run_dir={folder}/decoder", *length(case, "decoder", seconds / 3, options), *rare]
+        decoder += [f"init_from={folder}/stage1"]
+        decoder += [setting.format(stage2=folder / "stage2", **halves(case.data)) for setting in DECODERS[case.arm]]
+        seconds -= seconds / 3
+    first += [f"run_dir={folder}/stage1", *length(case, "stage1", seconds, options), *rare]
+    first += [setting.format(**halves(case.data)) for setting in ARMS.get(case.arm, [])]
+    second += [f"run_dir={folder}/stage2", *length(case, "stage2", options.stage2_seconds, options), *rare]
+    copy = "import shutil, sys; shutil.copytree(*sys.argv[1:], dirs_exist_ok=True)"
+    again = [
+        ["stage1/train.py", *decoder],
+        ["-c", copy, f"{folder}/decoder/model", f"{folder}/stage2/model/tokenizer"],
+    ]
+    unguided = ["cfg_scale=1", "top_p=1", f"num_images={options.images}"]
+    return [
+        ["stage1/train.py", *first],
+        ["stage2/train.py", *second, f"stage1={folder}/stage1"],
+        *(again if decoder else []),
+        ["stage1/evaluate.py", str(tokenizer(case, options.runs)), "perceptual=none", *quiet],
+        ["stage2/evaluate.py", f"{folder}/stage2", *unguided, *quiet],
+    ]
 
 
-def table(data: str, results: dict[Case, dict[str, float]]) -> str:
-    """A row for each arm: the mean of each figure over the seeds, and its deviation if there are two or more."""
-    names = [*FIGURES, "steps of stage 1", "steps of stage 2"]
-    headings = [FIGURES[name][1] if name in FIGURES else name for name in names]
-    lines = [f"| {data}, seeds | {' | '.join(headings)} |", "|---" * (len(names) + 1) + "|"]
-    for arm in [*ARMS, *DECODERS]:
-        found = [figures for case, figures in results.items() if (case.data, case.arm) == (data, arm)]
-        if found:
-            cells = [spread([figures[name] for figures in found if name in figures]) for name in names]
-            lines.append(f"| {arm}, {len(found)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def figures(case: Case, options: argparse.Namespace) -> dict[str, float]:
+    """The figures of a case whose commands have run."""
+    runs = {1: tokenizer(case, options.runs), 2: case.folder(options.runs) / "stage2"}
+    found = {stage: evaluated(run / "evaluation") for stage, run in runs.items()}
+    own = {name: found[stage][name] for name, (stage, _) in FIGURES.items() if name in found[stage]}
+    return own | {f"steps of stage {stage}": last_step(run) for stage, run in runs.items()}
 
 
-def spread(values: list[float]) -> str:
-    if not values:
-        return ""
-    mean = statistics.mean(values)
-    digits = 0 if abs(mean) >= 100 else 3 if abs(mean) < 1 else 2
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean:,.{digits}f}{deviation}"
-
-
-def main(options: argparse.Namespace) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    if options.jobs * options.threads > len(cores):
-        raise SystemExit(
-            f"--jobs {options.jobs} --threads {options.threads} need more than the {len(cores)} cores here"
-        )
-    free: Queue[Sequence[int]] = Queue()
-    for i in range(options.jobs):
-        free.put(cores[i * options.threads : (i + 1) * options.threads])
-    cases = [Case(data, arm, seed) for seed in options.seeds for data in options.data for arm in options.arms]
-    results: dict[Case, dict[str, float]] = {}
-
-    def run(case: Case) -> None:
-        mine = free.get()
-        try:
-            results[case] = figures_of(case, options, mine)
-        finally:
-            free.put(mine)
-        print(f"{len(results)} of {len(cases)}: {case.data}, {case.arm}, seed {case.seed}", flush=True)
-
-    with ThreadPoolExecutor(options.jobs) as pool:
-        running = [pool.submit(run, case) for case in cases]
-        try:
-            for each in running:
-                each.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    content: dict[str, Any] = {"options": {**vars(options), "runs": str(options.runs)}, "arms": ARMS | DECODERS}
-    content["results"] = [{**case._asdict(), **figures} for case, figures in sorted(results.items())]
-    (options.runs / "results.json").write_text(json.dumps(content, indent=1))
-    text = "\n\n".join(table(data, results) for data in options.data)
-    (options.runs / "table.md").write_text(text + "\n")
-    print(f"\n{text}\n\n{options.runs}/results.json")
+def measure_rates(options: argparse.Namespace) -> None:
+    """Writes the steps a second that each part of each arm makes here, the better of two short runs that take turns."""
+    rates: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        changes = {"runs": Path(folder), "stage1_seconds": 8, "stage2_seconds": 8, "rates": None}
+        short = argparse.Namespace(**{**vars(options), **changes})
+        for case in (Case(data, arm, turn) for turn in range(2) for data in options.data for arm in options.arms):
+            trainings = (words for words in commands(case, short) if words[0].endswith("/train.py"))
+            for command in trainings:
+                subprocess.run([sys.executable, *command, "train.log_every=5"], cwd=ROOT, check=True)
+                run = Path(next(word for word in command if word.startswith("run_dir=")).removeprefix("run_dir="))
+                lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+                speeds = [line["train/images_per_second"] for line in lines if "train/images_per_second" in line]
+                batch = read_yaml(run / "config.yaml")["train"]["batch_size"]
+                name = f"{case.data}, {case.arm}, {run.name}"
+                rates[name] = max(rates.get(name, 0.0), statistics.median(speeds) / batch)
+    options.measure_rates.write_text(json.dumps(rates, indent=1))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *DECODERS], default=[*ARMS, *DECODERS], metavar="NAME")
+    add_options(parser, "runs/codes_for_the_prior", list(CONFIGS), [*ARMS, *DECODERS])
     parser.add_argument("--stage1-seconds", type=float, default=90)
     parser.add_argument("--stage2-seconds", type=float, default=90)
     parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--runs", type=Path, default=Path("runs/codes_for_the_prior"))
-    main(parser.parse_args())
+    parser.add_argument("--measure-rates", type=Path, metavar="RATES.json")
+    parser.add_argument("--rates", type=lambda path: json.loads(Path(path).read_text()), metavar="RATES.json")
+    given = parser.parse_args()
+    if given.measure_rates:
+        measure_rates(given)
+    else:
+        headings = {name: heading for name, (_, heading) in FIGURES.items()}
+        headings |= {name: name for name in ("steps of stage 1", "steps of stage 2")}
+        compare(given, lambda case: commands(case, given), lambda case: figures(case, given), headings)
