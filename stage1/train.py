@@ -234,6 +234,7 @@ def train(config: Stage1Config, run: Run) -> None:
         size,
         by_pass="the codebook, which moves at each pass",
         stream_workers=max(1, config.data.workers) if isinstance(train_set, ImageStream) else None,
+        faster_in_bf16=True,
     )
     batches = image_batches(train_set, run.place, data=config.data, device=run.device)
     stopwatch, watch = Stopwatch(run.device), DiscriminatorWatch()

@@ -3,7 +3,7 @@
 import os
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def program(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+def program(monkeypatch, capsys) -> Iterator[Callable[..., tuple[int, str, str]]]:
     """Runs a program's file in this process with these arguments; returns exit code, output and errors."""
 
     def run(script: str, *arguments: object) -> tuple[int, str, str]:
@@ -40,7 +40,8 @@ def program(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
             code = stop.code
         return code, *capsys.readouterr()
 
-    return run
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)  # or the next test would compute in this one's precision
 
 
 @pytest.fixture(scope="session")

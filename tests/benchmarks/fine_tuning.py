@@ -1,7 +1,7 @@
 """Fine-tunes a tokenizer on another set of images, beside training from scratch on it.
 
 python tests/benchmarks/fine_tuning.py [seeds=0,1] [seconds=30] [scratch=30,60,90,120] [before=90] [images=0]
-    [lr=2e-3] [warmup=0.05] [runs=runs/fine_tuning]
+    [lr=8e-3] [warmup=0.05] [runs=runs/fine_tuning]
 
 For each seed it trains a tokenizer on CIFAR-10 (configs/stage1/cifar10.yaml) for `before` seconds, and goes on from its
 weights on emoji at 32 pixels for `seconds`; then it trains the same tokenizer on the emoji from scratch for each of the
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = "configs/stage1/cifar10.yaml"  # the model and the recipe of all runs
 EMOJI = "../shared/data/emoji64"
 DEFAULTS = {"seeds": "0,1", "seconds": "30", "scratch": "30,60,90,120", "before": "90", "images": "0"}
-DEFAULTS |= {"lr": "2e-3", "warmup": "0.05", "runs": "runs/fine_tuning"}
+DEFAULTS |= {"lr": "8e-3", "warmup": "0.05", "runs": "runs/fine_tuning"}
 
 
 def train(folder: Path, seconds: str, *settings: str) -> Path:
