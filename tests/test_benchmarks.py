@@ -1,5 +1,6 @@
 """The figures of tests/benchmarks/, on inputs whose figures are known; and that measuring a run does not change it."""
 
+import argparse
 import json
 import math
 
@@ -7,13 +8,18 @@ import numpy as np
 import pytest
 import torch
 from benchmarks import texture, time_to_quality
+from benchmarks.arms import Case, compare
 from benchmarks.texture import blockiness, flattest, uneven, woven
 from benchmarks.time_to_quality import TheirQuantizer, TheirTokenizer, time_to
+from programs import ROOT
 from torch import Tensor
 
+from vqgen.cli.parse import load_config
+from vqgen.cli.sections import STAGE1_SECTIONS
 from vqgen.codes import CodeLayout
 from vqgen.data.samples import save_samples
 from vqgen.errors import InputError
+from vqgen.settings import Stage1Config
 from vqgen.training.schedule import num_parameters
 
 FEW = ["data.max_images=32", "model.widths=[16,32]", "model.quantizer.codebook_size=64", "train.batch_size=8"]
@@ -180,3 +186,46 @@ def test_the_profile_is_of_whole_steps(capsys):
 def test_an_unknown_race_is_refused(tmp_path, wrong, message):
     with pytest.raises(InputError, match=message):
         time_to_quality.main({**OPTIONS, "out": str(tmp_path / "out"), "profile": "false", **wrong}, FEW)
+
+
+# Comparisons of arms
+
+
+@pytest.fixture
+def benchmarks(monkeypatch) -> None:
+    """Benchmarks import each other as programs in one folder do."""
+    monkeypatch.syspath_prepend(ROOT / "tests/benchmarks")
+    monkeypatch.chdir(ROOT)
+
+
+def test_stage_1_takes_the_settings_of_every_arm(benchmarks, tmp_path):
+    import codes_for_the_prior
+    import vqgan
+
+    options = argparse.Namespace(runs=tmp_path, seconds=9, stage1_seconds=9, stage2_seconds=9, images=9, rates=None)
+    arms = {codes_for_the_prior: "ARMS DECODERS", vqgan: "ARMS ALONE"}
+    for module, names in arms.items():
+        for arm in [arm for name in names.split() for arm in getattr(module, name)]:
+            commands = module.commands(Case("emoji64", arm, 0), options)
+            trained = [
+                load_config(Stage1Config, words, STAGE1_SECTIONS) for first, *words in commands if "1/tr" in first
+            ]
+            assert sum(config.train.max_seconds for config in trained) == 9
+            assert [bool(config.freeze) for config in trained] == [False, True][: len(trained)]
+
+
+def test_an_arm_that_is_finished_is_not_run_again(tmp_path, capsys):
+    options = argparse.Namespace(data=["digits"], seeds=[0, 1], arms=["one"], jobs=1, threads=1, runs=tmp_path)
+
+    def commands(case: Case) -> list[list[str]]:
+        return [["-c", f"open({str(tmp_path / str(case.seed))!r}, 'a').write('x')"]]
+
+    def figures(case: Case) -> dict[str, float]:
+        return {"psnr": 20.0 + 2 * case.seed}
+
+    for _ in range(2):
+        compare(options, commands, figures, {"psnr": "PSNR"})
+        assert "| one, 2 | 21.00 ± 1.41 |" in capsys.readouterr().out
+    assert [(tmp_path / seed).read_text() for seed in "01"] == ["x", "x"]
+    with pytest.raises(SystemExit, match=r"exit code 3; see .*output\.txt"):
+        compare(options, lambda case: [["-c", "raise SystemExit(3)"]], figures, {"psnr": "PSNR"})

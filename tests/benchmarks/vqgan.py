@@ -1,7 +1,7 @@
 """Reconstructions of a VQ-VAE and of a VQGAN after the same time, and of ways to make the VQGAN cheaper.
 
 python tests/benchmarks/vqgan.py [--data emoji64 cifar10] [--seeds 0 1 2] [--arms NAME ...] [--seconds 90]
-    [--jobs 1] [--threads 2] [--runs FOLDER]
+    [--jobs 1] [--threads 1] [--runs FOLDER]
 
 Prints a table for each data set, of means over the seeds and their standard deviation, and writes it to FOLDER with
 results.json. `alex` is the distance that a VQGAN trains with; `vgg`, rKD and rFD are by networks that no arm has seen.
