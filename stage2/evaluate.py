@@ -47,7 +47,7 @@ from vqgen.evaluation.report import (
     sample_figures,
     writable_folder,
 )
-from vqgen.generator import Generator
+from vqgen.generator import PRIOR_OPTIONS, Generator
 from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import classes_in_turn
 from vqgen.settings import DataConfig, Stage2EvaluateConfig, TrackingConfig
@@ -259,7 +259,7 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
     print(f"next: python stage2/evaluate.py {quote(str(out))} --compare OTHER_EVALUATION")
 
 
-SAMPLING = ("seed", "cfg_scale", "temperature", "top_k", "top_p", "class_ids")
+SAMPLING = ("seed", *PRIOR_OPTIONS, "class_ids")
 
 
 class Samples:

@@ -1,6 +1,7 @@
 """Draw images from a trained prior, or from a GAN.
 
 python stage2/sample.py RUN_DIR [num_images=64 class_ids=[3,cat] cfg_scale=2.0 png=true ... out=DIR]
+python stage2/sample.py RUN_DIR image=FILE keep_rows=0.5|mask=FILE|vary=0.3 [...]
 """
 
 import json
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from vqgen.cli.program import run_program
 from vqgen.data.describe import SHOWN_CLASSES, short_name
+from vqgen.data.pixels import read_picture
 from vqgen.data.samples import check_free, save_samples, save_single_files
 from vqgen.errors import InputError
 from vqgen.generator import Generator
@@ -40,11 +42,18 @@ def main(run_dir: str, config: SampleFilesConfig) -> None:
         print(class_list(generator.class_names, Path(run_dir)))
 
     class_ids = classes_in_turn(config.num_images, choices)
+    image = None if config.image is None else read_picture(config.image, "image")
+    mask = None if config.mask is None else read_picture(config.mask, "mask")
+    each = generator.of_each(config, image, mask)
+    if "known" in each and state.is_main_process:
+        drawn_codes, all_codes = int((each["known"][0] < 0).sum()), each["known"].shape[1]
+        print(f"{drawn_codes} of the image's {all_codes} codes are drawn, each from those before it")
     starts = range(0, config.num_images, config.batch_size)[state.process_index :: state.num_processes]
     drawn = []
     for start in tqdm(starts, desc="sampling", unit=" batches", disable=None if state.is_main_process else True):
-        part = class_ids[start : start + config.batch_size].to(device)
-        images = generator.draw(part, seed=config.seed, first=start, **options)
+        rows = slice(start, start + config.batch_size)
+        here = {name: tensor[rows] for name, tensor in each.items()}
+        images = generator.draw(class_ids[rows].to(device), seed=config.seed, first=start, each=here, **options)
         drawn.append((start, rearrange(images, "n c h w -> n h w c").cpu().numpy()))
     drawn = gather_object(drawn)
     state.end_training()  # otherwise a process may abort if it exits while another still sends data to it

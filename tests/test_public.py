@@ -153,7 +153,8 @@ def test_sample_s_defaults_are_those_of_the_settings(small, monkeypatch):
     [(ids, options)] = seen
     assert ids.tolist() == [0, 1, 2, 3] * 16
     assert options == {
-        "seed": 0, "first": 0, "cfg_scale": 1.5, "temperature": 1.0, "top_k": 0, "top_p": 0.95,
+        "seed": 0, "first": 0, "cfg_scale": 1.5, "temperature": 1.0, "top_k": 0, "top_p": 0.95, "min_p": 0.0,
+        "cfg_power": 0.0, "cfg_start": 0.0, "best_of": 1, "precision": "no", "cuda_graph": False, "each": {},
     }  # fmt: skip
 
 

@@ -4,10 +4,11 @@ import difflib
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias, cast
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -17,18 +18,24 @@ from torch import Tensor
 
 from vqgen.adversarial.dcgan import DCGANGenerator, load_gan
 from vqgen.codes import sides
-from vqgen.data.pixels import to_pixels
+from vqgen.data.pixels import to_pixels, upright_size
 from vqgen.errors import InputError, expanded, require
+from vqgen.priors.completion import below, known_tokens, scattered
+from vqgen.priors.decoder import is_plain
 from vqgen.priors.prior import Prior
-from vqgen.priors.sampling import classes_in_turn, generate_images, sample_images
-from vqgen.settings import DataConfig, SampleConfig
+from vqgen.priors.sampling import ROWS, classes_in_turn, generate_images, sample_images
+from vqgen.settings import DataConfig, SampleConfig, SampleFilesConfig
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
+from vqgen.training.stop import is_out_of_memory
 from vqgen.yaml_file import read_yaml
 
 logger = logging.getLogger("vqgen")
 
 DEFAULTS = SampleConfig()
-PRIOR_OPTIONS = ("temperature", "top_k", "top_p", "cfg_scale")  # settings in SampleConfig that a GAN does not use
+PRIOR_OPTIONS = (  # settings in SampleConfig that a GAN does not use
+    "temperature", "top_k", "top_p", "min_p", "cfg_scale", "cfg_power", "cfg_start", "best_of", "precision",
+    "cuda_graph",
+)  # fmt: skip
 
 ClassIds: TypeAlias = Sequence[int | str] | int | str | None
 Images: TypeAlias = Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]
@@ -131,42 +138,148 @@ class Generator:
         temperature: float = DEFAULTS.temperature,
         top_k: int = DEFAULTS.top_k,
         top_p: float = DEFAULTS.top_p,
+        min_p: float = DEFAULTS.min_p,
+        cfg_power: float = DEFAULTS.cfg_power,
+        cfg_start: float = DEFAULTS.cfg_start,
+        best_of: int = DEFAULTS.best_of,
+        precision: Literal["no", "bf16"] = DEFAULTS.precision,
+        cuda_graph: bool = DEFAULTS.cuda_graph,
         batch_size: int = DEFAULTS.batch_size,
+        toward: int | str | None = None,
+        image: Image.Image | np.ndarray | None = None,
+        keep_rows: float | None = None,
+        mask: Image.Image | np.ndarray | None = None,
+        vary: float | None = None,
     ) -> list[Image.Image]:
         """Draws images; the same seed gives the same images, whatever num_images and batch_size.
+
+        With an image they start from its codes, which one of keep_rows, mask and vary divides into those that stay and
+        those that are drawn. A drawn code depends on those before it in the order, and not on those after it.
 
         Args:
             class_ids: classes to cycle through; None takes all classes, -1 means no class. A text is the name of a
                 class, or else an id in digits; a number is an id.
             num_images: number of images.
             seed: random seed, 0 or more.
-            cfg_scale: strength of classifier-free guidance (Ho and Salimans 2022); 1 turns it off. This and the next
-                three options are for priors only.
+            cfg_scale: strength of classifier-free guidance (Ho and Salimans 2022); 1 turns it off. All options from
+                this one to `cuda_graph` are for priors only.
             temperature: divides the logits; 0 takes the likeliest token.
             top_k: draw from the k likeliest tokens only; 0 means all tokens.
             top_p: draw from the likeliest tokens that together have this probability; 1 means all tokens.
-            batch_size: images drawn at a time.
+            min_p: draw from tokens that are at least this share as likely as the likeliest; 0 means all tokens.
+            cfg_power: how late guidance rises along the sequence, as in `guidance`; 0 means at once.
+            cfg_start: share of the tokens that are drawn before guidance begins.
+            best_of: draw so many for each image, and keep the one whose codes are likeliest without guidance.
+            precision: `bf16` computes the prior in bfloat16.
+            cuda_graph: replay the step that draws a token as a CUDA graph.
+            batch_size: images drawn at a time; fewer, if memory does not suffice.
+            toward: a class that the images turn into: its share rises from 0 in the first image to 1 in the last.
+            image: a PIL image or uint8 array (H, W) or (H, W, C) to start from, which first comes to the model's size.
+            keep_rows: share of the image's height that stays, from the top.
+            mask: an image of the same size; what is lighter than middle grey there is drawn.
+            vary: share of the codes, at random places, that are drawn.
 
         Raises:
-            InputError: the model does not know a class, or a setting is invalid for it.
+            InputError: the model does not know a class, or a setting or an image is invalid for it.
         """
-        settings = SampleConfig(
+        settings = SampleFilesConfig(
+            toward=toward,
+            image=None if image is None else "image",
+            keep_rows=keep_rows,
+            mask=None if mask is None else "mask",
+            vary=vary,
             num_images=num_images,
             seed=seed,
             cfg_scale=cfg_scale,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
+            cfg_power=cfg_power,
+            cfg_start=cfg_start,
+            best_of=best_of,
+            precision=precision,
+            cuda_graph=cuda_graph,
             batch_size=batch_size,
         )
-        options = self.options(settings)
-        ids = classes_in_turn(num_images, self.choices(class_ids))
-        parts = enumerate(ids.split(batch_size))
-        return [
-            picture
-            for i, part in parts
-            for picture in _pictures(self.draw(part.to(self.device), seed=seed, first=i * batch_size, **options))
-        ]
+        options, each = self.options(settings), self.of_each(settings, image, mask)
+        ids, drawn = classes_in_turn(num_images, self.choices(class_ids)).to(self.device), []
+        for i in range(0, num_images, batch_size):
+            part = slice(i, i + batch_size)
+            here = {name: tensor[part] for name, tensor in each.items()}
+            drawn += _pictures(self.draw(ids[part], seed=seed, first=i, each=here, **options))
+        return drawn
+
+    def of_each(
+        self,
+        settings: SampleFilesConfig,
+        image: Image.Image | np.ndarray | None = None,
+        mask: Image.Image | np.ndarray | None = None,
+    ) -> dict[str, Tensor]:
+        """What the settings ask of each image besides its class: the argument `each` of `draw`.
+
+        Args:
+            settings: the settings.
+            image: the image to start from.
+            mask: the mask of what is drawn.
+
+        Raises:
+            InputError: the model does not know the class, or the image or the mask does not suit it.
+        """
+        each: dict[str, Tensor] = {}
+        count = settings.num_images
+        if image is not None:
+            each["known"] = self.known_tokens(
+                image, count, seed=settings.seed, keep_rows=settings.keep_rows, mask=mask, vary=settings.vary
+            )
+        if settings.toward is not None:
+            require(not self.is_gan, "toward: only a prior mixes classes, and this model is a GAN; leave it out")
+            [toward] = self.choices(settings.toward)
+            each["toward"] = torch.full((count,), toward, device=self.device)
+            each["blend"] = torch.linspace(0, 1, count, device=self.device)
+        return each
+
+    @torch.no_grad()
+    def known_tokens(
+        self,
+        image: Image.Image | np.ndarray,
+        num_images: int,
+        *,
+        seed: int,
+        keep_rows: float | None = None,
+        mask: Image.Image | np.ndarray | None = None,
+        vary: float | None = None,
+    ) -> Tensor:
+        """The tokens (num_images, N) of an image, -1 where they are to be drawn; see `sample`.
+
+        Raises:
+            InputError: the model is a GAN; or the image or the mask is not one, or they do not fit each other.
+        """
+        if self.tokenizer is None:
+            raise InputError("image: a GAN starts from noise, and not from an image; give the folder of a stage-2 run")
+        layout = cast(Prior, self.model).layout
+        picture, size = _as_picture("image", image), sides(self.image_size)
+        data = replace(self._data or DataConfig(), image_size=self.image_size)
+        if upright_size(picture)[::-1] != size:
+            how = f"the model's {size[0]} x {size[1]} by data.resize={data.resize}, as in training"
+            logger.warning("the image of %s pixels comes to %s", _shown(picture), how)
+        x = from_uint8(torch.from_numpy(to_pixels(picture, self.channels, data))[None].to(self.device))
+        redrawn = below(keep_rows or 0.0, *size)
+        if mask is not None:
+            cover = _as_picture("mask", mask)
+            sizes = f"{_shown(cover)} pixels, the image has {_shown(picture)}; give a mask of the image's size"
+            require(upright_size(cover) == upright_size(picture), f"mask: has {sizes}")
+            redrawn = torch.from_numpy(to_pixels(cover, 1, replace(data, background="black"))) > 127
+            nothing = "mask: nothing is lighter than middle grey, so nothing is drawn; paint white what is to be drawn"
+            require(bool(redrawn.any()), nothing)
+        elif vary is not None:
+            # A spawn key of three numbers is no image's or attempt's.
+            sources = (np.random.SeedSequence(seed, spawn_key=(i, 0, 0)) for i in range(num_images))
+            noise = np.stack([np.random.default_rng(source).random(layout.shapes[0][-2:]) for source in sources])
+            redrawn = scattered(vary, torch.from_numpy(noise))
+        require(bool(redrawn.any()), f"keep_rows={keep_rows}: keeps all {size[0]} rows; keep fewer")
+        known = known_tokens(layout, self.tokenizer.encode(x), redrawn.to(self.device))
+        return known.expand(num_images, -1)
 
     @torch.no_grad()
     def reconstruct(self, images: Images) -> list[Image.Image]:
@@ -203,24 +316,56 @@ class Generator:
             )
         ]
 
-    def draw(self, class_ids: Tensor, *, seed: int, first: int = 0, **options: float) -> Tensor:
+    def draw(
+        self,
+        class_ids: Tensor,
+        *,
+        seed: int,
+        first: int = 0,
+        each: Mapping[str, Tensor] = MappingProxyType({}),
+        **options: Any,
+    ) -> Tensor:
         """Draws a seed's images from number `first` on, uint8 (B, C, H, W), for class ids (B,) on the models' device.
 
-        The options are those of `sample_tokens`; a GAN takes none.
+        A batch that does not fit in memory is drawn in halves. The options are those of `sample_images`; a GAN takes
+        none.
         """
-        if isinstance(self.model, Prior):
+        try:
+            if not isinstance(self.model, Prior):
+                return generate_images(self.model, class_ids, seed=seed, first=first)
             assert self.tokenizer is not None
-            return sample_images(self.model, self.tokenizer, class_ids, seed=seed, first=first, **options)
-        return generate_images(self.model, class_ids, seed=seed, first=first, **options)
+            return sample_images(self.model, self.tokenizer, class_ids, seed=seed, first=first, each=each, **options)
+        except (RuntimeError, MemoryError) as error:
+            if len(class_ids) <= ROWS or not is_out_of_memory(error):
+                raise
+            half = -(-len(class_ids) // 2 // ROWS) * ROWS  # halves that are padded would take more memory
+        logger.warning("%d images at a time do not fit in memory; drawing %d at a time", len(class_ids), half)
+        parts = (slice(0, half), slice(half, None))
+        calls = (
+            (class_ids[part], first + part.start, {name: tensor[part] for name, tensor in each.items()})
+            for part in parts
+        )
+        return torch.cat([self.draw(ids, seed=seed, first=at, each=here, **options) for ids, at, here in calls])
 
-    def options(self, settings: SampleConfig) -> dict[str, float]:
+    def options(self, settings: SampleConfig) -> dict[str, Any]:
         """The options of `draw` that the settings ask for.
 
         Raises:
             InputError: the model is a GAN, and the settings change an option that only a prior uses.
         """
         options = {name: getattr(settings, name) for name in PRIOR_OPTIONS}
-        if not self.is_gan:
+        if isinstance(self.model, Prior):
+            if settings.cuda_graph:
+                require(self.device.type == "cuda", f"cuda_graph=true: needs a GPU, and not the {self.device.type}")
+                own = "cuda_graph=true: only for plain Llama, Mistral and Qwen3 priors; leave it out"
+                require(is_plain(self.model.lm), own)
+            mixed = "toward: the likeliest for one class says nothing of two; use best_of=1"
+            require(settings.best_of == 1 or getattr(settings, "toward", None) is None, mixed)
+            guided = settings.cfg_scale != 1 and self._has_no_unconditional
+            unknown = (
+                "the prior was trained with class_dropout=0, so it knows no images without a class; use cfg_scale=1"
+            )
+            require(not guided, f"cfg_scale={settings.cfg_scale}: {unknown}")
             return options
         for name, value in options.items():
             unchanged = value == getattr(DEFAULTS, name)
@@ -250,12 +395,17 @@ class Generator:
 
     def _checked_id(self, class_id: int) -> int:
         num_classes = len(self.class_names)
-        least = -1 if not (self.is_gan and num_classes) else 0  # a GAN with classes has not trained without a class
+        least = 0 if (self.is_gan and num_classes) or self._has_no_unconditional else -1
         known = f"0 to {num_classes - 1}" + (", or -1 for none" if least < 0 else "")
         known = known if num_classes else "-1 only, as it was trained without classes"
         valid = isinstance(class_id, int | np.integer) and least <= class_id < num_classes
         require(valid, f"class_ids: {class_id} is not a class of this model; it takes {known}")
         return int(class_id)
+
+    @property
+    def _has_no_unconditional(self) -> bool:
+        """Whether the model is a prior that has not seen images without a class."""
+        return not self.is_gan and bool(self.class_names) and cast(Prior, self.model).class_dropout == 0
 
     def _models(self) -> list[torch.nn.Module]:
         return [self.model] if self.tokenizer is None else [self.model, self.tokenizer]
@@ -269,6 +419,18 @@ def _training_data(path: Path) -> DataConfig | None:
         return DataConfig(resize=section["resize"], background=section["background"], white=white)
     except (InputError, KeyError, TypeError):
         return None
+
+
+def _shown(picture: Image.Image) -> str:
+    """A picture's height and width."""
+    width, height = upright_size(picture)
+    return f"{height} x {width}"
+
+
+def _as_picture(what: str, image: Image.Image | np.ndarray) -> Image.Image:
+    pictures = _as_pictures(image)
+    require(len(pictures) == 1, f"{what}: {len(pictures)} images were given; give one")
+    return pictures[0]
 
 
 def _as_pictures(images: Images) -> list[Image.Image]:

@@ -9,7 +9,7 @@ from vqgen.errors import InputError, require, require_choice, require_size
 
 # The last part of the key of each setting that is a path; the programs expand `~` in these.
 PATHS = {"run_dir", "init_from", "source", "val_source", "stage1", "stage2", "codes_dir", "weights", "out"}
-PATHS |= {"cache_dir", "feature_weights", "perceptual_weights", "compare", "images", "reference"}
+PATHS |= {"cache_dir", "feature_weights", "perceptual_weights", "compare", "images", "reference", "image", "mask"}
 ADDRESSES = {"source", "val_source", "images", "reference"}  # those of them that may also be an address
 VQGAN_SETTINGS = ["loss.perceptual.name=alex", "loss.adversarial.name=non_saturating"]
 
@@ -264,12 +264,18 @@ class OptimConfig:
 
 
 @dataclass
-class TokenizerOptimConfig(OptimConfig):
+class MuonConfig(OptimConfig):
     """Muon or AdamW, with linear warm-up and a cosine to zero over the run's budget."""
 
     name: Literal["muon", "adamw"] = "muon"
     """`muon`: orthogonalised steps for the weights between hidden layers, of the same size as AdamW's, which trains the
     others; or `adamw` for all."""
+
+
+@dataclass
+class TokenizerOptimConfig(MuonConfig):
+    """Muon or AdamW, with linear warm-up and a cosine to zero over the run's budget."""
+
     lr: float = 1e-2
     """Peak learning rate."""
     warmup: float = 0.05
@@ -328,6 +334,20 @@ class Stage1TrainConfig(TrainConfig):
     activation_checkpointing: bool = False
     """Compute the activations inside the tokenizer's blocks again in the backward pass instead of keeping them: larger
     batches fit, and a step computes about an eighth more. The result is the same."""
+
+
+@dataclass
+class Stage2TrainConfig(TrainConfig):
+    """The length of training, the size of its steps, and what it writes on the way."""
+
+    patience: int | None = None
+    """The run ends after this many evaluations in a row without a lower held-out NLL, and model/ has the prior with the
+    lowest; null goes on to the end, and model/ has the last one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patience is not None:
+            require_size("train.patience", self.patience)
 
 
 @dataclass
@@ -420,20 +440,26 @@ class Stage2Config:
     """Folder for the encoded data set; null takes codes/ in the tokenizer's folder."""
     order: str = "raster"
     """The order of the codes in the prior's sequence: `raster`."""
-    class_dropout: float = 0.1
+    class_dropout: float = 0.05
     """Share of the examples whose class is hidden, so that sampling can use classifier-free guidance."""
+    context_noise: float = 0.25
+    """Largest share of the earlier tokens that are random, so that the prior learns to go on from its own mistakes.
+    Each sequence has a share of its own, and all fall to 0 over the first three quarters of the run (reAR)."""
+    label_smoothing: float = 0.0
+    """Share of the target's probability that goes to all codes alike."""
     seed: int = 0
     """Seed of everything random; on the CPU the same seed gives the same bits."""
     data: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(beta2=0.95))
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=128, max_steps=1000))
+    optim: MuonConfig = field(default_factory=lambda: MuonConfig(lr=6e-3, beta2=0.95))
+    train: Stage2TrainConfig = field(default_factory=lambda: Stage2TrainConfig(batch_size=64, max_steps=1400))
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
         require_choice("order", self.order, ORDERS, "order of tokens")
-        require(0 <= self.class_dropout <= 1, f"class_dropout={self.class_dropout}: is a share, from 0 to 1")
+        for name in ("class_dropout", "context_noise", "label_smoothing"):
+            require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)}: is a share, from 0 to 1")
 
 
 @dataclass
@@ -483,6 +509,18 @@ class SampleConfig:
     """Draw from the k likeliest tokens only; 0 means all tokens."""
     top_p: float = 0.95
     """Draw from the likeliest tokens that together have this probability; 1 means all tokens."""
+    min_p: float = 0.0
+    """Draw from tokens that are at least this share as likely as the likeliest; 0 means all tokens."""
+    cfg_power: float = 0.0
+    """How late the guidance rises along the sequence, from 1 to cfg_scale (RAR's power-cosine); 0 means at once."""
+    cfg_start: float = 0.0
+    """Share of the tokens that are drawn before guidance begins."""
+    best_of: int = 1
+    """Draw so many for each image, and keep the one whose codes are likeliest without guidance."""
+    precision: Literal["no", "bf16"] = "no"
+    """`bf16` computes the prior in bfloat16, which is faster on GPUs that have it."""
+    cuda_graph: bool = False
+    """On a CUDA GPU, replay the step that draws a token as a CUDA graph: three times as fast for small priors."""
     seed: int = 0
     """The same seed gives the same images, whatever num_images and batch_size are."""
     batch_size: int = 256
@@ -496,6 +534,11 @@ class SampleConfig:
         require(self.temperature >= 0, f"temperature={self.temperature}: must be 0 or more")
         require(self.top_k >= 0, f"top_k={self.top_k}: must be 0 (all) or more")
         require(0 < self.top_p <= 1, f"top_p={self.top_p}: must be above 0 and at most 1")
+        require(0 <= self.min_p <= 1, f"min_p={self.min_p}: is a share, from 0 to 1")
+        require_size("best_of", self.best_of, 1000)
+        require_choice("precision", self.precision, ("no", "bf16"), "precision")
+        require(self.cfg_power >= 0, f"cfg_power={self.cfg_power}: must be 0 (constant) or more")
+        require(0 <= self.cfg_start <= 1, f"cfg_start={self.cfg_start}: is a share of the tokens, from 0 to 1")
         require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
 
 
@@ -505,6 +548,30 @@ class SampleFilesConfig(SampleConfig):
 
     png: bool = False
     """Also write each image to OUT/CLASS/00017.png, or to OUT/00017.png without classes; OUT must hold no images."""
+    toward: int | str | None = None
+    """A class, by name or id, that the images turn into: its share rises from 0 in the first image to 1 in the last."""
+    image: str | None = None
+    """An image file to start from. It comes to the model's size as in training, and one of keep_rows, mask and vary
+    says what the prior draws anew."""
+    keep_rows: float | None = None
+    """Share of the image's height that stays, from the top; what is below is drawn."""
+    mask: str | None = None
+    """An image file of the image's size: what is lighter than middle grey there is drawn. The codes are drawn in their
+    order, each from those before it."""
+    vary: float | None = None
+    """Share of the image's codes, at random places, that are drawn anew."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in ("keep_rows", "mask", "vary") if getattr(self, name) is not None]
+        if self.image is None:
+            require(not given, f"{' and '.join(given)}: say what stays of an image; give image=FILE, too")
+        else:
+            require(len(given) == 1, "image: give one of keep_rows=0.5, mask=FILE and vary=0.3, to say what is drawn")
+        if self.keep_rows is not None:
+            rows = f"keep_rows={self.keep_rows}: is a share of the height, from 0 to below 1"
+            require(0 <= self.keep_rows < 1, rows)
+        require(self.vary is None or 0 < self.vary <= 1, f"vary={self.vary}: is a share, above 0 and at most 1")
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Drawing tokens against brute force; and images that depend only on seed, number and class."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +10,13 @@ from torch import Tensor
 from vqgen.adversarial.dcgan import DCGANGenerator
 from vqgen.codes import CodeLayout
 from vqgen.data.order import mixed_seed
+from vqgen.priors.decoder import LlamaDecoder
 from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import (
     classes_in_turn,
     draw,
     generate_images,
+    guidance,
     image_generators,
     sample_images,
     sample_tokens,
@@ -42,27 +46,37 @@ def generators(count: int, seed: int = 0) -> list[np.random.Generator]:
 
 @torch.no_grad()
 def sample_uncached(
-    prior: Prior, class_ids: Tensor, cfg_scale: float, count: int | None = None, temperature: float = 0.0
+    prior: Prior,
+    class_ids: Tensor,
+    cfg_scale: float | list[float],
+    temperature: float = 0.0,
+    known: Tensor | None = None,
 ) -> Tensor:
     """A simple version of sample_tokens, which computes the whole sequence anew for each token."""
+    scales = cfg_scale if isinstance(cfg_scale, list) else [cfg_scale] * prior.layout.num_tokens
     noise = torch.from_numpy(np.stack([g.random(prior.layout.num_tokens) for g in generators(99)]))
     tokens = torch.zeros(len(class_ids), prior.layout.num_tokens, dtype=torch.int64)
     for t in range(prior.layout.num_tokens):
         given, none = (prior(tokens, ids)[:, t].double() for ids in (class_ids, torch.full_like(class_ids, -1)))
         legal = given.isfinite()
-        logits = torch.where(legal, none + cfg_scale * (given - none), -torch.inf)
+        logits = torch.where(legal, none + scales[t] * (given - none), -torch.inf)
         tokens[:, t] = draw(logits, noise[: len(tokens), t], temperature, 0, 1.0)
+        if known is not None:
+            tokens[:, t] = torch.where(known[:, t] < 0, tokens[:, t], known[:, t])
     return tokens
 
 
 # draw
 
 
-def drawn_shares(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+def drawn_shares(
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
     """The share of each token in 20,000 draws with evenly spread noise."""
     count = 20000
     noise = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    return draw(logits.expand(count, -1), noise, temperature, top_k, top_p).bincount(minlength=len(logits)) / count
+    drawn = draw(logits.expand(count, -1), noise, temperature, top_k, top_p, min_p)
+    return drawn.bincount(minlength=len(logits)) / count
 
 
 def random_logits(size: int = 12, seed: int = 0) -> Tensor:
@@ -112,6 +126,25 @@ def test_top_p_is_of_what_top_k_leaves():
     assert (drawn_shares(logits, top_p=0.75) > 0).tolist() == [True, True, True, False]
 
 
+@pytest.mark.parametrize("min_p", [0.15, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+def test_min_p_draws_from_tokens_with_that_share_of_the_likeliest(min_p, temperature):
+    logits = random_logits(seed=2)
+    p = (logits / temperature).softmax(dim=0)
+    kept = torch.where(p >= min_p * p.max(), p, 0.0)
+    torch.testing.assert_close(
+        drawn_shares(logits, temperature, min_p=min_p), (kept / kept.sum()).float(), rtol=0, atol=2e-4
+    )
+    assert 0 < (kept == 0).sum() < 12
+
+
+def test_rare_tokens_are_drawn_in_float32_too():
+    """Their probability is below what 1 - p can tell in float32."""
+    logits = torch.tensor([0.0, -20.0])
+    noise = torch.tensor([1 - 1e-9, 1 - 1e-8], dtype=torch.float64)
+    assert draw(logits.expand(2, -1), noise, 1.0).tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_has_no_probability_is_never_drawn(dtype):
     logits = torch.full((3, 9), -torch.inf, dtype=dtype)
@@ -150,6 +183,38 @@ def test_guidance_is_none_plus_s_times_class_minus_none(layout, cfg_scale):
     assert not torch.equal(tokens, sample_tokens(prior, class_ids, generator=generators(6)))
 
 
+@pytest.mark.parametrize(("power", "start"), [(2.0, 0.0), (0.0, 0.5), (1.0, 0.3)])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("layout", [PLAIN, MANY], ids=["plain", "several codebooks"])
+def test_guidance_follows_its_schedule(layout, model_type, power, start):
+    prior, class_ids = small(layout, model_type), torch.tensor([0, 1, 2, 0, -1, 1])
+    scales = guidance(4.0, power, start, layout.num_tokens)
+    options = {"cfg_scale": 4.0, "cfg_power": power, "cfg_start": start}
+    tokens = sample_tokens(prior, class_ids, **options, generator=generators(6))
+    assert torch.equal(tokens, sample_uncached(prior, class_ids, scales, temperature=1.0))
+    assert not torch.equal(tokens, sample_tokens(prior, class_ids, cfg_scale=4.0, generator=generators(6)))
+
+
+def test_the_schedule_of_guidance():
+    assert guidance(3.0, 0.0, 0.0, 4) == [3.0] * 4
+    assert guidance(3.0, 0.0, 0.5, 4) == [1.0, 1.0, 3.0, 3.0]
+    np.testing.assert_allclose(guidance(3.0, 1.0, 0.0, 4), [1, 2 - 0.5**0.5, 2, 2 + 0.5**0.5])
+    rise = guidance(3.0, 2.5, 0.25, 1000)
+    assert rise[:250] == [1.0] * 250
+    assert (np.diff(rise) >= 0).all() and rise[-1] > 2.99  # noqa: PT018
+    assert guidance(1.0, 2.0, 0.0, 3) == [1.0] * 3
+
+
+def test_only_the_tokens_that_the_schedule_asks_for_are_guided(monkeypatch):
+    rows = []
+    call = LlamaDecoder.__call__
+    monkeypatch.setattr(
+        LlamaDecoder, "__call__", lambda self, *given: rows.append(given[0].shape) or call(self, *given)
+    )
+    sample_tokens(small(), torch.tensor([0, 1]), cfg_scale=2.0, cfg_start=0.75)
+    assert rows == [(2, 1)] * 12 + [(2, 12)] + [(4, 1)] * 4
+
+
 def test_guidance_of_one_is_none_at_all():
     prior, class_ids = small(), torch.tensor([0, 1, 2])
     guided = sample_tokens(prior, class_ids, cfg_scale=1.0, generator=generators(3))
@@ -169,17 +234,68 @@ def test_guidance_does_nothing_without_a_class():
 def test_prefix_is_kept_and_completed_as_if_it_had_been_drawn(length, cfg_scale):
     prior, class_ids = small(), torch.tensor([0, 1, 2])
     whole = sample_tokens(prior, class_ids, cfg_scale=cfg_scale, generator=generators(3))
-    tokens = sample_tokens(prior, class_ids, cfg_scale=cfg_scale, generator=generators(3), prefix=whole[:, :length])
+    known = whole.clone()
+    known[:, length:] = -1
+    tokens = sample_tokens(prior, class_ids, cfg_scale=cfg_scale, generator=generators(3), known=known)
     assert torch.equal(tokens, whole)
 
 
 def test_another_prefix_is_kept_and_changes_what_follows():
     prior, class_ids = small(), torch.tensor([0, 1, 2])
     whole = sample_tokens(prior, class_ids, generator=generators(3))
-    prefix = (whole[:, :6] + 1) % 16
-    tokens = sample_tokens(prior, class_ids, generator=generators(3), prefix=prefix)
-    assert torch.equal(tokens[:, :6], prefix)
+    known = torch.full_like(whole, -1)
+    known[:, :6] = (whole[:, :6] + 1) % 16
+    tokens = sample_tokens(prior, class_ids, generator=generators(3), known=known)
+    assert torch.equal(tokens[:, :6], known[:, :6])
     assert not torch.equal(tokens[:, 6:], whole[:, 6:])
+
+
+@pytest.mark.parametrize("cfg_start", [0.0, 0.5])
+@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_two_classes_are_mixed_by_their_log_probabilities(model_type, cfg_scale, cfg_start):
+    prior, first, second = small(PLAIN, model_type), torch.tensor([0, 1, 2, 1]), torch.tensor([1, 2, 0, -1])
+    blend = torch.tensor([0.0, 0.3, 1.0, 0.5])
+    options = {"cfg_scale": cfg_scale, "cfg_start": cfg_start, "generator": generators(4, 99)}
+    tokens = sample_tokens(prior, first, toward=second, blend=blend, **options)
+    noise = torch.from_numpy(np.stack([g.random(16) for g in generators(4, 99)]))
+    expected = torch.zeros(4, 16, dtype=torch.int64)
+    for t in range(16):
+        a, b, none = (prior(expected, ids)[:, t].log_softmax(1) for ids in (first, second, torch.full_like(first, -1)))
+        logits = (1 - blend[:, None]) * a + blend[:, None] * b
+        if t >= cfg_start * 16:
+            logits = none + cfg_scale * (logits - none)
+        expected[:, t] = draw(logits, noise[:, t], 1.0)
+    assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+def test_tokens_that_are_known_stay_and_count_for_those_after_them(cfg_scale, model_type):
+    prior, class_ids = small(PLAIN, model_type), torch.tensor([0, 1, 2])
+    known = torch.full((3, 16), -1)
+    known[:, :2], known[:, 7:9], known[0, 12] = 3, torch.tensor([5, 0]), 11
+    known[2, 1] = -1
+    tokens = sample_tokens(prior, class_ids, cfg_scale=cfg_scale, generator=generators(3), known=known)
+    assert torch.equal(tokens[known >= 0], known[known >= 0])
+    assert torch.equal(tokens, sample_uncached(prior, class_ids, cfg_scale, temperature=1.0, known=known))
+
+
+@pytest.mark.parametrize("layout", [PLAIN, MANY], ids=["plain", "several codebooks"])
+def test_a_step_whose_place_is_a_tensor_s_content_draws_the_same(layout):
+    """That step is what a CUDA graph holds; here it runs without one."""
+    prior, class_ids = small(layout), torch.tensor([0, 1, 2, -1])
+    options = {"cfg_scale": 3.0, "cfg_start": 0.5, "top_p": 0.9, "min_p": 0.01}
+    expected = sample_tokens(prior, class_ids, generator=generators(4), **options)
+    tokens = sample_tokens(prior, class_ids, generator=generators(4), cuda_graph=True, **options)
+    assert torch.equal(tokens, expected)
+
+
+def test_bf16_draws_nearly_the_same():
+    prior, class_ids = small(), torch.arange(60) % 4 - 1
+    tokens, rough = (sample_tokens(prior, class_ids, generator=generators(60), precision=p) for p in ("no", "bf16"))
+    assert not torch.equal(tokens, rough)
+    assert (tokens == rough)[:, 0].double().mean() > 0.8  # the later tokens follow from different ones
 
 
 @pytest.mark.parametrize("options", [{}, {"cfg_scale": 4.0}, {"top_k": 3}, {"top_p": 0.8}, {"temperature": 100.0}])
@@ -253,8 +369,17 @@ def in_batches(tokenizer: VQModel, class_ids: Tensor, batch_size: int, seed: int
     return torch.cat(images)
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request) -> Iterator[int]:
+    """A number of threads of torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
-def test_images_are_the_same_in_batches_of_any_size(tokenizer, cfg_scale):
+def test_images_are_the_same_in_batches_of_any_size(tokenizer, cfg_scale, threads):
     class_ids = classes_in_turn(40, [0, 1, 2, -1])
     whole = in_batches(tokenizer, class_ids, 64, cfg_scale=cfg_scale)
     assert (whole.shape, whole.dtype) == ((40, 3, 32, 32), torch.uint8)

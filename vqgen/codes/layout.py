@@ -49,11 +49,11 @@ class CodeLayout:
 
     def flatten(self, codes: Sequence[Tensor]) -> Tensor:
         """Code maps [(B, Q, *S), ...] to tokens (B, N)."""
-        tokens = [
-            rearrange(c + offset, "b q ... -> b (...) q")
-            for c, offset in zip(codes, self._offsets(codes[0].device), strict=True)
-        ]
-        flat = torch.cat([rearrange(t, "b s q -> b (s q)") for t in tokens], dim=1)  # (B, N) in raster order
+        return self.in_order([c + offset for c, offset in zip(codes, self._offsets(codes[0].device), strict=True)])
+
+    def in_order(self, maps: Sequence[Tensor]) -> Tensor:
+        """Values [(B, Q, *S), ...] for each code, such as masks, to (B, N) in the order of the tokens."""
+        flat = torch.cat([rearrange(rearrange(m, "b q ... -> b (...) q"), "b s q -> b (s q)") for m in maps], dim=1)
         places = _places(self.order, self.shapes)
         return flat if places is None else flat[:, places.to(flat.device)]
 

@@ -10,6 +10,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from vqgen.data.colour import to_srgb
 from vqgen.data.deep import Kind, Levels, deep_of, find_levels
 from vqgen.data.formats import formats_of
 from vqgen.data.tiff import TiffImage, is_unusual_tiff
+from vqgen.errors import InputError
 
 if TYPE_CHECKING:
     from vqgen.data.sources.base import Source
@@ -75,6 +77,23 @@ def open_image(content: bytes, name: str = "") -> Image.Image:
     # Some decoders need whole rows, and Pillow copies a row's earlier blocks whenever it adds a block. A row of 10
     # million pixels would take minutes.
     image.decodermaxblock = max(image.decodermaxblock, 8 * image.width)
+    return image
+
+
+def read_picture(path: str | Path, what: str) -> Image.Image:
+    """The decoded image in a file; `what` names the setting that gave it.
+
+    Raises:
+        InputError: there is no such file, or no image in it.
+    """
+    try:
+        image = open_image(Path(path).read_bytes(), str(path))
+        image.load()
+    except UnidentifiedImageError as error:
+        raise InputError(f"{what}={path}: is no image that Pillow knows; give an image file") from error
+    except DECODE_ERRORS as error:
+        reason = getattr(error, "strerror", None) or f"does not decode ({error})"
+        raise InputError(f"{what}={path}: {reason}; give an image file") from error
     return image
 
 

@@ -12,10 +12,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 import vqgen
 from vqgen.codes import ORDERS, CodeLayout
 from vqgen.errors import InputError, expanded, require, require_size
+from vqgen.priors.decoder import EVERYWHERE, Places
 
 # transformers raises these for settings that contradict each other.
 MISFITS = (ArithmeticError, RuntimeError, TypeError, ValueError, StrictDataclassError)
@@ -111,19 +113,27 @@ class Prior(nn.Module):
         Tokens that are illegal at a position have the logit -inf.
         """
         inputs = torch.cat([self.class_tokens(class_ids), tokens[:, :-1]], dim=1)
-        return self.legal(self.lm(input_ids=inputs, use_cache=False).logits, start=0)
+        return self.legal(self.lm(input_ids=inputs, use_cache=False).logits)
 
     def class_tokens(self, class_ids: Tensor) -> Tensor:
         """The first tokens (B, 1) of the sequences, from class ids (B,), -1 for no class."""
         return self.layout.vocab_size + 1 + class_ids[:, None]
 
-    def legal(self, logits: Tensor, start: int) -> Tensor:
-        """The model's logits (B, n, ...) at positions from `start` on, with -inf for illegal tokens."""
+    def legal(self, logits: Tensor, places: Places = EVERYWHERE) -> Tensor:
+        """The model's logits (B, n, ...) at n places of the sequence, with -inf for illegal tokens."""
         logits = logits[..., : self.layout.vocab_size]
         if self.illegal is not None and self.illegal_row is not None:
-            row = self.illegal_row[start : start + logits.shape[1]]
-            logits = logits.masked_fill(self.illegal[row], -torch.inf)
+            logits = logits.masked_fill(self.illegal[self.illegal_row[places]], -torch.inf)
         return logits
+
+    @property
+    def class_dropout(self) -> float | None:
+        """The share of training examples without a class, saved with the model; None if that is not known."""
+        return self.lm.config.vqgen.get("class_dropout")
+
+    @class_dropout.setter
+    def class_dropout(self, share: float) -> None:
+        self.lm.config.vqgen["class_dropout"] = share
 
     @property
     def options(self) -> dict[str, Any]:
@@ -147,6 +157,13 @@ class Prior(nn.Module):
         tables = (self.lm.get_input_embeddings(), self.lm.get_output_embeddings())
         own = {id(p) for table in tables if table is not None for p in table.parameters()}
         return [name for name, p in self.named_parameters(remove_duplicate=False) if id(p) in own]
+
+    @property
+    def tables_and_scales(self) -> list[nn.Parameter]:
+        """The parameters that are no matrix between hidden features, for which Muon is not."""
+        tables = {*self.token_tables}
+        maps = {id(part.weight) for part in self.modules() if isinstance(part, nn.Linear | Conv1D)}
+        return [p for name, p in self.named_parameters() if name in tables or id(p) not in maps]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a transformers checkpoint, which `AutoModelForCausalLM.from_pretrained` can load too."""

@@ -1,6 +1,9 @@
 """Sampling: from class ids to tokens to images; for a GAN, from noise to images."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,6 +11,7 @@ from torch import Tensor
 
 from vqgen.adversarial.dcgan import DCGANGenerator
 from vqgen.data.order import mixed_seed
+from vqgen.priors.decoder import Places, decoder_of, is_plain
 from vqgen.priors.prior import Prior
 from vqgen.tokenizers.vqmodel import VQModel, to_uint8
 
@@ -22,11 +26,18 @@ def sample_tokens(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     cfg_scale: float = 1.0,
-    prefix: Tensor | None = None,
+    cfg_power: float = 0.0,
+    cfg_start: float = 0.0,
+    toward: Tensor | None = None,
+    blend: Tensor | None = None,
+    known: Tensor | None = None,
     generator: Sequence[np.random.Generator] | None = None,
+    precision: str = "no",
+    cuda_graph: bool = False,
 ) -> Tensor:
-    """Draws token sequences from the prior, with a key-value cache.
+    """Draws token sequences from the prior, with a cache of keys and values.
 
     Args:
         prior: the prior, in eval mode.
@@ -34,88 +45,211 @@ def sample_tokens(
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: draw from the k likeliest tokens only; 0 means all tokens.
         top_p: draw from the likeliest tokens that together have this probability (Holtzman et al. 2020).
+        min_p: draw from tokens that are at least this share as likely as the likeliest (Nguyen et al. 2024).
         cfg_scale: s of classifier-free guidance, logits = none + s (class - none), where `none` are the logits without
             a class (Ho and Salimans 2022); 1 turns it off.
-        prefix: (B, P) tokens that the sequences start with.
+        cfg_power: how late s rises along the sequence; 0 means a constant s. See `guidance`.
+        cfg_start: share of the tokens that are drawn before guidance begins.
+        toward: (B,) int64, second classes that the first ones are mixed with.
+        blend: (B,) float, shares of the second classes: log p is (1 - blend) log p(class) + blend log p(toward).
+        known: (B, N) tokens that are given, -1 where one is to be drawn. Those drawn depend on given tokens before them
+            only.
         generator: a NumPy generator for each sequence, such as `np.random.default_rng(seed)`, so that a sequence is
             the same in any batch; None uses torch's global generator.
+        precision: `no`, or `bf16` for the prior's pass.
+        cuda_graph: replay the step as a CUDA graph, if `LlamaDecoder` serves the prior.
 
     Returns:
         Tokens (B, N), int64.
     """
-    batch, device, num_tokens = len(class_ids), class_ids.device, prior.layout.num_tokens
-    precision = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    if generator is None:
-        noise = torch.rand(batch, num_tokens, dtype=precision)
-    else:
-        dtype = np.float32 if precision == torch.float32 else np.float64
-        noise = torch.from_numpy(np.stack([g.random(num_tokens, dtype) for g in generator]))
-    noise = noise.to(device)  # (B, N): each token is drawn by one uniform number
-    tokens = prefix if prefix is not None else class_ids.new_empty(batch, 0)
-    guided = cfg_scale != 1.0 and bool((class_ids >= 0).any())
+    batch, device, length = len(class_ids), class_ids.device, prior.layout.num_tokens
+    tokens = class_ids.new_full((batch, length), -1) if known is None else known.clone()  # -1: not drawn yet
+    noise = uniform(batch, length, generator, device)  # (B, N): each token is drawn by one uniform number
+    scales = guidance(cfg_scale, cfg_power, cfg_start, length)
+    if toward is None and not (class_ids >= 0).any():
+        scales = [1.0] * length
+    scale = torch.tensor(scales, device=device)
+    # Each group has B sequences: one of the classes, one of the second classes, and, for guidance, one of no class.
+    conditions = [class_ids] if toward is None else [class_ids, toward]
+    plain = len(conditions)
+    if any(s != 1 for s in scales):
+        conditions.append(torch.full_like(class_ids, -1))
+    groups, starts = len(conditions), prior.class_tokens(torch.cat(conditions))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    decoder = decoder_of(prior.lm, batch, length, groups=groups, dtype=dtype)
+    first = int((tokens >= 0).all(dim=0).long().cumprod(dim=0).sum())  # the first place where something is drawn
+    current = tokens[:, first - 1, None].repeat(groups, 1) if first else starts.clone()
 
-    starts = prior.class_tokens(torch.cat([class_ids, torch.full_like(class_ids, -1)]) if guided else class_ids)
-    inputs = torch.cat([starts, tokens.repeat(2, 1) if guided else tokens], dim=1)
-    cache = None
-    while tokens.shape[1] < num_tokens:
-        position = tokens.shape[1]
-        output = prior.lm(input_ids=inputs, past_key_values=cache, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
-        logits = prior.legal(output.logits[:, -1:], start=position)[:, 0].to(precision)  # (B or 2 B, vocab_size)
-        if guided:
-            conditional, unconditional = logits.log_softmax(dim=1).chunk(2)
-            logits = torch.lerp(unconditional, conditional, cfg_scale).nan_to_num(nan=-torch.inf)
-        token = draw(logits, noise[:, position], temperature, top_k, top_p)
-        tokens = torch.cat([tokens, token[:, None]], dim=1)
-        token = token.repeat(2)[:, None] if guided else token[:, None]
-        inputs = token if cache is not None else torch.cat([inputs, token], dim=1)
+    def step(places: Places, rows: slice) -> None:
+        """Fills one place of the tokens, whose predecessor is `current`."""
+        logits = decoder(current[rows], rows, places)  # (groups B, V)
+        logits = prior.legal(logits[:, None], places)[:, 0].float()
+        if rows.stop > batch:
+            log_p = logits.log_softmax(dim=1).unflatten(0, (-1, batch))  # (groups, B, V)
+            logits = log_p[0] if blend is None else torch.lerp(log_p[0], log_p[1], blend[:, None])
+            if len(log_p) > plain:
+                logits = torch.lerp(log_p[-1], logits, scale[places])
+            logits = logits.nan_to_num(nan=-torch.inf)  # of tokens that are illegal in all groups
+        token = draw(logits, noise[:, places][:, 0], temperature, top_k, top_p, min_p)[:, None]
+        token = torch.where(tokens[:, places] < 0, token, tokens[:, places])
+        tokens[:, places] = token
+        current.copy_(token.repeat(groups, 1))
+
+    advance = captured(step, device) if cuda_graph and is_plain(prior.lm) else step
+    cached = [0] * groups  # numbers of tokens that the decoder has of each group
+    for place in range(first, length):
+        active = plain + (scales[place] != 1)
+        for group in range(active):
+            rows, seen = slice(group * batch, (group + 1) * batch), cached[group]
+            if seen < place:
+                inputs = torch.cat([starts[rows], tokens], dim=1)  # (B, 1 + N)
+                decoder(inputs[:, seen:place], rows, slice(seen, place))
+            cached[group] = place + 1
+        advance(slice(place, place + 1), slice(0, active * batch))
     return tokens
 
 
-def draw(logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Draws tokens (B,) from logits (B, V): inverts the distribution function at noise (B,), uniform in [0, 1)."""
+def guidance(scale: float, power: float, start: float, length: int) -> list[float]:
+    """The scale of guidance at each of the N places of a sequence.
+
+    It rises by a cosine of a power, 1 + (s - 1) (1 - cos(pi (t / N)^power)) / 2 at place t (Yu et al. 2024, RAR), which
+    is constant for the power 0; and is 1, no guidance, for the share `start` of the places.
+    """
+    rise = ((1 - math.cos(math.pi * (t / length) ** power)) / 2 for t in range(length))
+    return [1 + (scale - 1) * r if t >= start * length else 1.0 for t, r in enumerate(rise)]
+
+
+def uniform(batch: int, length: int, generator: Sequence[np.random.Generator] | None, device: torch.device) -> Tensor:
+    """Numbers (B, N), uniform in [0, 1), from a NumPy generator for each row or from torch's global one."""
+    single = device.type == "mps"  # Apple's GPUs have no float64
+    if generator is None:
+        return torch.rand(batch, length, dtype=torch.float32 if single else torch.float64).to(device)
+    drawn = [g.random(length, np.float32 if single else np.float64) for g in generator]
+    return torch.from_numpy(np.stack(drawn)).to(device)
+
+
+def captured(step: Callable[[Places, slice], None], device: torch.device) -> Callable[[slice, slice], None]:
+    """The step as a CUDA graph, which replays its kernels without the time that Python takes to launch them.
+
+    The place is a tensor's content, so that one graph serves all places. On other devices that is all.
+    """
+    places = torch.zeros(1, dtype=torch.int64, device=device)
+    graphs: dict[int, Any] = {}  # by the number of rows
+
+    def advance(place: slice, rows: slice) -> None:
+        places.fill_(place.start)
+        if rows.stop in graphs:
+            graphs[rows.stop].replay()
+        elif device.type != "cuda":
+            step(places, rows)
+        else:  # CUDA libraries set themselves up in a first step, which no graph may hold.
+            with torch.cuda.device(device):
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    step(places, rows)
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    step(places, rows)
+            graphs[rows.stop] = graph
+
+    return advance
+
+
+def draw(
+    logits: Tensor, noise: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
+    """Draws tokens (B,) from logits (B, V): inverts the distribution function at noise (B,), uniform in [0, 1).
+
+    Tokens as likely as the last that top_k or top_p leaves stay, too.
+    """
     if temperature == 0:
         return logits.argmax(dim=1)
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=1).values[:, -1:], -torch.inf)
-    probabilities = logits.softmax(dim=1)
-    if top_p < 1:
-        sorted_p, order = probabilities.sort(dim=1, descending=True)
-        beyond = sorted_p.cumsum(dim=1) - sorted_p >= top_p  # the likelier tokens together reach top_p already
-        probabilities = probabilities.masked_fill(beyond.scatter(1, order, beyond), 0.0)
-    cumulative = probabilities.cumsum(dim=1)
+    p = ((logits - logits.amax(dim=1, keepdim=True)) / temperature).softmax(dim=1)  # no overflow
+    kept = min(top_k or p.shape[1], p.shape[1])
+    if kept < p.shape[1] or top_p < 1:
+        falling = sorted_falling(p)[:, :kept]  # (B, k)
+        total = falling.cumsum(dim=1, dtype=noise.dtype)
+        asked = total - falling < top_p * total[:, -1:]  # the likelier tokens do not have top_p yet
+        least = falling.gather(1, asked.sum(dim=1, keepdim=True) - 1)
+        p = p.masked_fill(p < least, 0.0)
+    if min_p > 0:
+        p = p.masked_fill(p < min_p * p.amax(dim=1, keepdim=True), 0.0)
+    cumulative = p.cumsum(dim=1, dtype=noise.dtype)  # in float64, or a rare token could never be drawn
     return torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)[:, 0]
+
+
+def sorted_falling(p: Tensor) -> Tensor:
+    """Each row of p (B, V) from its largest to its smallest."""
+    if p.device.type == "cpu":
+        return torch.from_numpy(np.sort(p.numpy(), axis=1)).flip(1)  # in a tenth of the time of torch's sort
+    return p.sort(dim=1, descending=True).values
 
 
 @torch.no_grad()
 def sample_images(
-    prior: Prior, tokenizer: VQModel, class_ids: Tensor, *, seed: int, first: int = 0, **options: float
+    prior: Prior,
+    tokenizer: VQModel,
+    class_ids: Tensor,
+    *,
+    seed: int,
+    first: int = 0,
+    each: Mapping[str, Any] = MappingProxyType({}),
+    best_of: int = 1,
+    **options: Any,
 ) -> Tensor:
-    """Draws images uint8 (B, C, H, W) for class ids (B,), with the options of sample_tokens.
+    """Draws images uint8 (B, C, H, W) for class ids (B,).
 
-    Image i depends only on the seed, on first + i and on its class.
+    Image i depends only on the seed, on first + i, on its class, and on its part of `each`.
+
+    Args:
+        prior: the prior, in eval mode.
+        tokenizer: its tokenizer, in eval mode.
+        class_ids: (B,) int64, -1 for no class.
+        seed: the seed of the images.
+        first: number of the first image.
+        each: those options of `sample_tokens` that have a row for each image: `known`, `toward` and `blend`.
+        best_of: tokens are drawn so often for each image, and those with the largest likelihood are decoded.
+        options: the others.
     """
     count = len(class_ids)
-    padding = -count % ROWS
-    class_ids = torch.cat([class_ids, class_ids[:1].expand(padding)])
-    tokens = sample_tokens(
-        prior,
-        class_ids,
-        generator=image_generators(seed, first, count + padding),
-        **options,  # type: ignore[arg-type]
-    )
-    codes = [prior.layout.unflatten(part) for part in tokens.split(ROWS)]
+    padded = torch.arange(count + -count % ROWS, device=class_ids.device) % count
+    class_ids, each = class_ids[padded], {name: tensor[padded] for name, tensor in each.items()}
+    best, likeliest = class_ids, torch.full((len(padded),), -torch.inf, device=class_ids.device)
+    for attempt in range(best_of):
+        generator = image_generators(seed, first, len(padded), attempt)
+        tokens = sample_tokens(prior, class_ids, generator=generator, **each, **options)
+        if best_of == 1:
+            best = tokens
+            break
+        likelihood = torch.cat([log_likelihood(prior, *part) for part in zip(*_parts(tokens, class_ids), strict=True)])
+        better = likelihood > likeliest
+        best = torch.where(better[:, None], tokens, best if attempt else tokens)
+        likeliest = torch.where(better, likelihood, likeliest)
+    codes = [prior.layout.unflatten(part) for part in best.split(ROWS)]
     return torch.cat([to_uint8(tokenizer.decode(part)) for part in codes])[:count]
 
 
-def image_generators(seed: int, first: int, count: int) -> list[np.random.Generator]:
+def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    return [tensor.split(ROWS) for tensor in tensors]
+
+
+@torch.no_grad()
+def log_likelihood(prior: Prior, tokens: Tensor, class_ids: Tensor) -> Tensor:
+    """log p(tokens | class) (B,) of token sequences (B, N), in nats."""
+    log_p = prior(tokens, class_ids).float().log_softmax(dim=-1)
+    return log_p.gather(-1, tokens[..., None])[..., 0].sum(dim=1)
+
+
+def image_generators(seed: int, first: int, count: int, attempt: int = 0) -> list[np.random.Generator]:
     """NumPy's random generators for the images number `first` to `first + count - 1` of a seed.
 
     torch's CPU generator uses only the low 32 bits of a seed, so about 116 pairs among a million images would be equal.
-    NumPy's SeedSequence spreads the seed and the image's number over 128 bits.
+    NumPy's SeedSequence spreads the seed, the image's number and the attempt's over 128 bits.
     """
-    sources = (np.random.SeedSequence(seed, spawn_key=(i,)) for i in range(first, first + count))
+    attempts = (attempt,) if attempt else ()  # an image's first attempt is what it is without others
+    sources = (np.random.SeedSequence(seed, spawn_key=(i, *attempts)) for i in range(first, first + count))
     return [np.random.default_rng(source) for source in sources]
 
 

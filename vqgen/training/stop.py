@@ -155,6 +155,11 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, or a GPU's, does not suffice."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(NO_MEMORY, str(error)) is not None
+
+
 def explained(error: BaseException, config: Any = None) -> str | None:
     """One line that names a fault of the machine and its remedy; None for any other error, which is a bug.
 
@@ -168,7 +173,7 @@ def explained(error: BaseException, config: Any = None) -> str | None:
     for link in chain:
         text = str(link)
         first_line = text.partition("\n")[0]
-        if isinstance(link, torch.OutOfMemoryError | MemoryError) or re.search(NO_MEMORY, text):
+        if is_out_of_memory(link):
             which = "the GPU's memory" if "CU" in text else "memory"
             return f"{which} is full: {_smaller_passes(config)}"
         number = link.errno if isinstance(link, OSError) else None
