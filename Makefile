@@ -12,7 +12,7 @@ INSTALLED = $(VENV)/installed
 # for the same model. After max_seconds a stage ends early, and says so.
 demo: $(INSTALLED)
 	$(LAUNCH) stage1/train.py run_dir=$(RUN)/stage1 train.max_steps=1200 train.max_seconds=900 $(STAGE1)
-	$(LAUNCH) stage2/train.py run_dir=$(RUN)/stage2 stage1=$(RUN)/stage1 train.max_steps=700 train.max_seconds=900 $(STAGE2)
+	$(LAUNCH) stage2/train.py run_dir=$(RUN)/stage2 stage1=$(RUN)/stage1 train.max_steps=1000 train.max_seconds=900 $(STAGE2)
 	$(VENV)/bin/python stage2/sample.py $(RUN)/stage2 num_images=100 out=$(RUN) $(SAMPLE)
 
 # Three files at a time, as each test runs on one thread, and those of two processes wait for each other at times; the

@@ -335,7 +335,7 @@ def build(config: Stage1Config, run: Run, class_names: list[str]) -> Nets:
     groups = parameter_groups(tokenizer, config.optim.weight_decay)
     adam = {"lr": config.optim.lr, "betas": (config.optim.beta1, config.optim.beta2), "fused": True}
     if config.optim.name == "muon":
-        optimizer = Muon(muon_groups(groups, tokenizer), **adam)
+        optimizer = Muon(muon_groups(groups, (tokenizer.last_layer, *tokenizer.quantizer.parameters())), **adam)
     else:
         optimizer = torch.optim.AdamW(groups, **adam)
     average = WeightEMA(tokenizer, config.train.ema)

@@ -81,7 +81,10 @@ def main(config: CompareConfig) -> None:
     ):
         load_config(cls, given, sections)
         for setting in given:
-            require(setting.split("=")[0] not in SHARED, f"{setting}: is the same for all three; {REMEDY}")
+            key = setting.split("=")[0]
+            require(key not in SHARED, f"{setting}: is the same for all three; {REMEDY}")
+            unequal = "could end before its seconds are over" if key == "train.patience" else "has to be guided"
+            require(key not in ("train.patience", "class_dropout"), f"{setting}: a prior {unequal}; leave it out")
 
     # Trains by the usual programs, each of which resumes where it stopped.
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in config.data.items()}

@@ -24,12 +24,15 @@ from vqgen.data.images import ImageSet, load_images
 from vqgen.data.order import token_batches
 from vqgen.data.stream import ImageStream, OrderedStream
 from vqgen.errors import require, section
-from vqgen.evaluation.likelihood import prior_nll, unigram_entropy
+from vqgen.evaluation.likelihood import prior_nll, tokens_that_tell_apart, unigram_entropy
+from vqgen.priors.objective import uniform_loss, with_random_tokens
 from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import classes_in_turn, sample_images
 from vqgen.settings import DataConfig, SampleConfig, Stage2Config
 from vqgen.tokenizers.vqmodel import VQModel, load_tokenizer
 from vqgen.training.average import WeightEMA
+from vqgen.training.best import Best
+from vqgen.training.muon import Muon, muon_groups
 from vqgen.training.origin import differing
 from vqgen.training.run import Run, attempts
 from vqgen.training.schedule import lr_at, num_parameters, parameter_groups, set_lr
@@ -45,12 +48,14 @@ class Nets(NamedTuple):
         prior: the same prior without the wrapper.
         average: the average of the prior's weights.
         optimizer: the prior's optimizer.
+        ranges: (N, 2), the legal tokens at each position; see `CodeLayout.token_ranges`.
     """
 
     model: nn.Module
     prior: Prior
     average: WeightEMA
     optimizer: Any
+    ranges: Tensor
 
 
 def main(config: Stage2Config) -> None:
@@ -59,13 +64,24 @@ def main(config: Stage2Config) -> None:
             train(config, run)
 
 
-def prior_pass(nets: Nets, tokens: Tensor, class_ids: Tensor, run: Run) -> dict[str, Tensor]:
-    """One pass of the prior on tokens (B, N) of classes (B,), -1 for no class: its loss, and the loss' gradient."""
-    logits = nets.model(tokens, class_ids)
+def prior_pass(
+    nets: Nets, tokens: Tensor, class_ids: Tensor, noise: Tensor, config: Stage2Config, share: float, run: Run
+) -> dict[str, Tensor]:
+    """One pass of the prior on tokens (B, N) of classes (B,), -1 for no class: its loss, and the loss' gradient.
+
+    The noise (B, 1 + 2 N) is uniform, and decides which tokens of the context are random ones.
+    """
+    most = config.context_noise * max(0.0, 1 - share / 0.75)
+    context = with_random_tokens(tokens, nets.ranges, most, noise.to(run.device, non_blocking=True)) if most else tokens
+    logits = nets.model(context, class_ids)
     logits = rearrange(logits.float(), "b n v -> (b n) v")  # float(): FSDP's mixed precision returns bf16
     loss = F.cross_entropy(logits, rearrange(tokens, "b n -> (b n)"))
+    terms = {"loss": loss}
+    if config.label_smoothing:
+        terms["uniform_loss"] = uniform_loss(logits)
+        loss = torch.lerp(loss, terms["uniform_loss"], config.label_smoothing)
     run.accelerator.backward(loss)
-    return {"loss": loss}
+    return terms
 
 
 def train(config: Stage2Config, run: Run) -> None:
@@ -80,23 +96,29 @@ def train(config: Stage2Config, run: Run) -> None:
     val_codes = encode(val_images, tokenizer, tokenizer_hash, config, run, mirror=False)
     held_out = val_images.fingerprint if config.data["val_source"] else None
     hashes = {"tokenizer": tokenizer_hash, "data": train_images.fingerprint, "held_out": held_out}
+    for prior in (nets.prior, nets.average.model):
+        prior.class_dropout = max(config.class_dropout, float((train_codes.class_ids < 0).mean()))
     del train_images, val_images  # frees memory: from here on only the codes are needed
 
     model, optimizer = run.prepare(nets.model, nets.optimizer)
     nets = nets._replace(model=model.train(), optimizer=optimizer)
     nets.average.shard_like(nets.prior)
-    state = TrainState(model=nets.prior, ema=nets.average, optimizer=nets.optimizer)
+    best = None if config.train.patience is None else Best(config.train.patience)
+    state = TrainState(model=nets.prior, ema=nets.average, optimizer=nets.optimizer, best=best)
     then = f"python stage2/sample.py {quote(config.run_dir)}"
     if run.resume(state, then, **hashes):
         return
     layout, unigram = nets.prior.layout, unigram_entropy(train_codes, nets.prior.layout)
     size, each = num_parameters(nets.prior), f" ({crops} crops of each image, one in an epoch)" if crops > 1 else ""
+    enough = tokens_that_tell_apart(len(train_codes), layout)
     run.start(
-        f"{len(train_codes)} training{each} and {len(val_codes)} held-out sequences of {layout.num_tokens} tokens, "
+        f"{len(train_codes)} training{each} and {len(val_codes)} held-out sequences of {layout.num_tokens} tokens "
+        f"({enough} can tell them apart, and long training learns the others by heart), "
         f"{len(nets.prior.class_names)} classes, {size / 1e6:.2f} M parameters",
         size,
     )
     batches = token_batches(train_codes, run.place, class_dropout=config.class_dropout, device=run.device)
+    noise = run.place.uniforms(1 + 2 * layout.num_tokens if config.context_noise else 0)
     dims_per_token = tokenizer.channels * math.prod(sides(config.data["image_size"])) / layout.num_tokens
 
     for now in run.steps():
@@ -110,14 +132,21 @@ def train(config: Stage2Config, run: Run) -> None:
                 }
                 picture = samples(prior, tokenizer, config.seed, run.device) if run.is_main else None
                 run.report(now, figures, samples=picture)
+                if best is not None:
+                    best.offer(nll, now.step, figures, prior)
+        if best is not None and best.is_over:
+            now = run.end(now, f"train.patience={best.patience}: {best.patience} evaluations had no lower held-out NLL")
         if now.saves:
+            if best is not None and now.share >= 1:
+                nets.average.load_state_dict(best.weights)
+                run.keep(best.step, best.figures)
             run.save(now, state, {"prior": nets.average, "tokenizer": tokenizer})
         if now.ends:
             break
 
         lr = set_lr(nets.optimizer, run.lowered * lr_at(now.share, config.optim))
         for tokens, class_ids in run.passes(batches, nets.model):  # (B, N) and (B,)
-            run.add(prior_pass(nets, tokens, class_ids, run))
+            run.add(prior_pass(nets, tokens, class_ids, next(noise), config, now.share, run))
         run.update(grad_norm=(nets.model, nets.optimizer))
         nets.average.update(nets.prior, now.step + 1)
 
@@ -160,13 +189,15 @@ def build(config: Stage2Config, run: Run, tokenizer: VQModel, tokenizer_hash: st
         if run.origin.state.get("tokenizer", tokenizer_hash) != tokenizer_hash:
             run.origin.fresh.append("the tokenizer, whose codes may mean something else")
     prior.to(run.device)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(prior, config.optim.weight_decay),
-        lr=config.optim.lr,
-        betas=(config.optim.beta1, config.optim.beta2),
-        fused=True,
-    )
-    return Nets(prior, prior, WeightEMA(prior, config.train.ema), optimizer)
+    groups = parameter_groups(prior, config.optim.weight_decay)
+    adam = {"lr": config.optim.lr, "betas": (config.optim.beta1, config.optim.beta2), "fused": True}
+    if config.optim.name == "muon":
+        remedy = "FSDP shards the matrices that Muon needs whole; use optim.name=adamw"
+        require(not run.accelerator.is_fsdp2, f"optim.name=muon: {remedy}")
+        optimizer = Muon(muon_groups(groups, prior.tables_and_scales), **adam)
+    else:
+        optimizer = torch.optim.AdamW(groups, **adam)
+    return Nets(prior, prior, WeightEMA(prior, config.train.ema), optimizer, layout.token_ranges().to(run.device))
 
 
 def encode(
@@ -198,7 +229,7 @@ def samples(model: Prior, tokenizer: VQModel, seed: int, device: torch.device) -
     columns = len(model.class_names) if 0 < len(model.class_names) <= 16 else 8
     class_ids = classes_in_turn(8 * columns, range(len(model.class_names))).to(device)
     settings = SampleConfig()
-    options = {"cfg_scale": settings.cfg_scale, "top_p": settings.top_p}
+    options = {"cfg_scale": 1.0 if model.class_dropout == 0 else settings.cfg_scale, "top_p": settings.top_p}
     images = sample_images(model, tokenizer, class_ids, seed=seed, **options)
     return image_grid(rearrange(images.cpu(), "n c h w -> n h w c").numpy(), columns)
 

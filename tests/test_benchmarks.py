@@ -19,7 +19,8 @@ from vqgen.cli.sections import STAGE1_SECTIONS
 from vqgen.codes import CodeLayout
 from vqgen.data.samples import save_samples
 from vqgen.errors import InputError
-from vqgen.settings import Stage1Config
+from vqgen.priors.prior import Prior
+from vqgen.settings import DataConfig, Stage1Config, Stage2Config, Stage2EvaluateConfig, TrackingConfig
 from vqgen.training.schedule import num_parameters
 
 FEW = ["data.max_images=32", "model.widths=[16,32]", "model.quantizer.codebook_size=64", "train.batch_size=8"]
@@ -212,6 +213,33 @@ def test_stage_1_takes_the_settings_of_every_arm(benchmarks, tmp_path):
             ]
             assert sum(config.train.max_seconds for config in trained) == 9
             assert [bool(config.freeze) for config in trained] == [False, True][: len(trained)]
+
+
+def test_stage_2_takes_the_settings_of_every_recipe(benchmarks, tmp_path):
+    import recipes
+
+    options = argparse.Namespace(runs=tmp_path, seconds=9, images=9)
+    for data in recipes.DATA:
+        for arm in recipes.ARMS:
+            [train, *measure] = recipes.commands(Case(data, arm, 0), options)
+            config = load_config(Stage2Config, train[1:], {"model": Prior, "data": DataConfig})
+            assert config.train.max_seconds == 9
+            assert len(measure) == (2 if data == "digits" else 1)
+            for _, run, *words in measure:
+                measured = load_config(Stage2EvaluateConfig, words, {"data": DataConfig, "tracking": TrackingConfig})
+                assert (run, measured.cfg_scale, measured.top_p) == (f"{config.run_dir}", 1.0, 1.0)
+
+
+def test_the_table_of_sampling_speeds(benchmarks, capsys):
+    import sampling
+
+    sampling.main(sampling.parsed(["--shapes", "4,2", "--rounds", "1", "--guided"]))
+    [_, _, row] = capsys.readouterr().out.splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[0] == "4, 2"
+    times = [float(cell) for cell in cells[1:]]
+    assert times[5] == pytest.approx(times[1] / times[0], rel=0.02)  # the ratio of rounded times
+    assert times[4] == pytest.approx(2 / (4 * times[0] / 1000), rel=0.02)
 
 
 def test_an_arm_that_is_finished_is_not_run_again(tmp_path, capsys):

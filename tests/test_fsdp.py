@@ -41,7 +41,7 @@ def test_fsdp_goes_on_with_a_run_of_one_process_and_one_process_goes_on_with_tha
     settings = (
         f"configs/debug/stage2.yaml stage1={runs}/stage1 tracking.wandb=disabled model.tie_word_embeddings=true "
         "train.accumulation=2 train.max_steps=24 train.eval_every=12 train.log_every=1 train.checkpoint_every=4 "
-        "train.keep_checkpoints=99"
+        "train.keep_checkpoints=99 optim.name=adamw"
     )
     assert program("stage2/train.py", *settings.split(), f"run_dir={plain}")[0] == 0
 
@@ -69,3 +69,9 @@ def test_fsdp_that_accelerate_does_not_do_is_refused(program, runs, tmp_path, mo
     assert code == 2
     assert "FSDP: needs fsdp_version 2, and a GPU for each process" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_fsdp_refuses_muon(runs, tmp_path):
+    settings = f"configs/debug/stage2.yaml stage1={runs}/stage1 tracking.wandb=disabled run_dir={tmp_path}/run"
+    with pytest.raises(AssertionError, match=r"optim\.name=muon: FSDP shards the matrices that Muon needs whole; use"):
+        shell(f"{FSDP} stage2/train.py {settings}")

@@ -33,6 +33,8 @@ from vqgen.settings import DataConfig
 from vqgen.tokenizers import ARCHITECTURES, build_tokenizer
 from vqgen.tokenizers.light import Light
 from vqgen.tokenizers.vqmodel import load_tokenizer
+from vqgen.training.muon import orthogonalised
+from vqgen.training.run import Run
 from vqgen.yaml_file import read_yaml
 
 QUIET = "tracking.wandb=disabled"
@@ -215,9 +217,22 @@ def test_an_update_with_changed_latents_asks_for_the_images_so_transformed(progr
         torch.testing.assert_close(gradient, named[name].grad, rtol=1e-3, atol=1e-4 * largest, msg=name)
 
 
-def test_one_update_of_the_prior_is_that_of_its_loss_for_the_classes_that_were_not_hidden(runs, program, tmp_path):
+@pytest.mark.parametrize("changed", [False, True], ids=["as it is", "context noise and label smoothing"])
+def test_one_update_of_the_prior_is_that_of_its_loss_for_the_classes_that_were_not_hidden(
+    runs, program, tmp_path, monkeypatch, changed
+):
+    def others(tokens: Tensor, ranges: Tensor, most: float, noise: Tensor) -> Tensor:
+        assert (ranges == layout.token_ranges()).all()
+        assert most == 0.4  # before the first step
+        seen.append(noise)
+        return torch.where(torch.arange(tokens.shape[1]) % 3 == 1, tokens.flip(0), tokens)
+
+    seen: list[Tensor] = []
+    monkeypatch.setattr("vqgen.priors.objective.with_random_tokens", others)
+    layout = load_tokenizer(runs / "stage1")[0].code_layout(32)
     arguments = [f"run_dir={tmp_path}", f"stage1={runs}/stage1", f"codes_dir={tmp_path}/codes", "class_dropout=0.5"]
-    code, _, errors = program("stage2/train.py", "configs/debug/stage2.yaml", *arguments, *STEP)
+    arguments += ["context_noise=0.4", "label_smoothing=0.3"] if changed else ["context_noise=0"]
+    code, _, errors = program("stage2/train.py", "configs/debug/stage2.yaml", *arguments, "optim.name=adamw", *STEP)
     assert code == 0, errors
     config = read_yaml(tmp_path / "config.yaml")
     tokenizer, _ = load_tokenizer(runs / "stage1")
@@ -236,20 +251,112 @@ def test_one_update_of_the_prior_is_that_of_its_loss_for_the_classes_that_were_n
         tokens = layout.flatten(tokenizer.encode(x))
         hidden = coin_flips(0.5, 8, 0, 0, i, 2)
         class_ids = torch.where(hidden, -1, class_ids)
-        logits = prior(tokens, class_ids)
-        loss = -logits.log_softmax(dim=-1).gather(-1, tokens[..., None]).mean()
-        (loss / 2).backward()
+        logits = prior(others(tokens, layout.token_ranges(), 0.4, tokens) if changed else tokens, class_ids)
+        log_p = logits.log_softmax(dim=-1)
+        loss = -log_p.gather(-1, tokens[..., None]).mean()
         total += loss.item() / 2
+        if changed:
+            loss = 0.7 * loss - 0.3 * log_p.mean()
+        (loss / 2).backward()
+    if changed:
+        first, second = seen[:2]  # the two passes of the program
+        assert first.shape == second.shape == (8, 1 + 2 * layout.num_tokens)
+        assert not torch.equal(first, second)
     gradients, norm = clipped(prior)
     logged = metrics(tmp_path)
     assert logged["train/loss"] == pytest.approx(total, rel=1e-5)
     assert logged["train/grad_norm"] == pytest.approx(norm, rel=1e-3)
-    assert logged["train/lr"] == pytest.approx(3e-3 * WARMUP)
+    assert logged["train/lr"] == pytest.approx(6e-3 * WARMUP)
     with torch.no_grad():
         for name, p in prior.named_parameters():
             p.copy_(before[name])
-    adam = {"betas": (0.9, 0.95), "eps": 1e-8, "lr": 3e-3 * WARMUP, "decay": DECAY}
+    adam = {"betas": (0.9, 0.95), "eps": 1e-8, "lr": 6e-3 * WARMUP, "decay": DECAY}
     check_update(state(tmp_path, 1), "model", "optimizer", prior, gradients, adam)
+
+
+def test_muon_moves_the_prior_s_hidden_matrices_and_adamw_the_tables_of_tokens(runs, program, tmp_path):
+    arguments = [f"run_dir={tmp_path}", f"stage1={runs}/stage1", f"codes_dir={tmp_path}/codes", *STEP]
+    arguments += ["class_dropout=0", "context_noise=0", "data.flip=false", "train.accumulation=1"]
+    code, _, errors = program("stage2/train.py", "configs/debug/stage2.yaml", *arguments)
+    assert code == 0, errors
+    tokenizer, _ = load_tokenizer(runs / "stage1")
+    train_set, _ = load_images(DataConfig(channels=1))
+    layout = tokenizer.code_layout(32)
+    torch.manual_seed(0)
+    prior = Prior(layout, train_set.class_names, **read_yaml(tmp_path / "config.yaml")["model"])
+    before = {name: p.detach().clone() for name, p in prior.named_parameters()}
+    pixels, class_ids = train_set.__getitems__(np.array(next(iter(BatchOrder(len(train_set), 16, first=0, seed=0)))))
+    tokens = layout.flatten(tokenizer.encode(pixels.float() / 127.5 - 1))
+    F.cross_entropy(prior(tokens, class_ids).transpose(1, 2), tokens).backward()
+    gradients, _ = clipped(prior)
+    after, lr, by_muon = state(tmp_path, 1)["model"], 6e-3 * WARMUP, 0
+    for name, gradient in gradients.items():
+        if ".layers." not in name or gradient.ndim == 1:
+            continue
+        by_muon += 1
+        wide = gradient if len(gradient) <= gradient.shape[1] else gradient.T
+        step = orthogonalised(wide[None])[0]  # of g + 0.95 g, whose size does not matter
+        step = step if len(gradient) <= gradient.shape[1] else step.T
+        expected = before[name] * (1 - lr * DECAY) - 0.2 * max(gradient.shape) ** 0.5 * lr * step
+        torch.testing.assert_close(after[name], expected, rtol=1e-4, atol=2e-3 * lr, msg=name)
+    assert by_muon == 2 * 7  # q, k, v, o, gate, up and down of two layers
+    groups = state(tmp_path, 1)["optimizer"]["param_groups"]
+    assert sum(len(group["params"]) for group in groups if group["muon"]) == by_muon
+
+
+def test_a_prior_that_gets_no_better_ends_early_and_the_best_is_kept(runs, program, tmp_path, monkeypatch):
+    """The held-out NLL is given here, evaluation by evaluation."""
+    given, seen = iter([3.0, 2.0, 2.5, 2.1]), []
+
+    def prior_nll(prior: Prior, *others: object) -> float:
+        seen.append({name: p.clone() for name, p in prior.state_dict().items()})
+        return next(given)
+
+    monkeypatch.setattr("vqgen.evaluation.likelihood.prior_nll", prior_nll)
+    arguments = [f"run_dir={tmp_path}", f"stage1={runs}/stage1", f"codes_dir={tmp_path}/codes", QUIET]
+    arguments += ["train.eval_every=3", "train.patience=2", "train.max_steps=100", "train.checkpoint_every=1000"]
+    code, printed, errors = program("stage2/train.py", "configs/debug/stage2.yaml", *arguments)
+    assert code == 0, errors
+    assert len(seen) == 4
+    assert "train.patience=2: 2 evaluations had no lower held-out NLL, at step 12" in printed
+    assert "the prior and its tokenizer of step 6, the best on held-out images:" in printed
+    kept = Prior.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(kept[name], p) for name, p in seen[1].items())
+    assert not all(torch.equal(kept[name], p) for name, p in seen[3].items())
+    assert all(torch.equal(kept[name], p) for name, p in state(tmp_path, 12)["ema"].items())  # what init_from takes
+    card = (tmp_path / "model/README.md").read_text()
+    assert "6 steps" in card
+    assert "2.5" not in card
+    code, printed, errors = program("stage2/train.py", "configs/debug/stage2.yaml", *arguments)
+    assert code == 0, errors
+    assert "is finished, at step 12" in printed
+
+
+def test_a_run_that_goes_on_knows_the_best_prior_so_far(runs, program, tmp_path, monkeypatch):
+    given = iter([2.0, 3.0, 2.5, 2.4])
+    monkeypatch.setattr("vqgen.evaluation.likelihood.prior_nll", lambda *given_to_it: next(given))
+    save, stops = Run.save, iter([False, True])
+
+    def interrupted(self: Run, *arguments: object) -> None:
+        save(self, *arguments)
+        if next(stops, False):
+            raise RuntimeError("stopped here")
+
+    arguments = [f"run_dir={tmp_path}", f"stage1={runs}/stage1", f"codes_dir={tmp_path}/codes", QUIET]
+    arguments += ["train.eval_every=3", "train.patience=3", "train.checkpoint_every=4", "train.max_steps=100"]
+    monkeypatch.setattr(Run, "save", interrupted)
+    with pytest.raises(RuntimeError, match="stopped here"):  # after the checkpoint of step 8
+        program("stage2/train.py", "configs/debug/stage2.yaml", *arguments)
+    monkeypatch.setattr(Run, "save", save)
+    saved = state(tmp_path, 8)["best"]
+    assert (saved["figure"], saved["step"], saved["waited"]) == (2.0, 3, 1)
+    code, printed, errors = program("stage2/train.py", "configs/debug/stage2.yaml", *arguments)
+    assert code == 0, errors
+    assert "going on from step 8" in printed
+    assert "3 evaluations had no lower held-out NLL, at step 12" in printed
+    assert "of step 3, the best on held-out images" in printed
+    kept = Prior.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(kept[name], saved["weights"][name]) for name in kept)
 
 
 def test_d_of_the_gan_learns_nothing_from_the_loss_of_g(program, tmp_path):

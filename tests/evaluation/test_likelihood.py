@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from vqgen.codes import CodeLayout
-from vqgen.evaluation.likelihood import CodeCounts, LogisticScales, logistic_nats, prior_nll, unigram_entropy
+from vqgen.evaluation.likelihood import (
+    CodeCounts,
+    LogisticScales,
+    logistic_nats,
+    prior_nll,
+    tokens_that_tell_apart,
+    unigram_entropy,
+)
 from vqgen.priors.prior import Prior
 
 CPU = torch.device("cpu")
@@ -112,3 +119,18 @@ def test_prior_nll_is_the_mean_over_all_tokens_whatever_the_batch_size():
     expected = -log_p.gather(2, codes.tokens[..., None]).mean().item()
     for batch_size in (2, 9, 100):
         assert prior_nll(prior, codes, 9, batch_size, CPU) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("count", "layout", "tokens"),
+    [
+        (20_000, CodeLayout(((1, 4, 4),), (512,)), 2),
+        (512, CodeLayout(((1, 4, 4),), (512,)), 1),
+        (513, CodeLayout(((1, 4, 4),), (512,)), 2),
+        (64, CodeLayout(((2, 1, 1), (1, 2, 2)), (2, 16)), 3),  # 2 x 2 x 16
+        (10**6, CodeLayout(((1, 2, 2),), (4,)), 4),  # all are too few
+        (1, CodeLayout(((1, 2, 2),), (4,)), 1),
+    ],
+)
+def test_how_many_tokens_tell_sequences_apart(count, layout, tokens):
+    assert tokens_that_tell_apart(count, layout) == tokens

@@ -203,8 +203,8 @@ MUTANTS = [
     Mutant(
         "stage 2 shares the raw weights in place of the average",
         "stage2/train.py",
-        '{"prior": nets.average,',
-        '{"prior": nets.prior,',
+        'run.save(now, state, {"prior": nets.average,',
+        'run.save(now, state, {"prior": nets.prior,',
         LOOPS,
         "average",
     ),

@@ -99,7 +99,7 @@ def test_groups_leave_edges_and_depthwise_convolutions_to_adamw(name):
     options = {"width": 32, "norm_groups": 16} if name == "vqgan" else {"widths": [32]}
     model = build_tokenizer(name, **options)
     names = {id(p): key for key, p in model.named_parameters()}
-    groups = muon_groups(parameter_groups(model, 0.1), model)
+    groups = muon_groups(parameter_groups(model, 0.1), (model.last_layer, *model.quantizer.parameters()))
     by_muon = {names[id(p)] for group in groups if group["muon"] for p in group["params"]}
     all_names = [names[id(p)] for group in groups for p in group["params"]]
     assert sorted(all_names) == sorted(names.values())
@@ -116,7 +116,11 @@ def test_groups_leave_edges_and_depthwise_convolutions_to_adamw(name):
 def test_groups_leave_the_quantizer_to_adamw(quantizer):
     options = {"name": quantizer, "codebook_size": 64, "code_dim": 32}
     model = build_tokenizer(widths=[32], quantizer=options)
-    groups = [group for group in muon_groups(parameter_groups(model, 0.1), model) if group["muon"]]
+    groups = [
+        group
+        for group in muon_groups(parameter_groups(model, 0.1), (model.last_layer, *model.quantizer.parameters()))
+        if group["muon"]
+    ]
     by_muon = {id(p) for group in groups for p in group["params"]}
     own = {id(p) for p in model.quantizer.parameters()}
     assert own

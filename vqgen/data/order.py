@@ -78,6 +78,14 @@ class Place(NamedTuple):
             step, i = divmod(number, self.accumulation)
             yield coin_flips(probability, self.micro_batch, self.seed, step, i, self.accumulation)
 
+    def uniforms(self, width: int) -> Iterator[Tensor]:
+        """(micro_batch, width) for each pass from here on: this process's part of each update's numbers in [0, 1)."""
+        for number in itertools.count(self.first):
+            step, i = divmod(number, self.accumulation)
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, step, 0, 0, 0))  # five: no other draws'
+            numbers = torch.rand(self.accumulation * world_size() * self.micro_batch, width, generator=generator)
+            yield own_part(numbers, self.micro_batch, i)
+
     def crops(self) -> Iterator[Tensor]:
         """(micro_batch, 3) for each pass from here on: this process's part of each update's uniform numbers."""
         for number in itertools.count(self.first):

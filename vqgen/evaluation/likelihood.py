@@ -43,6 +43,16 @@ def unigram_entropy(codes: TokenStore, layout: CodeLayout) -> float:
     return -(torch.xlogy(counts, counts / totals).sum() / counts.sum()).item()
 
 
+def tokens_that_tell_apart(count: int, layout: CodeLayout) -> int:
+    """The smallest number of tokens whose combinations are as many as `count` sequences.
+
+    A prior of enough capacity knows by then which training sequence it is in, and can learn the other tokens by heart.
+    """
+    sizes = (layout.token_ranges() @ torch.tensor([-1, 1])).double()  # (N,)
+    enough = sizes.log2().cumsum(dim=0) >= math.log2(count)
+    return int(enough.long().argmax()) + 1 if enough.any() else layout.num_tokens
+
+
 class CodeCounts:
     """Unigram and bigram models of codes: how often each code occurs, and how often it follows each other code.
 

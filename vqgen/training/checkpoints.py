@@ -42,6 +42,7 @@ BEFORE |= {"perturb.images": 0.0, "perturb.codes": 1.0, "perturb.nearest": 12, "
 BEFORE |= {"equivariance.share": 0.0, "equivariance.scale": 0.25}
 BEFORE |= {"equivariance.rotate": True, "equivariance.flip": False, "redraw.keep": 0.7}
 BEFORE |= {"loss.adversarial.every": 1, "loss.adversarial.augment": []}
+BEFORE |= {"context_noise": 0.0, "label_smoothing": 0.0}
 
 NAMED = 5  # further settings that a refusal names
 CHECKSUMS = "SHA256SUMS"  # a file in the format of sha256sum, which can check it

@@ -1,12 +1,11 @@
 """Muon: steps in the direction of orthogonalised momentum, for the weights between hidden layers."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from vqgen.tokenizers.vqmodel import VQModel
 
 ITERATIONS = 5
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Muon's coefficients: steep at 0, so that small singular values grow fast
@@ -95,16 +94,16 @@ def orthogonalised(x: Tensor) -> Tensor:
     return product @ x
 
 
-def muon_groups(groups: list[dict[str, Any]], tokenizer: VQModel) -> list[dict[str, Any]]:
-    """Divides a tokenizer's groups into matrices between hidden features, which have `muon=True`, and all others.
+def muon_groups(groups: list[dict[str, Any]], kept: Iterable[Tensor]) -> list[dict[str, Any]]:
+    """Divides groups of parameters into matrices between hidden features, which have `muon=True`, and all others.
 
-    AdamW keeps biases, norms, depthwise convolutions, the first and the last layer, the quantizer, whose codes are no
-    map between features, and matrices with few rows or columns, such as those next to the codes.
+    AdamW keeps biases, norms, depthwise convolutions, matrices with few rows or columns, such as those next to the
+    codes, and `kept`: a model's first and last layer, and tables such as codebooks, which are no map between features.
     """
-    kept = {id(p) for p in (tokenizer.last_layer, *tokenizer.quantizer.parameters())}
+    left = {id(p) for p in kept}
     divided = []
     for group in groups:
-        hidden = [p for p in group["params"] if p.ndim >= 2 and min(p.shape[:2]) >= LEAST and id(p) not in kept]
+        hidden = [p for p in group["params"] if p.ndim >= 2 and min(p.shape[:2]) >= LEAST and id(p) not in left]
         chosen = {id(p) for p in hidden}
         others = [p for p in group["params"] if id(p) not in chosen]
         divided += [{**group, "params": hidden, "muon": True}, {**group, "params": others, "muon": False}]

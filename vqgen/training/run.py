@@ -171,6 +171,8 @@ class Run:
         self._figures: dict[str, float] = {}  # of the newest evaluation
         self._guards: dict[str, FiniteGuard] = {}
         self._waited = 0.0  # seconds for batches since the last line of the log
+        self._kept: tuple[int, dict[str, float]] | None = None  # the model's step and figures, if not the newest
+        self._ended = ""  # why the program ended the run before its budget was spent
         self._terms: dict[str, Tensor] = {}  # means over the passes since the last update
         self._made_from: dict[str, Any] = {}
         self._state: dict[str, Any] | None = None
@@ -295,7 +297,8 @@ class Run:
             self.saved = self.step
             self._started_from = saved.get("started_from", "")
             self._threads = keep_threads(saved.get("threads")) if self.device.type == "cpu" else ""
-        if saved is not None and self.budget.share(self.step, self.device) >= 1:
+            self._ended = saved.get("ended", "")
+        if saved is not None and (self._ended or self.budget.share(self.step, self.device) >= 1):
             done = f"{self.dir} is finished, at step {self.step}; to train on from its weights: {train_on(self.dir)}"
             self.accelerator.print(f"{done}; next: {then}")
             self.accelerator.end_training()
@@ -376,6 +379,16 @@ class Run:
             ends=last or stopping,
             logs=(step + 1) % train.log_every == 0,
         )
+
+    def end(self, now: Now, reason: str) -> Now:
+        """The place as one where the run ends for good, before its budget is spent; `close` says the reason."""
+        self._ended = reason
+        self._last = now._replace(share=1.0, saves=now.step > self.saved, ends=True)
+        return self._last
+
+    def keep(self, step: int, figures: Mapping[str, float]) -> None:
+        """Says of which earlier step, with these figures, the model is that the next `save` writes."""
+        self._kept = (step, dict(figures))
 
     def passes(self, batches: Iterator[T], *models: nn.Module | None) -> Iterator[T]:
         """Yields a batch for each pass of an update; only the last pass exchanges the gradients of the models."""
@@ -491,6 +504,7 @@ class Run:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
             "means": self.means.state_dict(),
             "started_from": self._started_from,
+            "ended": self._ended,
             **self._made_from,
             **state.state_dict(),
         }
@@ -504,9 +518,10 @@ class Run:
                     for name, part in whole.items():
                         part.save_pretrained(folder / name)
                     if self._found is not None:
-                        figures = self._figures if self.evaluated == now.step else {}
+                        newest = now.step, self._figures if self.evaluated == now.step else {}
+                        step, figures = self._kept or newest
                         found, started_from = self._found, self._started_from
-                        card = model_card(folder, now.step, self._num_parameters, found, figures, started_from)
+                        card = model_card(folder, step, self._num_parameters, found, figures, started_from)
                         (folder / "README.md").write_text(card, "utf-8")
                 saved["logged"] = self.tracker.flush()
                 save_checkpoint(self.dir, now.step, saved, train.keep_checkpoints, train.milestone_every)
@@ -530,9 +545,12 @@ class Run:
                 f"{self.stop.reason}: stopped at step {self.step}; the same command goes on from step {self.saved}"
             )
         else:
-            if max_steps and self.step < max_steps:
+            if self._ended:
+                self.say(f"{self._ended}, at step {self.step}")
+            elif max_steps and self.step < max_steps:
                 seconds = self.config.train.max_seconds
                 self.say(f"train.max_seconds={seconds:g} ended the run at step {self.step} of {max_steps}")
-            self.say(f"{made}: {self.dir / 'model'}; next: {then}")
+            of = f" of step {self._kept[0]}, the best on held-out images" if self._kept else ""
+            self.say(f"{made}{of}: {self.dir / 'model'}; next: {then}")
         self.tracker.close()
         self.accelerator.end_training()
