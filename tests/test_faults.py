@@ -45,7 +45,7 @@ def check_same_state(a: Path, b: Path) -> None:
     a, b = (torch.load(newest_checkpoint(run) / "state.pt", weights_only=True) for run in (a, b))
     for key in ("seconds", "logged"):  # the speed's number of characters varies
         assert a.pop(key) > 0 < b.pop(key)
-    for name in {"data", "held_out", "tokenizer", "vqgen", "started_from"} & a.keys():
+    for name in {"data", "held_out", "tokenizer", "vqgen", "started_from", "ended"} & a.keys():
         assert a.pop(name) == b.pop(name)
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 

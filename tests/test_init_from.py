@@ -129,7 +129,7 @@ def test_stage_1_starts_with_the_weights_and_a_new_optimizer(runs, program, tmp_
 
 def test_stage_2_starts_with_the_prior(runs, program, tmp_path):
     arguments = [f"run_dir={tmp_path}/2", f"codes_dir={tmp_path}/codes", "data.max_images=200", "class_dropout=0"]
-    arguments += [f"stage1={runs}/stage1", f"init_from={runs}/stage2", "optim.lr=1e-9", *SHORT]
+    arguments += [f"stage1={runs}/stage1", f"init_from={runs}/stage2", "optim.lr=1e-9", "context_noise=0", *SHORT]
     code, output, errors = program("stage2/train.py", *arguments, "model.attention_dropout=1e-9")
     assert code == 0, errors
     assert "step 40: keeps its averaged weights; new: optimizer, schedule\n" in output
