@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from vqgen.priors.completion import below, known_tokens, scattered
 from vqgen.priors.decoder import is_plain
 from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import ROWS, classes_in_turn, generate_images, sample_images
-from vqgen.settings import DataConfig, SampleConfig, SampleFilesConfig
+from vqgen.settings import DataConfig, SampleConfig, SampleFilesConfig, SamplePrecision
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
 from vqgen.training.stop import is_out_of_memory
 from vqgen.yaml_file import read_yaml
@@ -142,7 +142,7 @@ class Generator:
         cfg_power: float = DEFAULTS.cfg_power,
         cfg_start: float = DEFAULTS.cfg_start,
         best_of: int = DEFAULTS.best_of,
-        precision: Literal["no", "bf16"] = DEFAULTS.precision,
+        precision: SamplePrecision = DEFAULTS.precision,
         cuda_graph: bool = DEFAULTS.cuda_graph,
         batch_size: int = DEFAULTS.batch_size,
         toward: int | str | None = None,

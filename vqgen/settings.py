@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from vqgen.codes import ORDERS, sides
 from vqgen.errors import InputError, require, require_choice, require_size
@@ -11,6 +11,7 @@ from vqgen.errors import InputError, require, require_choice, require_size
 PATHS = {"run_dir", "init_from", "source", "val_source", "stage1", "stage2", "codes_dir", "weights", "out"}
 PATHS |= {"cache_dir", "feature_weights", "perceptual_weights", "compare", "images", "reference", "image", "mask"}
 ADDRESSES = {"source", "val_source", "images", "reference"}  # those of them that may also be an address
+SamplePrecision = Literal["no", "bf16"]
 VQGAN_SETTINGS = ["loss.perceptual.name=alex", "loss.adversarial.name=non_saturating"]
 
 
@@ -517,7 +518,7 @@ class SampleConfig:
     """Share of the tokens that are drawn before guidance begins."""
     best_of: int = 1
     """Draw so many for each image, and keep the one whose codes are likeliest without guidance."""
-    precision: Literal["no", "bf16"] = "no"
+    precision: SamplePrecision = "no"
     """`bf16` computes the prior in bfloat16, which is faster on GPUs that have it."""
     cuda_graph: bool = False
     """On a CUDA GPU, replay the step that draws a token as a CUDA graph: three times as fast for small priors."""
@@ -536,7 +537,7 @@ class SampleConfig:
         require(0 < self.top_p <= 1, f"top_p={self.top_p}: must be above 0 and at most 1")
         require(0 <= self.min_p <= 1, f"min_p={self.min_p}: is a share, from 0 to 1")
         require_size("best_of", self.best_of, 1000)
-        require_choice("precision", self.precision, ("no", "bf16"), "precision")
+        require_choice("precision", self.precision, get_args(SamplePrecision), "precision")
         require(self.cfg_power >= 0, f"cfg_power={self.cfg_power}: must be 0 (constant) or more")
         require(0 <= self.cfg_start <= 1, f"cfg_start={self.cfg_start}: is a share of the tokens, from 0 to 1")
         require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")

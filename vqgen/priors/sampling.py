@@ -216,23 +216,19 @@ def sample_images(
     count = len(class_ids)
     padded = torch.arange(count + -count % ROWS, device=class_ids.device) % count
     class_ids, each = class_ids[padded], {name: tensor[padded] for name, tensor in each.items()}
-    best, likeliest = class_ids, torch.full((len(padded),), -torch.inf, device=class_ids.device)
-    for attempt in range(best_of):
-        generator = image_generators(seed, first, len(padded), attempt)
-        tokens = sample_tokens(prior, class_ids, generator=generator, **each, **options)
-        if best_of == 1:
-            best = tokens
-            break
-        likelihood = torch.cat([log_likelihood(prior, *part) for part in zip(*_parts(tokens, class_ids), strict=True)])
-        better = likelihood > likeliest
-        best = torch.where(better[:, None], tokens, best if attempt else tokens)
-        likeliest = torch.where(better, likelihood, likeliest)
-    codes = [prior.layout.unflatten(part) for part in best.split(ROWS)]
+    drawn = [
+        sample_tokens(
+            prior, class_ids, generator=image_generators(seed, first, len(padded), attempt), **each, **options
+        )
+        for attempt in range(best_of)
+    ]
+    tokens = drawn[0]
+    if best_of > 1:
+        parts = zip(torch.cat(drawn).split(ROWS), class_ids.repeat(best_of).split(ROWS), strict=True)
+        likelihood = torch.cat([log_likelihood(prior, *part) for part in parts]).view(best_of, -1)
+        tokens = torch.stack(drawn)[likelihood.argmax(dim=0), torch.arange(len(padded), device=class_ids.device)]
+    codes = [prior.layout.unflatten(part) for part in tokens.split(ROWS)]
     return torch.cat([to_uint8(tokenizer.decode(part)) for part in codes])[:count]
-
-
-def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    return [tensor.split(ROWS) for tensor in tensors]
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ class Best:
     def offer(self, figure: float, step: int, figures: Mapping[str, float], model: nn.Module) -> None:
         """Takes an evaluation over if its figure is lower than all before."""
         self._waited += 1
-        if figure < self.figure:
+        if not self.weights or figure < self.figure:  # the first is kept even if its figure is not finite
             self.figure, self.step, self.figures, self._waited = figure, step, dict(figures), 0
             self.weights = {name: x.detach().to("cpu", copy=True) for name, x in model.state_dict().items()}
 
