@@ -209,10 +209,10 @@ MUTANTS = [
         "average",
     ),
     Mutant(
-        "the rotation of queries and keys negates the other half",
+        "queries and keys are rotated the other way",
         "vqgen/priors/decoder.py",
-        "sign[: self.size // 2] = -1",
-        "sign[self.size // 2 :] = -1",
+        "torch.complex(cos, sin)",
+        "torch.complex(cos, -sin)",
         "tests/priors/test_decoder.py",
         "transformers",
     ),

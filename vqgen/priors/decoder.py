@@ -77,7 +77,7 @@ class Layer(NamedTuple):
 
     Attributes:
         qkv: (heads of q, k and v times D, width), the norm's weight included.
-        norm: (heads of q and k, D, 1), the weights of the norms of queries and keys; None if the model has none.
+        norm: (heads of q and k, D), the weights of the norms of queries and keys; None if the model has none.
         out: (width, heads of q times D).
         gate_up: (2 times the inner width, width), the norm's weight included.
         down: (width, inner width).
@@ -94,8 +94,11 @@ class LlamaDecoder:
     """The pass of Llama (Touvron et al. 2023), and of Qwen3, which has norms of queries and keys.
 
     Tokens are columns here, (width, R n), and weights stand on the left: CPUs multiply few tokens faster so, and from
-    12 columns on a column's result does not depend on the others. With bf16, the products between norms and the cache
-    are in bf16; the sums of the layers, norms, rotations and logits are in float32, as under autocast.
+    12 columns on a column's result does not depend on the others. RoFormer rotates each pair of features; the two stand
+    side by side here, as one complex number, and the queries have the 1 / sqrt(D) of the attention in their weights.
+
+    With bf16, the products between norms and the cache are in bf16; the sums of the layers, norms, rotations and logits
+    are in float32, as under autocast.
     """
 
     def __init__(self, lm: Any, batch: int, length: int, dtype: torch.dtype = torch.float32):
@@ -103,32 +106,37 @@ class LlamaDecoder:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.size, self.eps = model.layers[0].self_attn.head_dim, config.rms_norm_eps  # size: D
         self.embedding = model.embed_tokens.weight  # (V, width)
-        device = self.embedding.device
-        cos, sin = model.rotary_emb(model.embed_tokens.weight, torch.arange(length, device=device)[None])
-        sign = torch.ones_like(sin[0, 0])
-        sign[: self.size // 2] = -1  # RoFormer's rotation swaps the halves and negates the one that comes first
-        self.cos, self.sin = (part[0].t().contiguous() for part in (cos, sin * sign))  # (D, length)
+        device, width = self.embedding.device, self.embedding.shape[1]
+        cos, sin = model.rotary_emb(self.embedding, torch.arange(length, device=device)[None])
+        self.rotation = torch.complex(cos, sin)[0, :, None, : self.size // 2]  # (length, 1, D / 2)
         self.layers = [self._layer(layer, dtype) for layer in model.layers]
         self.head = lm.lm_head.weight * model.norm.weight  # (V, width)
         shape = (len(self.layers), 2, batch, self.kv_heads, length, self.size)
         self.cache = torch.zeros(shape, dtype=dtype, device=device)  # keys and values; masked places must be finite
         self.everywhere = torch.arange(length, device=device)
+        self.mean = self.embedding.new_full((1, width), 1 / width)
 
     def _layer(self, layer: Any, dtype: torch.dtype) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        qkv = torch.cat([part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)])
-        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
-        norm = None
+        scale = self.size**-0.5
         if hasattr(attention, "q_norm"):
-            q, k = attention.q_norm.weight, attention.k_norm.weight
-            norm = torch.cat([q.expand(self.heads, -1), k.expand(self.kv_heads, -1)])[..., None]
+            q, k = self._paired(attention.q_norm.weight * scale), self._paired(attention.k_norm.weight)
+            norm, scale = torch.cat([q.expand(self.heads, -1), k.expand(self.kv_heads, -1)]), 1.0
+        else:
+            norm = None
+        q, k = self._paired(attention.q_proj.weight * scale), self._paired(attention.k_proj.weight)
+        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
         return Layer(
-            qkv=(qkv * layer.input_layernorm.weight).to(dtype),
+            qkv=(torch.cat([q, k, attention.v_proj.weight]) * layer.input_layernorm.weight).to(dtype),
             norm=norm,
             out=attention.o_proj.weight.to(dtype),
             gate_up=(gate_up * layer.post_attention_layernorm.weight).to(dtype),
             down=mlp.down_proj.weight.to(dtype),
         )
+
+    def _paired(self, weight: Tensor) -> Tensor:
+        """The rows of a weight (heads times D, ...), so that the two features of a rotation stand side by side."""
+        return weight.unflatten(0, (-1, 2, self.size // 2)).transpose(1, 2).flatten(0, 2)
 
     def __call__(self, tokens: Tensor, rows: slice, places: Places) -> Tensor:
         (count, n), rotated = tokens.shape, self.heads + self.kv_heads
@@ -137,29 +145,27 @@ class LlamaDecoder:
             seen = self.everywhere[:end] <= self.everywhere[places, None] if n > 1 else None  # (n, end)
         else:
             end, seen = len(self.everywhere), self.everywhere <= places[:, None]
-        cos, sin = self.cos[:, places], self.sin[:, places]  # (D, n), which serves R columns if n is 1
-        if n > 1:
-            cos, sin = cos.repeat(1, count), sin.repeat(1, count)  # (D, R n)
         x = F.embedding(tokens.flatten(), self.embedding).t().contiguous()  # (width, R n)
+        rotation = self.rotation[places]  # (n, 1, D / 2)
         for layer, cache in zip(self.layers, self.cache[:, :, rows, :, :end], strict=True):
-            qkv = product(layer.qkv, self.normed(x)).view(-1, self.size, count * n)  # (heads, D, R n)
-            qk = qkv[:rotated] if layer.norm is None else self.normed(qkv[:rotated], dim=1) * layer.norm
-            qk = torch.addcmul(qk * cos, qk.roll(self.size // 2, dims=1), sin)  # RoFormer, eq. 34
-            q, k, v = (  # einops would take a tenth of the time of a step
-                part.unflatten(2, (count, n)).permute(2, 0, 3, 1)  # (R, heads, n, D)
-                for part in (qk[: self.heads], qk[self.heads :], qkv[rotated:])
-            )
-            keys, values = cache  # (R, heads, end, D)
-            keys[:, :, places], values[:, :, places] = k, v
-            y = attention(q.to(keys.dtype).contiguous(), keys, values, seen)
-            x = x + product(layer.out, y.transpose(1, 2).reshape(count * n, -1).t())
+            qkv = product(layer.qkv, self.normed(x)).t().contiguous().float()  # (R n, heads times D)
+            qkv = qkv.view(count, n, -1, self.size)
+            qk = qkv[:, :, :rotated]  # (R, n, heads, D)
+            if layer.norm is not None:
+                qk.mul_(torch.rsqrt(qk.square().mean(3, keepdim=True) + self.eps) * layer.norm)
+            torch.view_as_complex(qk.unflatten(3, (-1, 2))).mul_(rotation)  # RoFormer, eq. 34
+            q, kv = qkv.split([self.heads, 2 * self.kv_heads], dim=2)
+            cache[:, :, :, places] = kv.unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4)  # (2, R, kv heads, n, D)
+            keys, values = cache  # (R, kv heads, end, D)
+            y = attention(q.transpose(1, 2).to(cache.dtype), keys, values, seen)  # (R, heads, n, D)
+            x = added(x, layer.out, y.transpose(1, 2).reshape(count * n, -1).t())
             gate, up = product(layer.gate_up, self.normed(x)).chunk(2)
-            x = x + product(layer.down, F.silu(gate) * up)
+            x = added(x, layer.down, F.silu(gate).mul_(up))
         return product(self.head, self.normed(x.view(-1, count, n)[..., -1])).t()
 
-    def normed(self, x: Tensor, dim: int = 0) -> Tensor:
-        """RMSNorm (Zhang and Sennrich 2019) without a weight."""
-        return x * torch.rsqrt(x.square().mean(dim, keepdim=True) + self.eps)
+    def normed(self, x: Tensor) -> Tensor:
+        """RMSNorm (Zhang and Sennrich 2019) of columns (width, R n), without a weight."""
+        return x * (torch.mm(self.mean, x * x) + self.eps).rsqrt_()
 
 
 def product(weight: Tensor, x: Tensor) -> Tensor:
@@ -168,8 +174,13 @@ def product(weight: Tensor, x: Tensor) -> Tensor:
     return torch.mm(weight, x if x.shape[1] >= FEW else x.t().contiguous().t())
 
 
+def added(x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+    """x (m, n) and the product of a weight (m, k) and columns (k, n)."""
+    return x.addmm_(weight, y) if weight.dtype == x.dtype and y.shape[1] >= FEW else x + product(weight, y)
+
+
 def attention(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1), (R, heads, n, D).
+    """softmax(q k^T) v, which is Vaswani et al. (2017), eq. 1, for queries divided by sqrt(D); (R, heads, n, D).
 
     Args:
         q: (R, heads, n, D).
@@ -178,9 +189,10 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> T
         seen: (n, end) bool, the places that each query sees; None means all.
     """
     if q.is_cuda:
-        return F.scaled_dot_product_attention(q, keys, values, seen, enable_gqa=q.shape[1] != keys.shape[1])
+        shared = q.shape[1] != keys.shape[1]
+        return F.scaled_dot_product_attention(q, keys, values, seen, scale=1.0, enable_gqa=shared)
     # torch's fused attention on CPUs with several threads rounds a sequence otherwise in other company.
-    scores = q.reshape(*keys.shape[:2], -1, q.shape[3]) @ keys.mT * q.shape[3] ** -0.5  # (R, kv heads, group n, end)
+    scores = q.reshape(*keys.shape[:2], -1, q.shape[3]) @ keys.mT  # (R, kv heads, group n, end)
     if seen is not None:
         scores = scores.unflatten(2, (-1, q.shape[2])).masked_fill(~seen, -torch.inf).flatten(2, 3)
     return (scores.softmax(dim=3) @ values).view_as(q)

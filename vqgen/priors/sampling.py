@@ -97,15 +97,16 @@ def sample_tokens(
 
     advance = captured(step, device) if cuda_graph and is_plain(prior.lm) else step
     cached = [0] * groups  # numbers of tokens that the decoder has of each group
-    for place in range(first, length):
-        active = plain + (scales[place] != 1)
-        for group in range(active):
-            rows, seen = slice(group * batch, (group + 1) * batch), cached[group]
-            if seen < place:
-                inputs = torch.cat([starts[rows], tokens], dim=1)  # (B, 1 + N)
-                decoder(inputs[:, seen:place], rows, slice(seen, place))
-            cached[group] = place + 1
-        advance(slice(place, place + 1), slice(0, active * batch))
+    with torch.inference_mode():  # which spares each operation the bookkeeping of autograd
+        for place in range(first, length):
+            active = plain + (scales[place] != 1)
+            for group in range(active):
+                rows, seen = slice(group * batch, (group + 1) * batch), cached[group]
+                if seen < place:
+                    inputs = torch.cat([starts[rows], tokens], dim=1)  # (B, 1 + N)
+                    decoder(inputs[:, seen:place], rows, slice(seen, place))
+                cached[group] = place + 1
+            advance(slice(place, place + 1), slice(0, active * batch))
     return tokens
 
 
