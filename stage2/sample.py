@@ -47,7 +47,8 @@ def main(run_dir: str, config: SampleFilesConfig) -> None:
     each = generator.of_each(config, image, mask)
     if "known" in each and state.is_main_process:
         drawn_codes, all_codes = int((each["known"][0] < 0).sum()), each["known"].shape[1]
-        print(f"{drawn_codes} of the image's {all_codes} codes are drawn, each from those before it")
+        seen = "all that stay and those drawn before" if generator.model.random_orders else "those before it"
+        print(f"{drawn_codes} of the image's {all_codes} codes are drawn, each from {seen}")
     starts = range(0, config.num_images, config.batch_size)[state.process_index :: state.num_processes]
     drawn = []
     for start in tqdm(starts, desc="sampling", unit=" batches", disable=None if state.is_main_process else True):

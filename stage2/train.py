@@ -25,7 +25,7 @@ from vqgen.data.order import token_batches
 from vqgen.data.stream import ImageStream, OrderedStream
 from vqgen.errors import require, section
 from vqgen.evaluation.likelihood import prior_nll, tokens_that_tell_apart, unigram_entropy
-from vqgen.priors.objective import uniform_loss, with_random_tokens
+from vqgen.priors.objective import annealed, random_orders, uniform_loss, with_random_tokens
 from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import classes_in_turn, sample_images
 from vqgen.settings import DataConfig, SampleConfig, Stage2Config
@@ -69,11 +69,17 @@ def prior_pass(
 ) -> dict[str, Tensor]:
     """One pass of the prior on tokens (B, N) of classes (B,), -1 for no class: its loss, and the loss' gradient.
 
-    The noise (B, 1 + 2 N) is uniform, and decides which tokens of the context are random ones.
+    Uniform noise (B, ...) decides the orders, if they are random, with 1 + N numbers of each sequence, and which tokens
+    of the context are random ones, with 1 + 2 N.
     """
+    noise = noise.to(run.device, non_blocking=True)
+    length, order = tokens.shape[1], None
     most = config.context_noise * max(0.0, 1 - share / 0.75)
-    context = with_random_tokens(tokens, nets.ranges, most, noise.to(run.device, non_blocking=True)) if most else tokens
-    logits = nets.model(context, class_ids)
+    context = with_random_tokens(tokens, nets.ranges, most, noise[:, -1 - 2 * length :]) if most else tokens
+    if config.random_orders is not None:
+        order = random_orders(annealed(config.random_orders, share), noise[:, : 1 + length])
+        context, tokens = context.gather(1, order), tokens.gather(1, order)
+    logits = nets.model(context, class_ids, order)
     logits = rearrange(logits.float(), "b n v -> (b n) v")  # float(): FSDP's mixed precision returns bf16
     loss = F.cross_entropy(logits, rearrange(tokens, "b n -> (b n)"))
     terms = {"loss": loss}
@@ -118,7 +124,8 @@ def train(config: Stage2Config, run: Run) -> None:
         size,
     )
     batches = token_batches(train_codes, run.place, class_dropout=config.class_dropout, device=run.device)
-    noise = run.place.uniforms(1 + 2 * layout.num_tokens if config.context_noise else 0)
+    for_order = 0 if config.random_orders is None else 1 + layout.num_tokens
+    noise = run.place.uniforms(for_order + (1 + 2 * layout.num_tokens if config.context_noise else 0))
     dims_per_token = tokenizer.channels * math.prod(sides(config.data["image_size"])) / layout.num_tokens
 
     for now in run.steps():
@@ -178,11 +185,16 @@ def build(config: Stage2Config, run: Run, tokenizer: VQModel, tokenizer_hash: st
         codes = [f"{key}={there}, here {here}" for key, here, there in differ]
         other = f"is for codes of another tokenizer, size or order: {'; '.join(codes)}; train from scratch"
         require(not codes, f"init_from={config.init_from}: {other}")
+        same = (config.random_orders is None) == (its.places is None)
+        orders = f"its random_orders is {its.random_orders}, here {config.random_orders}; only numbers suit numbers"
+        require(same, f"init_from={config.init_from}: {orders.replace('None', 'null')}")
         run.origin.check("model", config.model, its.all_options, free=dropout)
         config.model = its.options | config.model
     config.model = check_options(Prior, config.model, "model")
     with section("model"):
         prior = Prior(layout, class_names, **config.model)
+    if config.random_orders is not None:
+        prior.add_places(config.random_orders)
     if run.origin is not None:
         first = layout.vocab_size + 1  # the token of the first class
         run.origin.fill_by_class(prior, prior.token_tables, [(i, i) for i in range(first)], first, class_names)

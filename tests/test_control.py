@@ -131,7 +131,7 @@ def test_sample_py_completes_an_image_as_the_generator_does(runs, program, tmp_p
     arguments = ["stage2/sample.py", runs / "stage2", "num_images=5", f"out={tmp_path}/out", "class_ids=[7]"]
     code, printed, errors = program(*arguments, f"image={tmp_path}/image.png", "keep_rows=0.5")
     assert code == 0, errors
-    assert "codes are drawn, each from those before it" in printed
+    assert "codes are drawn, each from those before it\n" in printed
     drawn = np.load(tmp_path / "out/samples.npz")["images"]
     images = Generator.from_pretrained(runs / "stage2").sample(7, 5, image=digit, keep_rows=0.5)
     assert np.array_equal(

@@ -145,6 +145,13 @@ def test_stage_2_starts_with_the_prior(runs, program, tmp_path):
     assert config == read_yaml(runs / "stage2/config.yaml")["model"] | {"attention_dropout": 1e-9}
 
 
+def test_a_prior_of_one_order_is_no_start_for_random_orders(runs, program, tmp_path):
+    arguments = [f"run_dir={tmp_path}", f"codes_dir={tmp_path}/codes", f"init_from={runs}/stage2", "random_orders=0"]
+    code, _, errors = program("stage2/train.py", f"stage1={runs}/stage1", *arguments, *SHORT)
+    assert code == 2
+    assert f"init_from={runs}/stage2: its random_orders is null, here 0.0; only numbers suit numbers\n" in errors
+
+
 def test_the_gan_starts_with_both_networks(program, tmp_path):
     debug = ["configs/debug/gan.yaml", *SHORT, "data.max_images=200"]
     assert program("stage1/train_gan.py", f"run_dir={tmp_path}/a", *debug)[0] == 0

@@ -217,7 +217,7 @@ def test_an_update_with_changed_latents_asks_for_the_images_so_transformed(progr
         torch.testing.assert_close(gradient, named[name].grad, rtol=1e-3, atol=1e-4 * largest, msg=name)
 
 
-@pytest.mark.parametrize("changed", [False, True], ids=["as it is", "context noise and label smoothing"])
+@pytest.mark.parametrize("changed", [False, True], ids=["as it is", "context noise, random orders and label smoothing"])
 def test_one_update_of_the_prior_is_that_of_its_loss_for_the_classes_that_were_not_hidden(
     runs, program, tmp_path, monkeypatch, changed
 ):
@@ -227,11 +227,18 @@ def test_one_update_of_the_prior_is_that_of_its_loss_for_the_classes_that_were_n
         seen.append(noise)
         return torch.where(torch.arange(tokens.shape[1]) % 3 == 1, tokens.flip(0), tokens)
 
+    def turned(share: float, noise: Tensor) -> Tensor:
+        assert share == 1.0  # before the first step
+        assert noise.shape == (8, 1 + layout.num_tokens)
+        return torch.stack([torch.arange(layout.num_tokens).roll(i + 1) for i in range(8)])
+
     seen: list[Tensor] = []
     monkeypatch.setattr("vqgen.priors.objective.with_random_tokens", others)
+    monkeypatch.setattr("vqgen.priors.objective.random_orders", turned)
     layout = load_tokenizer(runs / "stage1")[0].code_layout(32)
     arguments = [f"run_dir={tmp_path}", f"stage1={runs}/stage1", f"codes_dir={tmp_path}/codes", "class_dropout=0.5"]
-    arguments += ["context_noise=0.4", "label_smoothing=0.3"] if changed else ["context_noise=0"]
+    changes = ["context_noise=0.4", "random_orders=0.2", "label_smoothing=0.3"]
+    arguments += changes if changed else ["context_noise=0"]
     code, _, errors = program("stage2/train.py", "configs/debug/stage2.yaml", *arguments, "optim.name=adamw", *STEP)
     assert code == 0, errors
     config = read_yaml(tmp_path / "config.yaml")
@@ -240,6 +247,8 @@ def test_one_update_of_the_prior_is_that_of_its_loss_for_the_classes_that_were_n
     layout = tokenizer.code_layout(32)
     torch.manual_seed(0)
     prior = Prior(layout, train_set.class_names, **config["model"])
+    if changed:
+        prior.add_places(0.2)
     before = {name: p.detach().clone() for name, p in prior.named_parameters()}
     total, order = 0.0, BatchOrder(2 * len(train_set), 8, first=0, seed=0)  # each image and its mirror image
     for i, rows in enumerate(itertools.islice(order, 2)):
@@ -251,7 +260,12 @@ def test_one_update_of_the_prior_is_that_of_its_loss_for_the_classes_that_were_n
         tokens = layout.flatten(tokenizer.encode(x))
         hidden = coin_flips(0.5, 8, 0, 0, i, 2)
         class_ids = torch.where(hidden, -1, class_ids)
-        logits = prior(others(tokens, layout.token_ranges(), 0.4, tokens) if changed else tokens, class_ids)
+        if changed:
+            places = turned(1.0, torch.empty(8, 1 + layout.num_tokens))
+            context = others(tokens, layout.token_ranges(), 0.4, tokens).gather(1, places)
+            logits, tokens = prior(context, class_ids, places), tokens.gather(1, places)
+        else:
+            logits = prior(tokens, class_ids)
         log_p = logits.log_softmax(dim=-1)
         loss = -log_p.gather(-1, tokens[..., None]).mean()
         total += loss.item() / 2

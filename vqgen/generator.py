@@ -154,7 +154,8 @@ class Generator:
         """Draws images; the same seed gives the same images, whatever num_images and batch_size.
 
         With an image they start from its codes, which one of keep_rows, mask and vary divides into those that stay and
-        those that are drawn. A drawn code depends on those before it in the order, and not on those after it.
+        those that are drawn. A drawn code depends on those before it in the order; and on all that stay, if the prior
+        was trained with `random_orders` above 0.
 
         Args:
             class_ids: classes to cycle through; None takes all classes, -1 means no class. A text is the name of a

@@ -446,6 +446,10 @@ class Stage2Config:
     context_noise: float = 0.25
     """Largest share of the earlier tokens that are random, so that the prior learns to go on from its own mistakes.
     Each sequence has a share of its own, and all fall to 0 over the first three quarters of the run (reAR)."""
+    random_orders: float | None = None
+    """Share of the sequences whose codes come in a random order at the end of the run. It is 1 in the first half and
+    falls until three quarters. 0 is RAR; with 0.5, say, the prior can also draw inside an image, from the codes on all
+    sides. null has the one order only."""
     label_smoothing: float = 0.0
     """Share of the target's probability that goes to all codes alike."""
     seed: int = 0
@@ -459,8 +463,8 @@ class Stage2Config:
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
         require_choice("order", self.order, ORDERS, "order of tokens")
-        for name in ("class_dropout", "context_noise", "label_smoothing"):
-            require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)}: is a share, from 0 to 1")
+        for name in ("class_dropout", "context_noise", "label_smoothing", "random_orders"):
+            require(0 <= (getattr(self, name) or 0) <= 1, f"{name}={getattr(self, name)}: is a share, from 0 to 1")
 
 
 @dataclass
@@ -557,8 +561,8 @@ class SampleFilesConfig(SampleConfig):
     keep_rows: float | None = None
     """Share of the image's height that stays, from the top; what is below is drawn."""
     mask: str | None = None
-    """An image file of the image's size: what is lighter than middle grey there is drawn. The codes are drawn in their
-    order, each from those before it."""
+    """An image file of the image's size: what is lighter than middle grey there is drawn. Each code is drawn from those
+    before it; by a prior trained with random_orders above 0, from all that stay, too."""
     vary: float | None = None
     """Share of the image's codes, at random places, that are drawn anew."""
 

@@ -1,9 +1,9 @@
-"""Random tokens in the context, and smoothed targets, against what they should be on average."""
+"""Random tokens in the context, random orders, and smoothed targets, against what they should be on average."""
 
 import torch
 
 from vqgen.codes import CodeLayout
-from vqgen.priors.objective import uniform_loss, with_random_tokens
+from vqgen.priors.objective import annealed, random_orders, uniform_loss, with_random_tokens
 
 MANY = CodeLayout(((2, 2), (1, 2, 2)), (5, 7))
 
@@ -30,6 +30,23 @@ def test_random_tokens_are_legal_where_they_stand():
     assert (noisy >= ranges[:, 0]).all()
     assert (noisy < ranges[:, 1]).all()
     assert [len(column.unique()) for column in noisy.T] == (ranges[:, 1] - ranges[:, 0]).tolist()
+
+
+def test_a_share_of_the_orders_is_random_and_each_order_as_likely():
+    torch.manual_seed(0)
+    orders = random_orders(0.7, torch.rand(24_000, 1 + 4))
+    assert torch.equal(orders.sort(dim=1).values, torch.arange(4).expand_as(orders))
+    kinds, counts = orders.unique(dim=0, return_counts=True)
+    assert len(kinds) == 24
+    assert kinds[0].tolist() == [0, 1, 2, 3]
+    assert abs(counts[0] / 24_000 - (0.3 + 0.7 / 24)) < 0.015  # 5 deviations
+    assert ((counts[1:] / 24_000 - 0.7 / 24).abs() < 0.0055).all()
+    assert torch.equal(random_orders(0.0, torch.rand(9, 1 + 4)), torch.arange(4).expand(9, 4))
+
+
+def test_the_share_of_random_orders_falls_from_the_half_to_three_quarters():
+    assert [annealed(0.0, share) for share in (0, 0.5, 0.625, 0.75, 1)] == [1, 1, 0.5, 0, 0]
+    assert [annealed(0.4, share) for share in (0, 0.5, 0.625, 0.75, 1)] == [1, 1, 0.7, 0.4, 0.4]
 
 
 def test_the_uniform_loss_is_the_mean_over_legal_tokens():

@@ -88,6 +88,43 @@ def test_each_class_and_no_class_have_logits_of_their_own():
     assert (differences + torch.eye(4) > 1e-4).all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_prior_of_any_order_adds_where_each_token_is_and_where_the_next_one_goes(model_type):
+    prior, tokens, class_ids = small(MANY, model_type=model_type), random_tokens(MANY), torch.tensor([0, 2, -1])
+    plain = prior(tokens, class_ids)
+    prior.add_places(0.5)
+    order = torch.stack([torch.randperm(8) for _ in range(3)])
+    moved = tokens.gather(1, order)
+    table, here, following = (part.weight for part in (prior.lm.get_input_embeddings(), *prior.places.children()))
+    starts = torch.stack([table[MANY.vocab_size + 1 + c] for c in class_ids])
+    rows = [starts + following[order[:, 0]]]
+    rows += [table[moved[:, j]] + here[order[:, j]] + following[order[:, j + 1]] for j in range(7)]
+    expected = prior.lm(inputs_embeds=torch.stack(rows, dim=1)).logits[..., : MANY.vocab_size]
+    logits = prior(moved, class_ids, order)
+    legal = plain.isfinite().gather(1, order[..., None].expand_as(logits))
+    assert torch.equal(logits.isfinite(), legal)
+    torch.testing.assert_close(logits[legal], expected[legal], rtol=0, atol=1e-5)
+    in_turn = prior(tokens, class_ids, torch.arange(8).expand(3, -1))
+    assert torch.equal(prior(tokens, class_ids), in_turn)
+    assert not torch.allclose(in_turn, plain)
+
+
+@torch.no_grad()
+def test_a_prior_of_any_order_comes_back_from_its_files(tmp_path):
+    prior, tokens, class_ids = small(MANY), random_tokens(MANY), torch.tensor([0, 2, -1])
+    prior.add_places(0.25)
+    prior.save_pretrained(tmp_path)
+    again = Prior.from_pretrained(tmp_path)
+    assert again.random_orders == 0.25
+    assert torch.equal(again(tokens, class_ids), prior(tokens, class_ids))
+    assert LlamaForCausalLM.from_pretrained(tmp_path).config.vqgen["random_orders"] == 0.25
+    (tmp_path / "places.safetensors").unlink()
+    with pytest.raises(InputError, match=r"does not load as a prior: .*places\.safetensors"):
+        Prior.from_pretrained(tmp_path)
+    assert small().random_orders is None
+
+
 def test_gradient_is_finite_where_tokens_are_illegal():
     prior, tokens = small(MANY).train(), random_tokens(MANY)
     logits = prior(tokens, torch.tensor([0, 1, -1]))

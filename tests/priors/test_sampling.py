@@ -281,6 +281,41 @@ def test_tokens_that_are_known_stay_and_count_for_those_after_them(cfg_scale, mo
     assert torch.equal(tokens, sample_uncached(prior, class_ids, cfg_scale, temperature=1.0, known=known))
 
 
+@pytest.mark.parametrize("cuda_graph", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("layout", [PLAIN, MANY], ids=["plain", "several codebooks"])
+def test_a_prior_of_any_order_draws_from_all_known_tokens(layout, model_type, cuda_graph):
+    prior, class_ids, scale = small(layout, model_type), torch.tensor([0, 1, 2]), 3.0
+    prior.add_places(0.5)
+    with torch.no_grad():
+        for table in prior.places.parameters():
+            table.mul_(20)
+    known = torch.full((3, layout.num_tokens), -1)
+    known[:, 2], known[0, 5], known[1:, 3], known[:, -1] = 1, 6, 7, layout.vocab_size - 1
+    known[2, :2] = torch.tensor([2, 6 % layout.token_ranges()[1, 1]])
+    tokens, noise = torch.zeros_like(known), np.stack([g.random(layout.num_tokens) for g in generators(3)])
+    for i in range(3):
+        order = [t for t in range(layout.num_tokens) if known[i, t] >= 0]
+        order += [t for t in range(layout.num_tokens) if known[i, t] < 0]
+        drawn = torch.zeros(1, layout.num_tokens, dtype=torch.int64)
+        for j, t in enumerate(order):
+            with torch.no_grad():
+                given, none = (
+                    prior(drawn, ids, torch.tensor([order]))[0, j].double()
+                    for ids in (class_ids[i, None], torch.tensor([-1]))
+                )
+            logits = torch.where(given.isfinite(), none + scale * (given - none), -torch.inf)
+            drawn[0, j] = known[i, t]
+            if known[i, t] < 0:
+                drawn[0, j] = draw(logits[None], torch.tensor([noise[i, j]]), 1.0)[0]
+            tokens[i, t] = drawn[0, j]
+    options = {"cfg_scale": scale, "cuda_graph": cuda_graph}
+    assert torch.equal(sample_tokens(prior, class_ids, known=known, generator=generators(3), **options), tokens)
+    prior.add_places(0.0)  # ends in the layout's order
+    tokens = sample_tokens(prior, class_ids, known=known, generator=generators(3), **options)
+    assert torch.equal(tokens, sample_uncached(prior, class_ids, scale, temperature=1.0, known=known))
+
+
 @pytest.mark.parametrize("layout", [PLAIN, MANY], ids=["plain", "several codebooks"])
 def test_a_step_whose_place_is_a_tensor_s_content_draws_the_same(layout):
     """That step is what a CUDA graph holds; here it runs without one."""

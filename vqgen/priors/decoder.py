@@ -26,7 +26,15 @@ class Decoder(Protocol):
         ...
 
 
-def decoder_of(lm: Any, batch: int, length: int, *, groups: int = 1, dtype: torch.dtype = torch.float32) -> Decoder:
+def decoder_of(
+    lm: Any,
+    batch: int,
+    length: int,
+    *,
+    groups: int = 1,
+    dtype: torch.dtype = torch.float32,
+    added: Tensor | None = None,
+) -> Decoder:
     """The fastest decoder of a causal language model of transformers. It must not outlive a change of the weights.
 
     Args:
@@ -35,8 +43,11 @@ def decoder_of(lm: Any, batch: int, length: int, *, groups: int = 1, dtype: torc
         length: largest number of tokens of a sequence.
         groups: number of groups. Sequences of a group must be passed together.
         dtype: torch.bfloat16 computes in bf16.
+        added: (groups batch, length, width), what is added to the embeddings of the tokens.
     """
-    return LlamaDecoder(lm, groups * batch, length, dtype) if is_plain(lm) else AnyDecoder(lm, batch, dtype)
+    if is_plain(lm):
+        return LlamaDecoder(lm, groups * batch, length, dtype, added)
+    return AnyDecoder(lm, batch, dtype, added)
 
 
 def is_plain(lm: Any) -> bool:
@@ -54,21 +65,24 @@ def is_plain(lm: Any) -> bool:
 class AnyDecoder:
     """The model's own pass in transformers, one for each group of sequences."""
 
-    def __init__(self, lm: Any, batch: int, dtype: torch.dtype):
-        self.lm, self.batch, self.dtype = lm, batch, dtype
-        self.tokens: dict[int, Tensor] = {}  # by the group's first row: all its tokens, for models without a cache
+    def __init__(self, lm: Any, batch: int, dtype: torch.dtype, added: Tensor | None = None):
+        self.lm, self.batch, self.dtype, self.added = lm, batch, dtype, added
+        self.inputs: dict[int, Tensor] = {}  # by the group's first row: all its inputs, for models without a cache
         self.caches: dict[int, Any] = {}
 
     def __call__(self, tokens: Tensor, rows: slice, places: Places) -> Tensor:
+        name, inputs = "input_ids", tokens
+        if self.added is not None:
+            name, inputs = "inputs_embeds", self.lm.get_input_embeddings()(tokens) + self.added[rows, places]
         firsts = range(rows.start, rows.stop, self.batch)
         with torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return torch.cat([self._one(*each) for each in zip(tokens.split(self.batch), firsts, strict=True)])
+            return torch.cat([self._one(name, *each) for each in zip(inputs.split(self.batch), firsts, strict=True)])
 
-    def _one(self, tokens: Tensor, first: int) -> Tensor:
-        whole = torch.cat([self.tokens[first], tokens], dim=1) if first in self.tokens else tokens
+    def _one(self, name: str, inputs: Tensor, first: int) -> Tensor:
+        whole = torch.cat([self.inputs[first], inputs], dim=1) if first in self.inputs else inputs
         cache = self.caches.get(first)
-        output = self.lm(input_ids=whole if cache is None else tokens, past_key_values=cache, use_cache=True)
-        self.tokens[first], self.caches[first] = whole, getattr(output, "past_key_values", None)
+        output = self.lm(**{name: whole if cache is None else inputs}, past_key_values=cache, use_cache=True)
+        self.inputs[first], self.caches[first] = whole, getattr(output, "past_key_values", None)
         return output.logits[:, -1]
 
 
@@ -101,7 +115,10 @@ class LlamaDecoder:
     are in float32, as under autocast.
     """
 
-    def __init__(self, lm: Any, batch: int, length: int, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, lm: Any, batch: int, length: int, dtype: torch.dtype = torch.float32, added: Tensor | None = None
+    ):
+        self.added = added
         config, model = lm.config, lm.model
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.size, self.eps = model.layers[0].self_attn.head_dim, config.rms_norm_eps  # size: D
@@ -145,7 +162,9 @@ class LlamaDecoder:
             seen = self.everywhere[:end] <= self.everywhere[places, None] if n > 1 else None  # (n, end)
         else:
             end, seen = len(self.everywhere), self.everywhere <= places[:, None]
-        x = F.embedding(tokens.flatten(), self.embedding).t().contiguous()  # (width, R n)
+        x = F.embedding(tokens, self.embedding)  # (R, n, width)
+        x = x if self.added is None else x + self.added[rows, places]
+        x = x.flatten(0, 1).t().contiguous()  # (width, R n)
         rotation = self.rotation[places]  # (n, 1, D / 2)
         for layer, cache in zip(self.layers, self.cache[:, :, rows, :, :end], strict=True):
             qkv = product(layer.qkv, self.normed(x)).t().contiguous().float()  # (R n, heads times D)

@@ -1,4 +1,4 @@
-"""What changes the prior's objective: random tokens in its context, and smoothed targets."""
+"""What changes the prior's objective: random tokens in its context, random orders, and smoothed targets."""
 
 import torch
 from torch import Tensor
@@ -19,6 +19,22 @@ def with_random_tokens(tokens: Tensor, ranges: Tensor, most: float, noise: Tenso
     first, end = ranges.unbind(dim=1)  # (N,)
     drawn = first + (value * (end - first)).long().clamp_max(end - first - 1)  # rounding could reach the end
     return torch.where(chosen < most * share, drawn, tokens)
+
+
+def random_orders(share: float, noise: Tensor) -> Tensor:
+    """Orders (B, N) of the N places, a share of them random ones and the others 0, 1, 2, ... (Yu et al. 2024, RAR).
+
+    Args:
+        share: the share.
+        noise: (B, 1 + N), uniform in [0, 1): for the choice, and the order.
+    """
+    in_turn = torch.arange(noise.shape[1] - 1, device=noise.device)
+    return torch.where(noise[:, :1] < share, noise[:, 1:].argsort(dim=1), in_turn)
+
+
+def annealed(last: float, share: float) -> float:
+    """The share of random orders at this share of a run: 1 in the first half, `last` from three quarters on."""
+    return last + (1 - last) * min(1.0, max(0.0, 3 - 4 * share))
 
 
 def uniform_loss(logits: Tensor) -> Tensor:

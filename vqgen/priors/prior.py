@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -22,7 +24,32 @@ from vqgen.priors.decoder import EVERYWHERE, Places
 # transformers raises these for settings that contradict each other.
 MISFITS = (ArithmeticError, RuntimeError, TypeError, ValueError, StrictDataclassError)
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # the sizes that every prior is given
+PLACES = "places.safetensors"  # beside transformers' files
 BOOKKEEPING = ("architectures", "dtype", "transformers_version", "vqgen", "_name_or_path")  # items that are no options
+
+
+class PlaceEmbeddings(nn.Module):
+    """What tells a prior of any order which place each token is of, and which place comes next (Yu et al. 2024, RAR).
+
+    Args:
+        count: number of places.
+        width: width of the transformer.
+    """
+
+    def __init__(self, count: int, width: int):
+        super().__init__()
+        self.current, self.next = nn.Embedding(count, width), nn.Embedding(count, width)
+        for table in (self.current, self.next):
+            nn.init.normal_(table.weight, std=0.02)  # as transformers' token embeddings
+
+    def forward(self, order: Tensor) -> Tensor:
+        """What is added to the embeddings (B, N, width) of the class token and all tokens but the last.
+
+        Args:
+            order: (B, N), the place of each token.
+        """
+        current = self.current(order[:, :-1])
+        return self.next(order) + F.pad(current, (0, 0, 1, 0))  # the class token has no place
 
 
 class Prior(nn.Module):
@@ -30,7 +57,7 @@ class Prior(nn.Module):
 
     The sequence starts with a class token: id vocab_size means no class, and vocab_size + 1 + c means class c. The
     model is saved as a plain transformers checkpoint, with the layout and the class names in its config.json, under
-    `vqgen`.
+    `vqgen`. What a prior of any order has besides, `places`, is in a file of its own there.
 
     Args:
         layout: the code tokens' layout.
@@ -50,6 +77,7 @@ class Prior(nn.Module):
     lm: Any  # a causal language model of transformers
     illegal: Tensor | None  # (R, vocab_size) bool: one row per codebook's range of ids, True outside the range
     illegal_row: Tensor | None  # (N,) int64: each position's row; both are None if every token is legal everywhere
+    places: PlaceEmbeddings | None  # None if the tokens always come in the layout's order
 
     def __init__(
         self,
@@ -101,26 +129,39 @@ class Prior(nn.Module):
         everything = not illegal.any()
         self.register_buffer("illegal", None if everything else illegal, persistent=False)
         self.register_buffer("illegal_row", None if everything else row, persistent=False)
+        self.places = None
+        if self.random_orders is not None:
+            self.add_places(self.random_orders)
         # Without this, transformers' generate() would draw class tokens too. It is saved in generation_config.json.
         first_class_token = self.layout.vocab_size
         lm.generation_config.suppress_tokens = list(
             range(first_class_token, first_class_token + 1 + len(self.class_names))
         )
 
-    def forward(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, class_ids: Tensor, order: Tensor | None = None) -> Tensor:
         """Logits (B, N, vocab_size) of each of the tokens (B, N), given the class (-1 for none) and the earlier tokens.
 
-        Tokens that are illegal at a position have the logit -inf.
+        Tokens that are illegal at their place have the logit -inf.
+
+        Args:
+            tokens: (B, N).
+            class_ids: (B,).
+            order: (B, N), the place of each of the tokens in the layout's order, if they come in another one.
         """
         inputs = torch.cat([self.class_tokens(class_ids), tokens[:, :-1]], dim=1)
-        return self.legal(self.lm(input_ids=inputs, use_cache=False).logits)
+        if self.places is None:
+            return self.legal(self.lm(input_ids=inputs, use_cache=False).logits)
+        in_turn = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        x = self.lm.get_input_embeddings()(inputs) + self.places(in_turn if order is None else order)
+        logits = self.lm(inputs_embeds=x, use_cache=False).logits
+        return self.legal(logits, EVERYWHERE if order is None else order)
 
     def class_tokens(self, class_ids: Tensor) -> Tensor:
         """The first tokens (B, 1) of the sequences, from class ids (B,), -1 for no class."""
         return self.layout.vocab_size + 1 + class_ids[:, None]
 
     def legal(self, logits: Tensor, places: Places = EVERYWHERE) -> Tensor:
-        """The model's logits (B, n, ...) at n places of the sequence, with -inf for illegal tokens."""
+        """The model's logits (B, n, ...) at n places of the layout's order, (n,) or (B, n), with -inf where illegal."""
         logits = logits[..., : self.layout.vocab_size]
         if self.illegal is not None and self.illegal_row is not None:
             logits = logits.masked_fill(self.illegal[self.illegal_row[places]], -torch.inf)
@@ -134,6 +175,17 @@ class Prior(nn.Module):
     @class_dropout.setter
     def class_dropout(self, share: float) -> None:
         self.lm.config.vqgen["class_dropout"] = share
+
+    @property
+    def random_orders(self) -> float | None:
+        """The share of training examples in random orders at the end, saved with the model; None if none ever were."""
+        return self.lm.config.vqgen.get("random_orders")
+
+    def add_places(self, random_orders: float) -> None:
+        """Adds what a prior of any order needs, before it is trained."""
+        self.lm.config.vqgen["random_orders"] = random_orders
+        width = self.lm.get_input_embeddings().weight.shape[1]
+        self.places = PlaceEmbeddings(self.layout.num_tokens, width)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -166,8 +218,13 @@ class Prior(nn.Module):
         return [p for name, p in self.named_parameters() if name in tables or id(p) not in maps]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a transformers checkpoint, which `AutoModelForCausalLM.from_pretrained` can load too."""
+        """Writes a transformers checkpoint, which `AutoModelForCausalLM.from_pretrained` can load too.
+
+        A prior of any order also writes places.safetensors, without which its transformers checkpoint is of no use.
+        """
         self.lm.save_pretrained(folder)
+        if self.places is not None:
+            save_model(self.places, str(Path(folder) / PLACES))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Prior":
@@ -190,11 +247,15 @@ class Prior(nn.Module):
         try:
             # These two options keep transformers from running code or pickles from the folder.
             lm = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True)
+            if not hasattr(lm.config, "vqgen"):
+                raise InputError(f"{folder}: a language model, but not one that vqgen trained; give a stage-2 run")
+            prior._set_up(lm)
+            if prior.places is not None:
+                load_model(prior.places, folder / PLACES)
+        except InputError:
+            raise
         except (OSError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
             raise InputError(f"{folder} does not load as a prior: {_one_line(error)}") from error
-        if not hasattr(lm.config, "vqgen"):
-            raise InputError(f"{folder}: a language model, but not one that vqgen trained; give a stage-2 run")
-        prior._set_up(lm)
         return prior.eval()
 
 

@@ -53,7 +53,7 @@ def sample_tokens(
         toward: (B,) int64, second classes that the first ones are mixed with.
         blend: (B,) float, shares of the second classes: log p is (1 - blend) log p(class) + blend log p(toward).
         known: (B, N) tokens that are given, -1 where one is to be drawn. Those drawn depend on given tokens before them
-            only.
+            only; on all given ones, if the prior was trained in random orders to the end.
         generator: a NumPy generator for each sequence, such as `np.random.default_rng(seed)`, so that a sequence is
             the same in any batch; None uses torch's global generator.
         precision: `no`, or `bf16` for the prior's pass.
@@ -64,6 +64,9 @@ def sample_tokens(
     """
     batch, device, length = len(class_ids), class_ids.device, prior.layout.num_tokens
     tokens = class_ids.new_full((batch, length), -1) if known is None else known.clone()  # -1: not drawn yet
+    last = tokens < 0 if prior.random_orders else torch.zeros_like(tokens, dtype=torch.bool)
+    order = last.byte().sort(dim=1, stable=True).indices  # (B, N), the places of the tokens in the order of the draw
+    tokens = tokens.gather(1, order)
     noise = uniform(batch, length, generator, device)  # (B, N): each token is drawn by one uniform number
     scales = guidance(cfg_scale, cfg_power, cfg_start, length)
     if toward is None and not (class_ids >= 0).any():
@@ -76,14 +79,16 @@ def sample_tokens(
         conditions.append(torch.full_like(class_ids, -1))
     groups, starts = len(conditions), prior.class_tokens(torch.cat(conditions))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    decoder = decoder_of(prior.lm, batch, length, groups=groups, dtype=dtype)
+    order_of_all = order.repeat(groups, 1)  # (groups B, N)
+    added = None if prior.places is None else prior.places(order_of_all)
+    decoder = decoder_of(prior.lm, batch, length, groups=groups, dtype=dtype, added=added)
     first = int((tokens >= 0).all(dim=0).long().cumprod(dim=0).sum())  # the first place where something is drawn
     current = tokens[:, first - 1, None].repeat(groups, 1) if first else starts.clone()
 
     def step(places: Places, rows: slice) -> None:
         """Fills one place of the tokens, whose predecessor is `current`."""
         logits = decoder(current[rows], rows, places)  # (groups B, V)
-        logits = prior.legal(logits[:, None], places)[:, 0].float()
+        logits = prior.legal(logits[:, None], order_of_all[rows, places])[:, 0].float()
         if rows.stop > batch:
             log_p = logits.log_softmax(dim=1).unflatten(0, (-1, batch))  # (groups, B, V)
             logits = log_p[0] if blend is None else torch.lerp(log_p[0], log_p[1], blend[:, None])
@@ -107,7 +112,7 @@ def sample_tokens(
                     decoder(inputs[:, seen:place], rows, slice(seen, place))
                 cached[group] = place + 1
             advance(slice(place, place + 1), slice(0, active * batch))
-    return tokens
+    return torch.empty_like(tokens).scatter_(1, order, tokens)
 
 
 def guidance(scale: float, power: float, start: float, length: int) -> list[float]:
