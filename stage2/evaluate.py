@@ -35,6 +35,7 @@ from vqgen.evaluation.features import (
     my_batches,
     thumbnails,
 )
+from vqgen.evaluation.guidance import Samples
 from vqgen.evaluation.likelihood import CodeCounts, LogisticScales, prior_nll
 from vqgen.evaluation.metrics import nearest, share_closer
 from vqgen.evaluation.report import (
@@ -49,7 +50,6 @@ from vqgen.evaluation.report import (
 )
 from vqgen.generator import PRIOR_OPTIONS, Generator
 from vqgen.priors.prior import Prior
-from vqgen.priors.sampling import classes_in_turn
 from vqgen.settings import DataConfig, Stage2EvaluateConfig, TrackingConfig
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, to_uint8
 from vqgen.training.tracking import image_grid, log_evaluation
@@ -260,22 +260,6 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
 
 
 SAMPLING = ("seed", *PRIOR_OPTIONS, "class_ids")
-
-
-class Samples:
-    """A prior's samples as a set of images, drawn on request."""
-
-    def __init__(self, generator: Generator, config: Stage2EvaluateConfig):
-        self.generator, self.config, self.options = generator, config, generator.options(config)
-        self.class_ids = classes_in_turn(config.num_images, generator.choices(config.class_ids)).to(generator.device)
-
-    def __len__(self) -> int:
-        return self.config.num_images
-
-    def __getitems__(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The samples of consecutive rows, uint8 (B, C, H, W), and their class ids."""
-        first, class_ids = int(rows[0]), self.class_ids[rows[0] : rows[-1] + 1]
-        return self.generator.draw(class_ids, seed=self.config.seed, first=first, **self.options), class_ids
 
 
 class Reproduced:

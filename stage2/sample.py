@@ -2,9 +2,11 @@
 
 python stage2/sample.py RUN_DIR [num_images=64 class_ids=[3,cat] cfg_scale=2.0 png=true ... out=DIR]
 python stage2/sample.py RUN_DIR image=FILE keep_rows=0.5|mask=FILE|vary=0.3 [...]
+python stage2/sample.py RUN_DIR tune=fd|nll [...]
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 
@@ -15,19 +17,29 @@ from einops import rearrange
 from tqdm import tqdm
 
 from vqgen.cli.program import run_program
+from vqgen.cli.runs import codes_folder, run_images
+from vqgen.data.codes import encode_images
 from vqgen.data.describe import SHOWN_CLASSES, short_name
+from vqgen.data.images import some_rows
 from vqgen.data.pixels import read_picture
 from vqgen.data.samples import check_free, save_samples, save_single_files
-from vqgen.errors import InputError
+from vqgen.errors import InputError, need, require
+from vqgen.evaluation.features import cached_features, collect_features, load_feature_network
+from vqgen.evaluation.guidance import Samples, figures_of_scales
+from vqgen.evaluation.likelihood import prior_nll
+from vqgen.evaluation.metrics import frechet_distance
+from vqgen.evaluation.report import cache_folder, evaluation_device
 from vqgen.generator import Generator
-from vqgen.priors.sampling import classes_in_turn
+from vqgen.priors.sampling import classes_in_turn, guidance
 from vqgen.settings import SampleFilesConfig
 from vqgen.training.tracking import image_grid
 from vqgen.yaml_file import read_yaml
 
+REFERENCE = 10_000  # at most so many training images
+
 
 def main(run_dir: str, config: SampleFilesConfig) -> None:
-    state = Accelerator()
+    state = evaluation_device() if config.tune else Accelerator()
     device = state.device
     generator = Generator.from_pretrained(run_dir).to(device)
     choices, options = generator.choices(config.class_ids), generator.options(config)
@@ -41,6 +53,12 @@ def main(run_dir: str, config: SampleFilesConfig) -> None:
     if state.is_main_process:
         print(class_list(generator.class_names, Path(run_dir)))
 
+    if config.tune:
+        figure, found = tuned(Path(run_dir), generator, config, state)
+        options["cfg_scale"] = min(found, key=lambda scale: found[scale])
+        if state.is_main_process:
+            print(f"{figure}:", *(f"  cfg_scale={scale:g}  {value:.4g}" for scale, value in found.items()), sep="\n")
+            print(f"drawing with cfg_scale={options['cfg_scale']:g}, the best of these")
     class_ids = classes_in_turn(config.num_images, choices)
     image = None if config.image is None else read_picture(config.image, "image")
     mask = None if config.mask is None else read_picture(config.mask, "mask")
@@ -71,6 +89,52 @@ def main(run_dir: str, config: SampleFilesConfig) -> None:
         image_grid(array[: 16 * columns], min(columns, len(array))).save(out / "grid.png")
         print(f"the first of them as a picture: {out / 'grid.png'}")
     print(f"next: {next_command(run_dir, out, generator)}")
+
+
+def tuned(
+    run: Path, generator: Generator, config: SampleFilesConfig, accelerator: Accelerator
+) -> tuple[str, dict[float, float]]:
+    """The figure that `config.tune` asks for, in words, and its value for scales of guidance; less is better.
+
+    Raises:
+        InputError: guidance does nothing for this model, or the images that it was trained on are not there.
+    """
+    remedy = "leave tune out"
+    require(not generator.is_gan, f"tune: only a prior is guided, and this model is a GAN; {remedy}")
+    prior, tokenizer = generator.model, generator.tokenizer
+    require(bool(prior.class_names), f"tune: the prior has no classes, so guidance does nothing; {remedy}")
+    unknown = "tune: the prior was trained with class_dropout=0, so guidance cannot work"
+    require(prior.class_dropout != 0, f"{unknown}; {remedy}")
+    train, held_out, own = run_images(run, {}, tokenizer.channels)
+    require(own, f"tune: the images that the prior was trained on are not there any more; {remedy}")
+    batch = config.batch_size
+    if config.tune == "nll":
+        codes = encode_images(
+            held_out, tokenizer, codes_folder(run), tokenizer_hash=generator.tokenizer_hash, mirror=False,
+            accelerator=accelerator, order=prior.layout.order,
+        )  # fmt: skip
+
+        def nll(scale: float) -> float:
+            scales = guidance(scale, config.cfg_power, config.cfg_start, prior.layout.num_tokens)
+            return prior_nll(prior, codes, len(codes), batch, accelerator.device, scales)
+
+        return f"NLL of {len(codes):,} held-out images' codes, nats a token", figures_of_scales(nll)
+
+    need("torchmetrics", "evaluation", "tune=fd")
+    shared = {"cache": cache_folder(config), "accelerator": accelerator}
+    network = load_feature_network(config.features, None, train, seed=0, **shared)
+    rows = some_rows(len(train), REFERENCE)
+    reference = cached_features(train, rows, network, batch_size=batch, description="training images", **shared)
+
+    def distance(scale: float) -> float:
+        # Another seed than the samples' own: their later evaluation then has none that the choice was made by.
+        drawn = replace(config, cfg_scale=scale, num_images=config.tune_images, seed=config.seed + 1)
+        samples = Samples(generator, drawn)
+        features = collect_features(samples, np.arange(len(samples)), network, batch, f"cfg_scale={scale:g}")
+        return frechet_distance(features, reference)
+
+    what = f"{network.frechet_name} of {config.tune_images:,} samples against {len(rows):,} training images"
+    return what, figures_of_scales(distance)
 
 
 def class_list(class_names: list[str], run: Path) -> str:

@@ -12,6 +12,7 @@ PATHS = {"run_dir", "init_from", "source", "val_source", "stage1", "stage2", "co
 PATHS |= {"cache_dir", "feature_weights", "perceptual_weights", "compare", "images", "reference", "image", "mask"}
 ADDRESSES = {"source", "val_source", "images", "reference"}  # those of them that may also be an address
 SamplePrecision = Literal["no", "bf16"]
+Tune = Literal["fd", "nll"]
 VQGAN_SETTINGS = ["loss.perceptual.name=alex", "loss.adversarial.name=non_saturating"]
 
 
@@ -551,6 +552,16 @@ class SampleConfig:
 class SampleFilesConfig(SampleConfig):
     """Draw images from a stage-2 run, or from a GAN's run."""
 
+    tune: Tune | None = None
+    """Try scales of guidance, print the figure of each, and draw with the best instead of cfg_scale. `fd` takes the
+    Frechet distance of samples; `nll` the likelihood of held-out images' codes, whatever temperature, top_k, top_p and
+    min_p are."""
+    tune_images: int = 1000
+    """Number of samples for each scale, with tune=fd."""
+    features: str = "efficientnet-lite0"
+    """Feature network for tune=fd, as in the evaluation."""
+    cache_dir: str | None = None
+    """Folder for the features of the training images; null means vqgen/ in the user's cache folder."""
     png: bool = False
     """Also write each image to OUT/CLASS/00017.png, or to OUT/00017.png without classes; OUT must hold no images."""
     toward: int | str | None = None
@@ -576,6 +587,7 @@ class SampleFilesConfig(SampleConfig):
         if self.keep_rows is not None:
             rows = f"keep_rows={self.keep_rows}: is a share of the height, from 0 to below 1"
             require(0 <= self.keep_rows < 1, rows)
+        require(self.tune_images > 1, f"tune_images={self.tune_images}: must be 2 or more")
         require(self.vary is None or 0 < self.vary <= 1, f"vary={self.vary}: is a share, above 0 and at most 1")
 
 

@@ -1,6 +1,7 @@
 """Likelihood of codes under the prior and under simple counts, and of images under the decoder."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,13 +21,33 @@ SCALE_BINS, SCALE_PRIOR = 16, 10
 
 
 @torch.no_grad()
-def prior_nll(model: Prior, codes: TokenStore, num_images: int, batch_size: int, device: torch.device) -> float:
-    """Negative log-likelihood of codes given their class, in nats per token; the processes share the work."""
+def prior_nll(
+    model: Prior,
+    codes: TokenStore,
+    num_images: int,
+    batch_size: int,
+    device: torch.device,
+    scales: Sequence[float] | None = None,
+) -> float:
+    """Negative log-likelihood of codes given their class, in nats per token; the processes share the work.
+
+    Args:
+        model: the prior.
+        codes: the codes.
+        num_images: largest number of images.
+        batch_size: images at a time.
+        device: the prior's device.
+        scales: scale of classifier-free guidance at each of the N places; None means no guidance.
+    """
     chosen = some_rows(len(codes), num_images)[rank() :: world_size()]
     sums = torch.zeros(2, device=device)  # the sum of nats, the number of tokens
     for start in range(0, len(chosen), batch_size):
         tokens, class_ids = (part.to(device) for part in codes.__getitems__(chosen[start : start + batch_size]))
-        logits = rearrange(model(tokens, class_ids), "b n v -> (b n) v")
+        logits = model(tokens, class_ids)
+        if scales is not None:
+            none, given = (part.log_softmax(dim=-1) for part in (model(tokens, torch.full_like(class_ids, -1)), logits))
+            logits = torch.lerp(none, given, torch.tensor(scales, device=device)[:, None]).nan_to_num(nan=-torch.inf)
+        logits = rearrange(logits, "b n v -> (b n) v")
         nats = F.cross_entropy(logits, rearrange(tokens, "b n -> (b n)"), reduction="sum")
         sums += torch.stack([nats, torch.tensor(tokens.numel(), device=device)])
     nats, count = all_reduce_sum(sums).tolist()
