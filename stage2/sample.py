@@ -9,28 +9,36 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from einops import rearrange
+from torch import Tensor
 from tqdm import tqdm
 
 from vqgen.cli.program import run_program
 from vqgen.cli.runs import codes_folder, run_images
 from vqgen.data.codes import encode_images
 from vqgen.data.describe import SHOWN_CLASSES, short_name
-from vqgen.data.images import some_rows
+from vqgen.data.images import ImageSet, some_rows
 from vqgen.data.pixels import read_picture
 from vqgen.data.samples import check_free, save_samples, save_single_files
 from vqgen.errors import InputError, need, require
-from vqgen.evaluation.features import cached_features, collect_features, load_feature_network
+from vqgen.evaluation.features import (
+    FeatureNetwork,
+    Features,
+    cached_features,
+    collect_features,
+    load_feature_network,
+)
 from vqgen.evaluation.guidance import Samples, figures_of_scales
 from vqgen.evaluation.likelihood import prior_nll
-from vqgen.evaluation.metrics import frechet_distance
+from vqgen.evaluation.metrics import ClassProbe, frechet_distance
 from vqgen.evaluation.report import cache_folder, evaluation_device
 from vqgen.generator import Generator
-from vqgen.priors.sampling import classes_in_turn, guidance
+from vqgen.priors.sampling import Judge, classes_in_turn, guidance
 from vqgen.settings import SampleFilesConfig
 from vqgen.training.tracking import image_grid
 from vqgen.yaml_file import read_yaml
@@ -39,10 +47,13 @@ REFERENCE = 10_000  # at most so many training images
 
 
 def main(run_dir: str, config: SampleFilesConfig) -> None:
-    state = evaluation_device() if config.tune else Accelerator()
+    measures = config.tune is not None or config.best_by == "class"
+    state = evaluation_device() if measures else Accelerator()
     device = state.device
     generator = Generator.from_pretrained(run_dir).to(device)
-    choices, options = generator.choices(config.class_ids), generator.options(config)
+    choices = generator.choices(config.class_ids)
+    judge = judge_of_classes(Path(run_dir), generator, config, state) if config.best_by == "class" else None
+    options = generator.options(config, judge)
     out = Path(config.out or Path(run_dir) / ("samples/png" if config.png else "samples"))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -121,10 +132,7 @@ def tuned(
         return f"NLL of {len(codes):,} held-out images' codes, nats a token", figures_of_scales(nll)
 
     need("torchmetrics", "evaluation", "tune=fd")
-    shared = {"cache": cache_folder(config), "accelerator": accelerator}
-    network = load_feature_network(config.features, None, train, seed=0, **shared)
-    rows = some_rows(len(train), REFERENCE)
-    reference = cached_features(train, rows, network, batch_size=batch, description="training images", **shared)
+    network, reference = features_of(train, config, accelerator)
 
     def distance(scale: float) -> float:
         # Another seed than the samples' own: their later evaluation then has none that the choice was made by.
@@ -133,8 +141,41 @@ def tuned(
         features = collect_features(samples, np.arange(len(samples)), network, batch, f"cfg_scale={scale:g}")
         return frechet_distance(features, reference)
 
-    what = f"{network.frechet_name} of {config.tune_images:,} samples against {len(rows):,} training images"
+    count = int(reference.count)
+    what = f"{network.frechet_name} of {config.tune_images:,} samples against {count:,} training images"
     return what, figures_of_scales(distance)
+
+
+def judge_of_classes(run: Path, generator: Generator, config: SampleFilesConfig, accelerator: Accelerator) -> Judge:
+    """Scores images by log p(their class | image), which a linear classifier on the training images' features has.
+
+    Raises:
+        InputError: the model has no two classes, or the images that it was trained on are not there.
+    """
+    remedy = "use best_by=likelihood"
+    require(not generator.is_gan, "best_by: only a prior draws several to choose from, and this model is a GAN")
+    several = len(generator.class_names) > 1 and -1 not in generator.choices(config.class_ids)
+    require(several, f"best_by=class: needs a class for each image, and two to tell apart; {remedy}")
+    train, _, own = run_images(run, {}, generator.channels)
+    require(own, f"best_by=class: the images that the prior was trained on are not there any more; {remedy}")
+    network, reference = features_of(train, config, accelerator)
+    probe = ClassProbe(reference, len(generator.class_names))
+
+    def judge(images: Tensor, class_ids: Tensor) -> Tensor:
+        log_p = probe.log_p(network(images)[0].cpu()).to(class_ids.device)
+        return log_p.gather(1, class_ids[:, None])[:, 0]
+
+    return judge
+
+
+def features_of(
+    train: ImageSet, config: SampleFilesConfig, accelerator: Accelerator
+) -> tuple[FeatureNetwork, Features]:
+    """The feature network, and its features of the training images."""
+    shared: dict[str, Any] = {"cache": cache_folder(config), "accelerator": accelerator}
+    network = load_feature_network(config.features, None, train, seed=0, **shared)
+    how = {"batch_size": config.batch_size, "description": "training images", **shared}
+    return network, cached_features(train, some_rows(len(train), REFERENCE), network, **how)
 
 
 def class_list(class_names: list[str], run: Path) -> str:

@@ -5,14 +5,27 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from vqgen.adversarial.dcgan import DCGANGenerator
+from vqgen.cli.runs import run_images
+from vqgen.codes import CodeLayout
 from vqgen.errors import InputError
+from vqgen.evaluation.features import load_feature_network
+from vqgen.evaluation.report import evaluation_device
 from vqgen.generator import Generator
 from vqgen.priors.prior import Prior
-from vqgen.priors.sampling import ROWS, image_generators, log_likelihood, sample_images, sample_tokens
-from vqgen.tokenizers.vqmodel import from_uint8, load_tokenizer
+from vqgen.priors.sampling import (
+    ROWS,
+    image_generators,
+    log_likelihood,
+    sample_images,
+    sample_maps,
+    sample_tokens,
+    steps,
+)
+from vqgen.tokenizers.vqmodel import from_uint8, load_tokenizer, to_uint8
 
 CLASSES = ["cat", "dog"]
 
@@ -273,3 +286,114 @@ def test_what_a_mask_covers_is_seen_upright_and_without_what_is_transparent(smal
     turned = Image.fromarray(mask).transpose(Image.Transpose.ROTATE_90)
     turned.getexif()[0x0112] = 6  # to be turned clockwise
     assert torch.equal(small.known_tokens(digit, 1, seed=0, mask=turned), expected)
+
+
+# Larger images
+
+
+def test_a_larger_image_is_drawn_in_windows_that_overlap_by_half(small):
+    prior, layout = small.model, small.model.layout
+    side = layout.shapes[0][-1]
+    half, ids = side // 2, torch.tensor([0, 1, -1])
+    grid = (side + 1, 2 * side)
+    options = {"cfg_scale": 2.0, "top_p": 0.9}
+    generators = image_generators(3, 0, 3)
+    [codes] = sample_maps(prior, ids, grid, generator=generators, **options)
+    expected, generators = torch.full((3, *grid), -1), image_generators(3, 0, 3)
+    for top in [0, 1]:
+        for left in [0, half, 2 * half]:
+            known = expected[:, top : top + side, left : left + side].flatten(1).clone()
+            tokens = sample_tokens(prior, ids, known=known, generator=generators, **options)
+            expected[:, top : top + side, left : left + side] = tokens.view(3, side, side)
+    assert torch.equal(codes[:, 0], expected)
+    assert (codes >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "starts"),
+    [(8, 8, [0]), (9, 8, [0, 1]), (16, 8, [0, 4, 8]), (4, 1, [0, 1, 2, 3]), (11, 4, [0, 2, 4, 6, 7])],
+)
+def test_windows_cover_the_length(length, window, starts):
+    assert steps(length, window) == starts
+
+
+def test_windows_of_several_maps_are_at_the_same_place():
+    layout = CodeLayout(((2, 2, 2), (1, 4, 4)), (5, 7))
+    torch.manual_seed(0)
+    prior = Prior(layout, ["a"], hidden_size=32, num_hidden_layers=1, num_attention_heads=2).eval()
+    coarse, fine = sample_maps(prior, torch.zeros(3, dtype=torch.int64), (3, 5), generator=image_generators(0, 0, 3))
+    assert (coarse.shape, fine.shape) == ((3, 2, 3, 5), (3, 1, 6, 10))
+    assert 0 <= coarse.min() <= coarse.max() < 5
+    assert 0 <= fine.min() <= fine.max() < 7
+
+
+def test_sample_py_draws_larger_images_as_the_generator_does(runs, program, tmp_path):
+    arguments = ["stage2/sample.py", runs / "stage2", "num_images=5", f"out={tmp_path}/out", "size=[32,48]"]
+    code, _, errors = program(*arguments)
+    assert code == 0, errors
+    drawn = np.load(tmp_path / "out/samples.npz")["images"]
+    generator = Generator.from_pretrained(runs / "stage2")
+    images = generator.sample(num_images=5, size=(32, 48), batch_size=2)
+    assert [image.size for image in images] == [(48, 32)] * 5
+    assert np.array_equal(drawn.reshape(5, 32, 48), np.stack([np.asarray(image) for image in images]))
+    same, own = generator.sample(num_images=2, size=32), generator.sample(num_images=2)
+    assert all(np.array_equal(*map(np.asarray, pair)) for pair in zip(same, own, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 16}, "size=16: a prior draws images of 32 pixels and larger, in steps of "),
+        ({"size": [32, 33]}, r"size=\[32,33\]: a prior draws images of 32 pixels"),
+        ({"size": 64, "image": "digit", "vary": 0.5}, "size: a larger image cannot start from one"),
+        ({"size": 64, "best_of": 2}, "best_of: the likelihood is that of one window"),
+        ({"size": 0.5}, "size=0.5: must be a number of pixels"),
+    ],
+)
+def test_a_size_that_does_not_fit_is_refused(small, digit, options, message):
+    with pytest.raises(InputError, match=message):
+        small.sample(**{name: digit if value == "digit" else value for name, value in options.items()})
+
+
+# The best of several
+
+
+def test_the_best_by_a_judge_is_kept(small, monkeypatch):
+    def brightness(images: torch.Tensor, class_ids: torch.Tensor) -> torch.Tensor:
+        seen.append(class_ids)
+        return images.double().mean(dim=(1, 2, 3)) * torch.where(class_ids == 0, 1, -1)
+
+    seen: list[torch.Tensor] = []
+    ids, options = torch.arange(40) % 2, {"seed": 5, "cfg_scale": 1.0}
+    best = sample_images(small.model, small.tokenizer, ids, best_of=3, judge=brightness, **options)
+    every = []
+    for attempt in range(3):
+        tokens = sample_tokens(small.model, ids, generator=image_generators(5, 0, 40, attempt))
+        every.append(to_uint8(small.tokenizer.decode(small.model.layout.unflatten(tokens))))
+    means = torch.stack(every).double().mean(dim=(2, 3, 4))
+    expected = torch.where(ids == 0, means.amax(dim=0), means.amin(dim=0))
+    torch.testing.assert_close(best.double().mean(dim=(1, 2, 3)), expected, rtol=0, atol=0.01)
+    assert all(len(part) == ROWS for part in seen)
+    images = small.sample(num_images=4, best_of=3, judge=lambda images, _: -images.double().mean(dim=(1, 2, 3)))
+    plain = small.sample(num_images=4)
+    assert all(np.asarray(a).mean() <= np.asarray(b).mean() for a, b in zip(images, plain, strict=True))
+
+
+def test_sample_py_keeps_the_images_that_a_classifier_recognises(runs, program, tmp_path):
+    arguments = ["stage2/sample.py", runs / "stage2", "num_images=40", f"cache_dir={tmp_path}", "features=lenet"]
+    log_p = {}  # what LeNet's own last layer says of the classes
+    for name, more in {"plain": [], "best": ["best_of=4", "best_by=class"]}.items():
+        code, _, errors = program(*arguments, f"out={tmp_path}/{name}", *more)
+        assert code == 0, errors
+        drawn = np.load(tmp_path / name / "samples.npz")
+        train, _, _ = run_images(runs / "stage2", {}, 1)
+        network = load_feature_network("lenet", None, train, seed=0, cache=tmp_path, accelerator=evaluation_device())
+        logits = network(torch.from_numpy(drawn["images"]).reshape(-1, 1, 32, 32))[1]
+        log_p[name] = -F.cross_entropy(logits, torch.from_numpy(drawn["class_ids"]))
+    assert log_p["best"] > log_p["plain"] + 0.3
+    code, _, errors = program(*arguments, "best_by=class", f"out={tmp_path}/out")
+    assert code == 2
+    assert "best_by=class: chooses among several images; give best_of=8, say\n" in errors
+    code, _, errors = program(*arguments, "best_by=class", "best_of=2", "class_ids=[-1]", f"out={tmp_path}/out")
+    assert code == 2
+    assert "best_by=class: needs a class for each image, and two to tell apart" in errors

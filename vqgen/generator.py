@@ -17,13 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from vqgen.adversarial.dcgan import DCGANGenerator, load_gan
-from vqgen.codes import sides
+from vqgen.codes import shown, sides
 from vqgen.data.pixels import to_pixels, upright_size
 from vqgen.errors import InputError, expanded, require
 from vqgen.priors.completion import below, known_tokens, scattered
 from vqgen.priors.decoder import is_plain
 from vqgen.priors.prior import Prior
-from vqgen.priors.sampling import ROWS, classes_in_turn, generate_images, sample_images
+from vqgen.priors.sampling import ROWS, Judge, classes_in_turn, generate_images, sample_images
 from vqgen.settings import DataConfig, SampleConfig, SampleFilesConfig, SamplePrecision
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
 from vqgen.training.stop import is_out_of_memory
@@ -150,6 +150,8 @@ class Generator:
         keep_rows: float | None = None,
         mask: Image.Image | np.ndarray | None = None,
         vary: float | None = None,
+        size: int | Sequence[int] | None = None,
+        judge: Judge | None = None,
     ) -> list[Image.Image]:
         """Draws images; the same seed gives the same images, whatever num_images and batch_size.
 
@@ -170,7 +172,8 @@ class Generator:
             min_p: draw from tokens that are at least this share as likely as the likeliest; 0 means all tokens.
             cfg_power: how late guidance rises along the sequence, as in `guidance`; 0 means at once.
             cfg_start: share of the tokens that are drawn before guidance begins.
-            best_of: draw so many for each image, and keep the one whose codes are likeliest without guidance.
+            best_of: draw so many for each image, and keep the one whose codes are likeliest without guidance, or the
+                best by `judge`.
             precision: `bf16` computes the prior in bfloat16.
             cuda_graph: replay the step that draws a token as a CUDA graph.
             batch_size: images drawn at a time; fewer, if memory does not suffice.
@@ -179,6 +182,8 @@ class Generator:
             keep_rows: share of the image's height that stays, from the top.
             mask: an image of the same size; what is lighter than middle grey there is drawn.
             vary: share of the codes, at random places, that are drawn.
+            size: side of larger images than those of the training, or (height, width): drawn window by window.
+            judge: scores images uint8 (B, C, H, W) of classes (B,); `best_of` keeps the one with the largest (B,).
 
         Raises:
             InputError: the model does not know a class, or a setting or an image is invalid for it.
@@ -189,6 +194,7 @@ class Generator:
             keep_rows=keep_rows,
             mask=None if mask is None else "mask",
             vary=vary,
+            size=size,
             num_images=num_images,
             seed=seed,
             cfg_scale=cfg_scale,
@@ -203,7 +209,7 @@ class Generator:
             cuda_graph=cuda_graph,
             batch_size=batch_size,
         )
-        options, each = self.options(settings), self.of_each(settings, image, mask)
+        options, each = self.options(settings, judge), self.of_each(settings, image, mask)
         ids, drawn = classes_in_turn(num_images, self.choices(class_ids)).to(self.device), []
         for i in range(0, num_images, batch_size):
             part = slice(i, i + batch_size)
@@ -348,8 +354,12 @@ class Generator:
         )
         return torch.cat([self.draw(ids, seed=seed, first=at, each=here, **options) for ids, at, here in calls])
 
-    def options(self, settings: SampleConfig) -> dict[str, Any]:
+    def options(self, settings: SampleConfig, judge: Judge | None = None) -> dict[str, Any]:
         """The options of `draw` that the settings ask for.
+
+        Args:
+            settings: the settings.
+            judge: chooses among the images that `best_of` draws.
 
         Raises:
             InputError: the model is a GAN, and the settings change an option that only a prior uses.
@@ -360,6 +370,10 @@ class Generator:
                 require(self.device.type == "cuda", f"cuda_graph=true: needs a GPU, and not the {self.device.type}")
                 own = "cuda_graph=true: only for plain Llama, Mistral and Qwen3 priors; leave it out"
                 require(is_plain(self.model.lm), own)
+            size = getattr(settings, "size", None)
+            options |= {"judge": judge, "grid": None if size is None else self._grid(size)}
+            window = "best_of: the likelihood is that of one window, not of a larger image; use best_by=class"
+            require(settings.best_of == 1 or judge is not None or options["grid"] is None, window)
             mixed = "toward: the likeliest for one class says nothing of two; use best_of=1"
             require(settings.best_of == 1 or getattr(settings, "toward", None) is None, mixed)
             guided = settings.cfg_scale != 1 and self._has_no_unconditional
@@ -402,6 +416,16 @@ class Generator:
         valid = isinstance(class_id, int | np.integer) and least <= class_id < num_classes
         require(valid, f"class_ids: {class_id} is not a class of this model; it takes {known}")
         return int(class_id)
+
+    def _grid(self, size: int | Sequence[int]) -> tuple[int, int] | None:
+        """The size in codes of the coarsest map of images of this size; None if it is the model's own."""
+        prior = cast(Prior, self.model)
+        own, asked = sides(self.image_size), sides(size)
+        coarse = [side // codes for side, codes in zip(own, prior.layout.shapes[0][1:], strict=True)]
+        fits = all(n >= least and n % part == 0 for n, least, part in zip(asked, own, coarse, strict=True))
+        step = f"in steps of {coarse[0]}" if coarse[0] == coarse[1] else f"in steps of {coarse[0]} and {coarse[1]}"
+        require(fits, f"size={shown(size)}: a prior draws images of {shown(self.image_size)} pixels and larger, {step}")
+        return None if asked == own else (asked[0] // coarse[0], asked[1] // coarse[1])
 
     @property
     def _has_no_unconditional(self) -> bool:

@@ -13,6 +13,7 @@ PATHS |= {"cache_dir", "feature_weights", "perceptual_weights", "compare", "imag
 ADDRESSES = {"source", "val_source", "images", "reference"}  # those of them that may also be an address
 SamplePrecision = Literal["no", "bf16"]
 Tune = Literal["fd", "nll"]
+BestBy = Literal["likelihood", "class"]
 VQGAN_SETTINGS = ["loss.perceptual.name=alex", "loss.adversarial.name=non_saturating"]
 
 
@@ -70,7 +71,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_size("data.workers", self.workers, 256, least=0)
-        self.image_size = _checked_image_size(self.image_size)
+        self.image_size = _checked_size("data.image_size", self.image_size)
         if self.augment is not None:
             ordered = len(self.augment) == 2 and 0 < self.augment[0] <= self.augment[1] <= 1
             require(
@@ -95,7 +96,7 @@ class DataConfig:
         return sides(self.image_size)
 
 
-def _checked_image_size(value: Any) -> int | list[int]:
+def _checked_size(key: str, value: Any) -> int | list[int]:
     """An image size as a whole number, or as a list of a height and another width.
 
     Raises:
@@ -104,7 +105,7 @@ def _checked_image_size(value: Any) -> int | list[int]:
     numbers = list(value) if isinstance(value, list | tuple) else [value] * 2
     numbers = [int(n) if isinstance(n, str) and n.isdecimal() else n for n in numbers]
     whole = len(numbers) == 2 and all(isinstance(n, Integral) and not isinstance(n, bool) for n in numbers)
-    require(whole, f"data.image_size={value}: must be a number of pixels, or two as in [height,width]")
+    require(whole, f"{key}={value}: must be a number of pixels, or two as in [height,width]")
     height, width = map(int, numbers)
     return height if height == width else [height, width]
 
@@ -522,7 +523,7 @@ class SampleConfig:
     cfg_start: float = 0.0
     """Share of the tokens that are drawn before guidance begins."""
     best_of: int = 1
-    """Draw so many for each image, and keep the one whose codes are likeliest without guidance."""
+    """Draw so many for each image, and keep the one whose codes are likeliest without guidance; or see best_by."""
     precision: SamplePrecision = "no"
     """`bf16` computes the prior in bfloat16, which is faster on GPUs that have it."""
     cuda_graph: bool = False
@@ -558,14 +559,20 @@ class SampleFilesConfig(SampleConfig):
     min_p are."""
     tune_images: int = 1000
     """Number of samples for each scale, with tune=fd."""
+    best_by: BestBy = "likelihood"
+    """What best_of looks at: the `likelihood` of the codes, or the `class`, by a linear classifier on features of the
+    training images."""
     features: str = "efficientnet-lite0"
-    """Feature network for tune=fd, as in the evaluation."""
+    """Feature network for tune=fd and best_by=class, as in the evaluation."""
     cache_dir: str | None = None
     """Folder for the features of the training images; null means vqgen/ in the user's cache folder."""
     png: bool = False
     """Also write each image to OUT/CLASS/00017.png, or to OUT/00017.png without classes; OUT must hold no images."""
     toward: int | str | None = None
     """A class, by name or id, that the images turn into: its share rises from 0 in the first image to 1 in the last."""
+    size: Any = field(default=None, metadata={"type": "int | list[int] | None"})
+    """Side of larger images than the training's, or [height,width]. They are drawn in windows of the training's size,
+    which overlap by half."""
     image: str | None = None
     """An image file to start from. It comes to the model's size as in training, and one of keep_rows, mask and vary
     says what the prior draws anew."""
@@ -587,6 +594,11 @@ class SampleFilesConfig(SampleConfig):
         if self.keep_rows is not None:
             rows = f"keep_rows={self.keep_rows}: is a share of the height, from 0 to below 1"
             require(0 <= self.keep_rows < 1, rows)
+        if self.size is not None:
+            self.size = _checked_size("size", self.size)
+        require(self.size is None or self.image is None, "size: a larger image cannot start from one; leave image out")
+        judged = "best_by=class: chooses among several images; give best_of=8, say"
+        require(self.best_by != "class" or self.best_of > 1, judged)
         require(self.tune_images > 1, f"tune_images={self.tune_images}: must be 2 or more")
         require(self.vary is None or 0 < self.vary <= 1, f"vary={self.vary}: is a share, above 0 and at most 1")
 

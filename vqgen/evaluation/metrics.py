@@ -212,8 +212,12 @@ class ClassProbe:
     def accuracy(self, features: Features) -> float:
         """Share of the images that are recognised as their class; images without a class are left out."""
         known = features.class_ids >= 0
-        logits = self.linear((features.kept[known] - self.mean) / self.scale)
-        return (logits.argmax(dim=1) == features.class_ids[known]).double().mean().item()
+        return (self.log_p(features.kept[known]).argmax(dim=1) == features.class_ids[known]).double().mean().item()
+
+    @torch.no_grad()
+    def log_p(self, x: Tensor) -> Tensor:
+        """log p(class | image) (B, K) of the images' features (B, D)."""
+        return self.linear((x - self.mean) / self.scale).log_softmax(dim=1)
 
 
 def _radii(x: Tensor, k: int) -> Tensor:

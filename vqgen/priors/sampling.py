@@ -1,5 +1,7 @@
 """Sampling: from class ids to tokens to images; for a GAN, from noise to images."""
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -15,6 +17,7 @@ from vqgen.priors.decoder import Places, decoder_of, is_plain
 from vqgen.priors.prior import Prior
 from vqgen.tokenizers.vqmodel import VQModel, to_uint8
 
+Judge = Callable[[Tensor, Tensor], Tensor]
 ROWS = 32  # batches are padded to a multiple of this, because matrix products of few rows round differently
 
 
@@ -203,6 +206,7 @@ def sample_images(
     first: int = 0,
     each: Mapping[str, Any] = MappingProxyType({}),
     best_of: int = 1,
+    judge: Judge | None = None,
     **options: Any,
 ) -> Tensor:
     """Draws images uint8 (B, C, H, W) for class ids (B,).
@@ -216,25 +220,72 @@ def sample_images(
         seed: the seed of the images.
         first: number of the first image.
         each: those options of `sample_tokens` that have a row for each image: `known`, `toward` and `blend`.
-        best_of: tokens are drawn so often for each image, and those with the largest likelihood are decoded.
-        options: the others.
+        best_of: each image is drawn so often, and the best is kept.
+        judge: scores images uint8 (B, C, H, W) of classes (B,); the best has the largest score (B,). None takes the
+            likelihood of the tokens.
+        options: those of `sample_maps`.
     """
     count = len(class_ids)
     padded = torch.arange(count + -count % ROWS, device=class_ids.device) % count
     class_ids, each = class_ids[padded], {name: tensor[padded] for name, tensor in each.items()}
-    drawn = [
-        sample_tokens(
-            prior, class_ids, generator=image_generators(seed, first, len(padded), attempt), **each, **options
-        )
-        for attempt in range(best_of)
+
+    def pictures(maps: list[Tensor]) -> Tensor:
+        parts = zip(*(codes.split(ROWS) for codes in maps), strict=True)
+        return torch.cat([to_uint8(tokenizer.decode(list(part))) for part in parts])
+
+    def scores(maps: list[Tensor]) -> Tensor:
+        score: Judge = judge or functools.partial(log_likelihood, prior)
+        asked = prior.layout.flatten(maps) if judge is None else pictures(maps)
+        return torch.cat([score(*part) for part in zip(asked.split(ROWS), class_ids.split(ROWS), strict=True)])
+
+    drawn = []  # the maps of each attempt
+    for attempt in range(best_of):
+        generator = image_generators(seed, first, len(padded), attempt)
+        drawn.append(sample_maps(prior, class_ids, generator=generator, **each, **options))
+    if best_of == 1:
+        return pictures(drawn[0])[:count]
+    best = torch.stack([scores(maps) for maps in drawn]).argmax(dim=0)
+    rows = torch.arange(len(padded), device=class_ids.device)
+    return pictures([torch.stack(codes)[best, rows] for codes in zip(*drawn, strict=True)])[:count]
+
+
+@torch.no_grad()
+def sample_maps(prior: Prior, class_ids: Tensor, grid: tuple[int, int] | None = None, **options: Any) -> list[Tensor]:
+    """Draws code maps [(B, Q, H, W), ...] of the layout's size; or of a larger one, in windows that overlap by half.
+
+    This is VQGAN's sliding window (Esser et al. 2021, section 3.3), but it moves by half of its side, not by a code.
+
+    Args:
+        prior: the prior, in eval mode.
+        class_ids: (B,) int64, -1 for no class.
+        grid: height and width of the coarsest map; None means the layout's.
+        options: those of `sample_tokens`; none with a row of tokens for each image, if there is a grid.
+    """
+    layout = prior.layout
+    if grid is None:
+        return layout.unflatten(sample_tokens(prior, class_ids, **options))
+    height, width = layout.shapes[0][1:]
+    factors = [shape[1] // height for shape in layout.shapes]
+    maps = [
+        class_ids.new_full((len(class_ids), shape[0], f * grid[0], f * grid[1]), -1)
+        for shape, f in zip(layout.shapes, factors, strict=True)
     ]
-    tokens = drawn[0]
-    if best_of > 1:
-        parts = zip(torch.cat(drawn).split(ROWS), class_ids.repeat(best_of).split(ROWS), strict=True)
-        likelihood = torch.cat([log_likelihood(prior, *part) for part in parts]).view(best_of, -1)
-        tokens = torch.stack(drawn)[likelihood.argmax(dim=0), torch.arange(len(padded), device=class_ids.device)]
-    codes = [prior.layout.unflatten(part) for part in tokens.split(ROWS)]
-    return torch.cat([to_uint8(tokenizer.decode(part)) for part in codes])[:count]
+    for top, left in itertools.product(steps(grid[0], height), steps(grid[1], width)):
+        window = [
+            codes[:, :, f * top : f * (top + height), f * left : f * (left + width)]
+            for codes, f in zip(maps, factors, strict=True)
+        ]
+        unknown = layout.in_order([codes < 0 for codes in window])
+        known = layout.flatten(window).masked_fill(unknown, -1)
+        drawn = layout.unflatten(sample_tokens(prior, class_ids, known=known, **options))
+        for part, codes in zip(window, drawn, strict=True):
+            part.copy_(codes)
+    return maps
+
+
+def steps(length: int, window: int) -> list[int]:
+    """Where windows begin that overlap by at least half and cover the length."""
+    return [*range(0, length - window, max(1, window // 2)), length - window]
 
 
 @torch.no_grad()
