@@ -76,6 +76,20 @@ def test_other_models_take_their_own_pass(model, options):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("model", ["llama", "gpt2", "gpt_neox"])
+def test_a_sequence_does_not_depend_on_its_company(model):
+    """To the last bit, with several threads and many rows. Few rows are multiplied otherwise, and are padded."""
+    prior, before = trained(model), torch.get_num_threads()
+    tokens, parts = torch.randint(0, 43, (96, 26)), []
+    torch.set_num_threads(2)
+    for count in (96, 32):
+        rows = slice(0, count)
+        parts.append(passes(prior, decoder_of(prior.lm, count, 26), rows, tokens[rows], [1] * 26))
+    torch.set_num_threads(before)
+    assert torch.equal(parts[0][:32], parts[1])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_groups_of_sequences_grow_apart_and_together(model):
     prior = trained(model)

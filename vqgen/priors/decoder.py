@@ -1,11 +1,13 @@
 """The pass of a transformer over new tokens of growing sequences, whose earlier keys and values are in a cache."""
 
 import math
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PLAIN = ("llama", "mistral", "qwen3")  # the model types whose layers `LlamaDecoder` has
 FEW = 16  # columns; MKL multiplies fewer columns two to three times as fast if each is contiguous
@@ -75,7 +77,9 @@ class AnyDecoder:
         if self.added is not None:
             name, inputs = "inputs_embeds", self.lm.get_input_embeddings()(tokens) + self.added[rows, places]
         firsts = range(rows.start, rows.stop, self.batch)
-        with torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        # On CPUs with several threads torch's fused attention rounds a sequence otherwise in other company.
+        attention = sdpa_kernel(SDPBackend.MATH) if tokens.device.type == "cpu" else nullcontext()
+        with attention, torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return torch.cat([self._one(name, *each) for each in zip(inputs.split(self.batch), firsts, strict=True)])
 
     def _one(self, name: str, inputs: Tensor, first: int) -> Tensor:
@@ -210,7 +214,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> T
     if q.is_cuda:
         shared = q.shape[1] != keys.shape[1]
         return F.scaled_dot_product_attention(q, keys, values, seen, scale=1.0, enable_gqa=shared)
-    # torch's fused attention on CPUs with several threads rounds a sequence otherwise in other company.
+    # Not torch's attention: its fused one depends on the company of a sequence, and its own products take longer.
     scores = q.reshape(*keys.shape[:2], -1, q.shape[3]) @ keys.mT  # (R, kv heads, group n, end)
     if seen is not None:
         scores = scores.unflatten(2, (-1, q.shape[2])).masked_fill(~seen, -torch.inf).flatten(2, 3)
