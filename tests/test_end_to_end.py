@@ -213,14 +213,26 @@ def test_several_codes_a_position_from_images_to_images(program, tmp_path):
     assert "set model.quantizer.base.codebook_size" in errors
     code, _, errors = program("stage1/train.py", "model.widths=[8,16]", *quantizer, *FEW_STEPS, f"run_dir={tmp_path}/1")
     assert code == 0, errors
-    arguments = [DEBUG["stage2"], f"stage1={tmp_path}/1", *FEW_STEPS]
+    arguments = [DEBUG["stage2"], f"stage1={tmp_path}/1", "random_orders=0.5", *FEW_STEPS]
     code, _, errors = program("stage2/train.py", *arguments, f"run_dir={tmp_path}/2")
     assert code == 0, errors
     prior = LlamaForCausalLM.from_pretrained(tmp_path / "2/model/prior")
     assert prior.config.vocab_size == 3 * 32 + 1 + 10
-    code, _, errors = program("stage2/sample.py", tmp_path / "2", "num_images=4", f"out={tmp_path}/out")
+    arguments = ["stage2/sample.py", tmp_path / "2", "num_images=4", f"out={tmp_path}/out"]
+    code, _, errors = program(*arguments)
     assert code == 0, errors
-    assert np.load(tmp_path / "out/samples.npz")["images"].shape == (4, 32, 32)
+    drawn = np.load(tmp_path / "out/samples.npz")["images"]
+    assert drawn.shape == (4, 32, 32)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:16] = 255
+    for name, pixels in {"mask": mask, "image": drawn[0]}.items():
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    code, printed, errors = program(*arguments, f"image={tmp_path}/image.png", f"mask={tmp_path}/mask.png")
+    assert code == 0, errors
+    assert "codes are drawn, each from all that stay and those drawn before\n" in printed
+    code, _, errors = program(*arguments, "size=[32,64]")
+    assert code == 0, errors
+    assert np.load(tmp_path / "out/samples.npz")["images"].shape == (4, 32, 64)
 
 
 def test_images_that_are_no_squares_and_crops_through_both_stages_and_on_after_a_stop(program, tmp_path):
