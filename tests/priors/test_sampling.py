@@ -14,6 +14,7 @@ from vqgen.priors.decoder import LlamaDecoder
 from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import (
     classes_in_turn,
+    decoded_together,
     draw,
     generate_images,
     guidance,
@@ -421,6 +422,25 @@ def test_images_are_the_same_in_batches_of_any_size(tokenizer, cfg_scale, thread
     assert len(whole.flatten(1).unique(dim=0)) == 40
     for batch_size in (1, 7, 16):
         assert torch.equal(in_batches(tokenizer, class_ids, batch_size, cfg_scale=cfg_scale), whole), batch_size
+
+
+def test_of_large_images_few_are_decoded_at_a_time_and_always_as_many(tokenizer, monkeypatch):
+    prior, sizes, decode = small(CodeLayout(((1, 8, 8),), (16,))), [], tokenizer.decode  # 64 x 64 pixels
+    monkeypatch.setattr(tokenizer, "decode", lambda codes: sizes.append(len(codes[0])) or decode(codes))
+    class_ids = classes_in_turn(19, [0, 1, 2])
+    whole = sample_images(prior, tokenizer, class_ids, seed=0)
+    few = sample_images(prior, tokenizer, class_ids[:3], seed=0)
+    assert sizes == [8, 8, 8, 8]
+    assert torch.equal(whole[:3], few)
+    assert [decoded_together(side**2, torch.device("cpu")) for side in (16, 32, 45, 64, 256, 1024)] == [
+        32,
+        32,
+        16,
+        8,
+        1,
+        1,
+    ]
+    assert decoded_together(256**2, torch.device("cuda")) == 32
 
 
 def test_fewer_images_are_the_first_of_more(tokenizer):

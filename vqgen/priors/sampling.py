@@ -229,13 +229,14 @@ def sample_images(
     padded = torch.arange(count + -count % ROWS, device=class_ids.device) % count
     class_ids, each = class_ids[padded], {name: tensor[padded] for name, tensor in each.items()}
 
-    def pictures(maps: list[Tensor]) -> Tensor:
-        parts = zip(*(codes.split(ROWS) for codes in maps), strict=True)
-        return torch.cat([to_uint8(tokenizer.decode(list(part))) for part in parts])
+    def pictures(maps: list[Tensor], wanted: int) -> Tensor:
+        together = decoded_together(math.prod(maps[-1].shape[2:]) * tokenizer.stride**2, class_ids.device)
+        parts = zip(*(codes[: wanted + -wanted % together].split(together) for codes in maps), strict=True)
+        return torch.cat([to_uint8(tokenizer.decode(list(part))) for part in parts])[:wanted]
 
     def scores(maps: list[Tensor]) -> Tensor:
         score: Judge = judge or functools.partial(log_likelihood, prior)
-        asked = prior.layout.flatten(maps) if judge is None else pictures(maps)
+        asked = prior.layout.flatten(maps) if judge is None else pictures(maps, len(padded))
         return torch.cat([score(*part) for part in zip(asked.split(ROWS), class_ids.split(ROWS), strict=True)])
 
     drawn = []  # the maps of each attempt
@@ -243,10 +244,20 @@ def sample_images(
         generator = image_generators(seed, first, len(padded), attempt)
         drawn.append(sample_maps(prior, class_ids, generator=generator, **each, **options))
     if best_of == 1:
-        return pictures(drawn[0])[:count]
+        return pictures(drawn[0], count)
     best = torch.stack([scores(maps) for maps in drawn]).argmax(dim=0)
     rows = torch.arange(len(padded), device=class_ids.device)
-    return pictures([torch.stack(codes)[best, rows] for codes in zip(*drawn, strict=True)])[:count]
+    return pictures([torch.stack(codes)[best, rows] for codes in zip(*drawn, strict=True)], count)
+
+
+def decoded_together(pixels: int, device: torch.device) -> int:
+    """The number of images of so many pixels that are decoded at a time, a divisor of ROWS.
+
+    It does not depend on how many are asked for, because convolutions of other numbers of images round differently. On
+    CPUs it is small for large images, so that a single one does not cost many.
+    """
+    fits = ROWS * 32 * 32 // pixels if device.type == "cpu" else ROWS
+    return max(n for n in range(1, ROWS + 1) if ROWS % n == 0 and n <= max(1, fits))
 
 
 @torch.no_grad()
