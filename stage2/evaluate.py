@@ -6,7 +6,6 @@ python stage2/evaluate.py RUN_DIR --compare OTHER_RUN_DIR
 """
 
 import math
-import os
 from pathlib import Path
 from shlex import quote
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from vqgen.cli.program import run_program
 from vqgen.cli.reflect import check_options
-from vqgen.cli.runs import codes_folder, run_images, run_tracking
+from vqgen.cli.runs import run_images, run_tracking, writable_codes_folder
 from vqgen.codes import shown
 from vqgen.data.codes import TokenStore, encode_images
 from vqgen.data.crops import Versions
@@ -105,7 +104,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     samples = Samples(generator, config)
 
     # Likelihood of the codes under the prior and under code counts, and of the images under prior and decoder.
-    codes_dir = codes_folder(run) if os.access(codes_folder(run), os.W_OK) else cache / "codes"
+    codes_dir = writable_codes_folder(run, cache)
     # The likelihood is that of whole images, for any number of crops; copies are searched among the crops as well.
     train_codes, held_out_codes, searched = (
         encode_images(

@@ -6,6 +6,7 @@ python stage2/sample.py RUN_DIR tune=fd|nll [...]
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -19,27 +20,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqgen.cli.program import run_program
-from vqgen.cli.runs import codes_folder, run_images
+from vqgen.cli.runs import run_images, writable_codes_folder
 from vqgen.data.codes import encode_images
 from vqgen.data.describe import SHOWN_CLASSES, short_name
-from vqgen.data.images import ImageSet, some_rows
+from vqgen.data.images import some_rows
 from vqgen.data.pixels import read_picture
 from vqgen.data.samples import check_free, save_samples, save_single_files
 from vqgen.errors import InputError, need, require
-from vqgen.evaluation.features import (
-    FeatureNetwork,
-    Features,
-    cached_features,
-    collect_features,
-    load_feature_network,
-)
+from vqgen.evaluation.features import Features, cached_features, collect_features, load_feature_network
 from vqgen.evaluation.guidance import Samples, figures_of_scales
 from vqgen.evaluation.likelihood import prior_nll
 from vqgen.evaluation.metrics import ClassProbe, frechet_distance
 from vqgen.evaluation.report import cache_folder, evaluation_device
 from vqgen.generator import Generator
-from vqgen.priors.sampling import Judge, classes_in_turn, guidance
-from vqgen.settings import SampleFilesConfig
+from vqgen.priors.sampling import classes_in_turn, guidance
+from vqgen.settings import DataConfig, SampleFilesConfig
 from vqgen.training.tracking import image_grid
 from vqgen.yaml_file import read_yaml
 
@@ -51,9 +46,10 @@ def main(run_dir: str, config: SampleFilesConfig) -> None:
     state = evaluation_device() if measures else Accelerator()
     device = state.device
     generator = Generator.from_pretrained(run_dir).to(device)
-    choices = generator.choices(config.class_ids)
-    judge = judge_of_classes(Path(run_dir), generator, config, state) if config.best_by == "class" else None
-    options = generator.options(config, judge)
+    choices, options = generator.choices(config.class_ids), generator.options(config)
+    image = None if config.image is None else read_picture(config.image, "image")
+    mask = None if config.mask is None else read_picture(config.mask, "mask")
+    each = generator.of_each(config, image, mask)
     out = Path(config.out or Path(run_dir) / ("samples/png" if config.png else "samples"))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -64,16 +60,9 @@ def main(run_dir: str, config: SampleFilesConfig) -> None:
     if state.is_main_process:
         print(class_list(generator.class_names, Path(run_dir)))
 
-    if config.tune:
-        figure, found = tuned(Path(run_dir), generator, config, state)
-        options["cfg_scale"] = min(found, key=lambda scale: found[scale])
-        if state.is_main_process:
-            print(f"{figure}:", *(f"  cfg_scale={scale:g}  {value:.4g}" for scale, value in found.items()), sep="\n")
-            print(f"drawing with cfg_scale={options['cfg_scale']:g}, the best of these")
+    if measures:
+        options |= measured(Path(run_dir), generator, config, choices, state)
     class_ids = classes_in_turn(config.num_images, choices)
-    image = None if config.image is None else read_picture(config.image, "image")
-    mask = None if config.mask is None else read_picture(config.mask, "mask")
-    each = generator.of_each(config, image, mask)
     if "known" in each and state.is_main_process:
         drawn_codes, all_codes = int((each["known"][0] < 0).sum()), each["known"].shape[1]
         seen = "all that stay and those drawn before" if generator.model.random_orders else "those before it"
@@ -99,83 +88,80 @@ def main(run_dir: str, config: SampleFilesConfig) -> None:
         columns = len(choices) if 1 < len(choices) <= 16 else 8
         image_grid(array[: 16 * columns], min(columns, len(array))).save(out / "grid.png")
         print(f"the first of them as a picture: {out / 'grid.png'}")
-    print(f"next: {next_command(run_dir, out, generator)}")
+    tuned = f" cfg_scale={options['cfg_scale']:g}" if config.tune else ""
+    print(f"next: {next_command(run_dir, out, generator)}{tuned}")
 
 
-def tuned(
-    run: Path, generator: Generator, config: SampleFilesConfig, accelerator: Accelerator
-) -> tuple[str, dict[float, float]]:
-    """The figure that `config.tune` asks for, in words, and its value for scales of guidance; less is better.
+def measured(
+    run: Path, generator: Generator, config: SampleFilesConfig, choices: Sequence[int], accelerator: Accelerator
+) -> dict[str, Any]:
+    """The options that need the training's images: the judge of best_by=class, and the tuned scale of guidance.
 
     Raises:
-        InputError: guidance does nothing for this model, or the images that it was trained on are not there.
+        InputError: these do nothing for this model, or the images that it was trained on are not there.
     """
-    remedy = "leave tune out"
-    require(not generator.is_gan, f"tune: only a prior is guided, and this model is a GAN; {remedy}")
-    prior, tokenizer = generator.model, generator.tokenizer
-    require(bool(prior.class_names), f"tune: the prior has no classes, so guidance does nothing; {remedy}")
-    unknown = "tune: the prior was trained with class_dropout=0, so guidance cannot work"
-    require(prior.class_dropout != 0, f"{unknown}; {remedy}")
-    train, held_out, own = run_images(run, {}, tokenizer.channels)
-    require(own, f"tune: the images that the prior was trained on are not there any more; {remedy}")
-    batch = config.batch_size
-    if config.tune == "nll":
-        codes = encode_images(
-            held_out, tokenizer, codes_folder(run), tokenizer_hash=generator.tokenizer_hash, mirror=False,
-            accelerator=accelerator, order=prior.layout.order,
-        )  # fmt: skip
+    what = "best_by=class" if config.tune is None else f"tune={config.tune}"
+    require(not generator.is_gan, f"{what}: only a prior draws with that, and this model is a GAN; leave it out")
+    known, several = any(i >= 0 for i in choices), len(generator.class_names) > 1 and min(choices, default=-1) >= 0
+    require(config.tune is None or known, f"{what}: guidance does nothing without a class; leave it out")
+    unguided = f"{what}: the prior was trained with class_dropout=0, so guidance cannot work; leave it out"
+    require(config.tune is None or generator.model.class_dropout != 0, unguided)
+    judged = config.best_by == "class"
+    require(several or not judged, "best_by=class: needs a class for each image, and two to tell apart; leave it out")
+    train, held_out, own = run_images(run, config.data, generator.channels)
+    own = own and train.class_names == generator.class_names
+    require(own, f"{what}: these are not the images that the prior was trained on; give data.source=, or leave it out")
+    cache, batch = cache_folder(config), config.batch_size
+    shared: dict[str, Any] = {"cache": cache, "accelerator": accelerator}
+    rows = some_rows(len(train), REFERENCE)
+    found: dict[str, Any] = {}
+    if judged or config.tune == "fd":
+        need("torchmetrics", "evaluation", what)
+        network = load_feature_network(config.features, None, train, seed=0, **shared)
 
-        def nll(scale: float) -> float:
+    def features_of(chosen: np.ndarray) -> Features:
+        return cached_features(train, chosen, network, batch_size=batch, description="training images", **shared)
+
+    if judged:
+        probe = ClassProbe(features_of(rows), len(generator.class_names))
+
+        def judge(images: Tensor, class_ids: Tensor) -> Tensor:
+            log_p = probe.log_p(network(images)[0].cpu()).to(class_ids.device)
+            return log_p.gather(1, class_ids[:, None])[:, 0]
+
+        found["judge"] = judge
+    if config.tune is None:
+        return found
+    if config.tune == "nll":
+        prior = generator.model
+        codes = encode_images(
+            held_out, generator.tokenizer, writable_codes_folder(run, cache), tokenizer_hash=generator.tokenizer_hash,
+            mirror=False, accelerator=accelerator, order=prior.layout.order,
+        )  # fmt: skip
+        title = f"NLL of {len(codes):,} held-out images' codes, nats a token"
+
+        def figure(scale: float) -> float:
             scales = guidance(scale, config.cfg_power, config.cfg_start, prior.layout.num_tokens)
             return prior_nll(prior, codes, len(codes), batch, accelerator.device, scales)
+    else:
+        reference = features_of(rows[np.isin(train.class_ids[rows], choices)] if config.class_ids else rows)
+        few = config.tune_images <= len(reference.total)
+        title = f"{network.frechet_name} of {config.tune_images:,} samples against {int(reference.count):,} images"
+        title += "; too large, as there are no more samples than features" if few else ""
 
-        return f"NLL of {len(codes):,} held-out images' codes, nats a token", figures_of_scales(nll)
+        def figure(scale: float) -> float:
+            # Another seed than the samples' own: their later evaluation then has none that the choice was made by.
+            drawn = replace(config, cfg_scale=scale, num_images=config.tune_images, seed=config.seed + 1)
+            samples = Samples(generator, drawn, **found)
+            features = collect_features(samples, np.arange(len(samples)), network, batch, f"cfg_scale={scale:g}")
+            return frechet_distance(features, reference)
 
-    need("torchmetrics", "evaluation", "tune=fd")
-    network, reference = features_of(train, config, accelerator)
-
-    def distance(scale: float) -> float:
-        # Another seed than the samples' own: their later evaluation then has none that the choice was made by.
-        drawn = replace(config, cfg_scale=scale, num_images=config.tune_images, seed=config.seed + 1)
-        samples = Samples(generator, drawn)
-        features = collect_features(samples, np.arange(len(samples)), network, batch, f"cfg_scale={scale:g}")
-        return frechet_distance(features, reference)
-
-    count = int(reference.count)
-    what = f"{network.frechet_name} of {config.tune_images:,} samples against {count:,} training images"
-    return what, figures_of_scales(distance)
-
-
-def judge_of_classes(run: Path, generator: Generator, config: SampleFilesConfig, accelerator: Accelerator) -> Judge:
-    """Scores images by log p(their class | image), which a linear classifier on the training images' features has.
-
-    Raises:
-        InputError: the model has no two classes, or the images that it was trained on are not there.
-    """
-    remedy = "use best_by=likelihood"
-    require(not generator.is_gan, "best_by: only a prior draws several to choose from, and this model is a GAN")
-    several = len(generator.class_names) > 1 and -1 not in generator.choices(config.class_ids)
-    require(several, f"best_by=class: needs a class for each image, and two to tell apart; {remedy}")
-    train, _, own = run_images(run, {}, generator.channels)
-    require(own, f"best_by=class: the images that the prior was trained on are not there any more; {remedy}")
-    network, reference = features_of(train, config, accelerator)
-    probe = ClassProbe(reference, len(generator.class_names))
-
-    def judge(images: Tensor, class_ids: Tensor) -> Tensor:
-        log_p = probe.log_p(network(images)[0].cpu()).to(class_ids.device)
-        return log_p.gather(1, class_ids[:, None])[:, 0]
-
-    return judge
-
-
-def features_of(
-    train: ImageSet, config: SampleFilesConfig, accelerator: Accelerator
-) -> tuple[FeatureNetwork, Features]:
-    """The feature network, and its features of the training images."""
-    shared: dict[str, Any] = {"cache": cache_folder(config), "accelerator": accelerator}
-    network = load_feature_network(config.features, None, train, seed=0, **shared)
-    how = {"batch_size": config.batch_size, "description": "training images", **shared}
-    return network, cached_features(train, some_rows(len(train), REFERENCE), network, **how)
+    figures = figures_of_scales(figure)
+    best = min(figures, key=lambda scale: figures[scale])
+    if accelerator.is_main_process:
+        print(f"{title}:", *(f"  cfg_scale={scale:g}  {value:.4g}" for scale, value in figures.items()), sep="\n")
+        print(f"drawing with cfg_scale={best:g}, the best of these")
+    return {**found, "cfg_scale": best}
 
 
 def class_list(class_names: list[str], run: Path) -> str:
@@ -204,4 +190,10 @@ def next_command(run_dir: str, out: Path, generator: Generator) -> str:
 
 
 if __name__ == "__main__":
-    run_program(main, SampleFilesConfig, {}, "python stage2/sample.py RUN_DIR [key=value ...]", run_dir="required")
+    run_program(
+        main,
+        SampleFilesConfig,
+        {"data": DataConfig},
+        "python stage2/sample.py RUN_DIR [key=value ...]",
+        run_dir="required",
+    )

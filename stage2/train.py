@@ -186,8 +186,9 @@ def build(config: Stage2Config, run: Run, tokenizer: VQModel, tokenizer_hash: st
         other = f"is for codes of another tokenizer, size or order: {'; '.join(codes)}; train from scratch"
         require(not codes, f"init_from={config.init_from}: {other}")
         same = (config.random_orders is None) == (its.places is None)
-        orders = f"its random_orders is {its.random_orders}, here {config.random_orders}; only numbers suit numbers"
-        require(same, f"init_from={config.init_from}: {orders.replace('None', 'null')}")
+        orders = f"its random_orders is {its.random_orders}, here {config.random_orders}".replace("None", "null")
+        remedy = "both must be null, or both numbers; or train from scratch"
+        require(same, f"init_from={config.init_from}: {orders}; {remedy}")
         run.origin.check("model", config.model, its.all_options, free=dropout)
         config.model = its.options | config.model
     config.model = check_options(Prior, config.model, "model")

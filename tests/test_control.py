@@ -125,7 +125,7 @@ def test_a_mask_that_does_not_fit_is_refused(small, digit, mask, message):
         ({"image": "digit", "keep_rows": 1.0}, "from 0 to below 1"),
         ({"image": "digit", "vary": 0.0}, "above 0"),
         ({"image": "digit", "keep_rows": 0.99}, "keeps all 32 rows"),
-        ({"best_of": 2, "toward": "dog"}, "the likeliest for one class says nothing of two"),
+        ({"best_of": 2, "toward": "dog"}, "the best for one class says nothing of two"),
         ({"precision": "fp16"}, "precision=fp16"),
         ({"best_of": 0}, "best_of=0"),
         ({"min_p": 1.5}, "min_p=1.5"),
@@ -348,11 +348,20 @@ def test_sample_py_draws_larger_images_as_the_generator_does(runs, program, tmp_
         ({"size": 64, "image": "digit", "vary": 0.5}, "size: a larger image cannot start from one"),
         ({"size": 64, "best_of": 2}, "best_of: the likelihood is that of one window"),
         ({"size": 0.5}, "size=0.5: must be a number of pixels"),
+        ({"size": [48, 64], "judge": len}, "best_by: chooses among several images"),
     ],
 )
 def test_a_size_that_does_not_fit_is_refused(small, digit, options, message):
     with pytest.raises(InputError, match=message):
         small.sample(**{name: digit if value == "digit" else value for name, value in options.items()})
+
+
+def test_a_gan_draws_no_larger_images_and_takes_no_judge():
+    gan = Generator(DCGANGenerator(16, 1, ["a", "b"], width=4).eval())
+    with pytest.raises(InputError, match="size: only a prior draws larger images, and this model is a GAN"):
+        gan.sample(size=64)
+    with pytest.raises(InputError, match="best_of=2: only a prior draws with that"):
+        gan.sample(judge=len, best_of=2)
 
 
 # The best of several
@@ -380,9 +389,10 @@ def test_the_best_by_a_judge_is_kept(small, monkeypatch):
 
 
 def test_sample_py_keeps_the_images_that_a_classifier_recognises(runs, program, tmp_path):
-    arguments = ["stage2/sample.py", runs / "stage2", "num_images=40", f"cache_dir={tmp_path}", "features=lenet"]
+    arguments = ["stage2/sample.py", runs / "stage2", "num_images=40"]
+    judged = ["best_by=class", f"cache_dir={tmp_path}", "features=lenet"]
     log_p = {}  # what LeNet's own last layer says of the classes
-    for name, more in {"plain": [], "best": ["best_of=4", "best_by=class"]}.items():
+    for name, more in {"plain": [], "best": ["best_of=4", *judged]}.items():
         code, _, errors = program(*arguments, f"out={tmp_path}/{name}", *more)
         assert code == 0, errors
         drawn = np.load(tmp_path / name / "samples.npz")
@@ -391,9 +401,9 @@ def test_sample_py_keeps_the_images_that_a_classifier_recognises(runs, program, 
         logits = network(torch.from_numpy(drawn["images"]).reshape(-1, 1, 32, 32))[1]
         log_p[name] = -F.cross_entropy(logits, torch.from_numpy(drawn["class_ids"]))
     assert log_p["best"] > log_p["plain"] + 0.3
-    code, _, errors = program(*arguments, "best_by=class", f"out={tmp_path}/out")
+    code, _, errors = program(*arguments, *judged, f"out={tmp_path}/out")
     assert code == 2
-    assert "best_by=class: chooses among several images; give best_of=8, say\n" in errors
-    code, _, errors = program(*arguments, "best_by=class", "best_of=2", "class_ids=[-1]", f"out={tmp_path}/out")
+    assert "best_by: chooses among several images; give best_of=8, say\n" in errors
+    code, _, errors = program(*arguments, *judged, "best_of=2", "class_ids=[-1]", f"out={tmp_path}/out")
     assert code == 2
     assert "best_by=class: needs a class for each image, and two to tell apart" in errors

@@ -75,6 +75,21 @@ def test_two_processes_draw_the_same_samples(runs, tmp_path):
     assert np.array_equal(two["class_ids"], one["class_ids"])
 
 
+def test_two_processes_tune_as_one_does(runs, tmp_path):
+    arguments = (
+        f"stage2/sample.py {runs}/stage2 num_images=10 batch_size=8 features=lenet cache_dir={tmp_path} best_of=2"
+    )
+    arguments += " tune=fd tune_images=30 best_by=class"
+    two = shell(f"{launch_two()} {arguments} out={tmp_path}/two")
+    one = shell(f"python {arguments} out={tmp_path}/one")
+    chosen = [
+        [line for line in printed.splitlines() if "cfg_scale=" in line and "%" not in line] for printed in (two, one)
+    ]
+    assert chosen[0][:-1] == chosen[1][:-1]  # the last has the run's own command
+    images = [np.load(tmp_path / name / "samples.npz")["images"] for name in ("two", "one")]
+    assert np.array_equal(*images)
+
+
 def test_two_processes_train_a_decoder_alone_as_one_does(runs, program, tmp_path):
     settings = "train.max_steps=4 train.log_every=1 train.batch_size=32 train.eval_images=32 tracking.wandb=disabled"
     command = f"stage1/train.py init_from={runs}/stage1 freeze=[encoder,quantizer] data.max_images=200 {settings}"

@@ -230,9 +230,11 @@ def test_one_update_of_the_prior_is_that_of_its_loss_for_the_classes_that_were_n
     def turned(share: float, noise: Tensor) -> Tensor:
         assert share == 1.0  # before the first step
         assert noise.shape == (8, 1 + layout.num_tokens)
+        ordering.append(noise)
         return torch.stack([torch.arange(layout.num_tokens).roll(i + 1) for i in range(8)])
 
     seen: list[Tensor] = []
+    ordering: list[Tensor] = []
     monkeypatch.setattr("vqgen.priors.objective.with_random_tokens", others)
     monkeypatch.setattr("vqgen.priors.objective.random_orders", turned)
     layout = load_tokenizer(runs / "stage1")[0].code_layout(32)
@@ -276,6 +278,7 @@ def test_one_update_of_the_prior_is_that_of_its_loss_for_the_classes_that_were_n
         first, second = seen[:2]  # the two passes of the program
         assert first.shape == second.shape == (8, 1 + 2 * layout.num_tokens)
         assert not torch.equal(first, second)
+        assert not torch.isin(torch.cat(ordering[:2]), torch.cat([first, second])).any()  # numbers of its own
     gradients, norm = clipped(prior)
     logged = metrics(tmp_path)
     assert logged["train/loss"] == pytest.approx(total, rel=1e-5)

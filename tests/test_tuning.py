@@ -99,6 +99,37 @@ def test_sample_py_tunes_on_the_distance_of_samples(runs, program, tmp_path):
         assert found[scale] == pytest.approx(distance, rel=1e-3)
 
 
+def test_a_class_is_tuned_against_its_own_images(runs, program, tmp_path):
+    arguments = ["stage2/sample.py", runs / "stage2", "num_images=2", f"out={tmp_path}/out", "tune=fd", "class_ids=[3]"]
+    code, printed, errors = program(*arguments, "tune_images=90", f"cache_dir={tmp_path}", "features=lenet")
+    assert code == 0, errors
+    train, _, _ = run_images(runs / "stage2", {}, 1)
+    count = (train.class_ids[some_rows(len(train), 10_000)] == 3).sum()
+    assert f"FD-LeNet of 90 samples against {count:,} images:\n" in printed
+    assert re.search(r"^next: .* cfg_scale=\S+$", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("toward=3", "tune: is for images of the training's size and of one class each; leave toward out, or tune"),
+        ("size=64", "leave size out, or tune"),
+        ("class_ids=[-1]", "tune=nll: guidance does nothing without a class; leave it out"),
+        ("data.source=digits.npz", "data.source=digits.npz: no such file or folder"),
+    ],
+)
+def test_settings_that_do_not_go_with_tuning_are_refused(runs, program, tmp_path, setting, message):
+    code, _, errors = program("stage2/sample.py", runs / "stage2", "tune=nll", setting, f"out={tmp_path}/out")
+    assert code == 2
+    assert message in errors
+
+
+def test_settings_for_measuring_alone_are_refused_without_it(runs, program, tmp_path):
+    code, _, errors = program("stage2/sample.py", runs / "stage2", "features=lenet", f"out={tmp_path}/out")
+    assert code == 2
+    assert "features, cache_dir and data.*: are for tune and best_by=class; leave them out\n" in errors
+
+
 def test_what_cannot_be_tuned_is_refused(runs, program, tmp_path):
     code, _, errors = program("stage2/sample.py", runs / "stage2", "tune=fid", f"out={tmp_path}/out")
     assert code == 2
@@ -106,11 +137,15 @@ def test_what_cannot_be_tuned_is_refused(runs, program, tmp_path):
     DCGANGenerator(32, 1, ["a", "b"], width=4).save_pretrained(tmp_path / "gan/model/generator")
     code, _, errors = program("stage2/sample.py", tmp_path / "gan", "tune=nll", f"out={tmp_path}/out")
     assert code == 2
-    assert "tune: only a prior is guided, and this model is a GAN; leave tune out\n" in errors
+    assert "tune=nll: only a prior draws with that, and this model is a GAN; leave it out\n" in errors
     generator = Generator.from_pretrained(runs / "stage2")
     for share, names, message in (
-        (0.0, generator.class_names, "tune: the prior was trained with class_dropout=0, so guidance cannot work"),
-        (0.1, [], "tune: the prior has no classes, so guidance does nothing; leave tune out\n"),
+        (
+            0.0,
+            generator.class_names,
+            "tune=nll: the prior was trained with class_dropout=0, so guidance cannot work; leave it out\n",
+        ),
+        (0.1, [], "tune=nll: guidance does nothing without a class; leave it out\n"),
     ):
         shutil.copytree(runs / "stage2/model", tmp_path / "run/model", dirs_exist_ok=True)
         prior = Prior(generator.model.layout, names, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)

@@ -195,6 +195,7 @@ class Generator:
             mask=None if mask is None else "mask",
             vary=vary,
             size=size,
+            best_by="likelihood" if judge is None else "class",
             num_images=num_images,
             seed=seed,
             cfg_scale=cfg_scale,
@@ -209,7 +210,9 @@ class Generator:
             cuda_graph=cuda_graph,
             batch_size=batch_size,
         )
-        options, each = self.options(settings, judge), self.of_each(settings, image, mask)
+        options, each = self.options(settings), self.of_each(settings, image, mask)
+        if judge is not None:
+            options["judge"] = judge
         ids, drawn = classes_in_turn(num_images, self.choices(class_ids)).to(self.device), []
         for i in range(0, num_images, batch_size):
             part = slice(i, i + batch_size)
@@ -354,12 +357,8 @@ class Generator:
         )
         return torch.cat([self.draw(ids, seed=seed, first=at, each=here, **options) for ids, at, here in calls])
 
-    def options(self, settings: SampleConfig, judge: Judge | None = None) -> dict[str, Any]:
-        """The options of `draw` that the settings ask for.
-
-        Args:
-            settings: the settings.
-            judge: chooses among the images that `best_of` draws.
+    def options(self, settings: SampleConfig) -> dict[str, Any]:
+        """The options of `draw` that the settings ask for, but the judge.
 
         Raises:
             InputError: the model is a GAN, and the settings change an option that only a prior uses.
@@ -370,11 +369,10 @@ class Generator:
                 require(self.device.type == "cuda", f"cuda_graph=true: needs a GPU, and not the {self.device.type}")
                 own = "cuda_graph=true: only for plain Llama, Mistral and Qwen3 priors; leave it out"
                 require(is_plain(self.model.lm), own)
-            size = getattr(settings, "size", None)
-            options |= {"judge": judge, "grid": None if size is None else self._grid(size)}
-            window = "best_of: the likelihood is that of one window, not of a larger image; use best_by=class"
-            require(settings.best_of == 1 or judge is not None or options["grid"] is None, window)
-            mixed = "toward: the likeliest for one class says nothing of two; use best_of=1"
+            grid = self._grid(getattr(settings, "size", None))
+            if grid is not None:
+                options["grid"] = grid
+            mixed = "toward: the best for one class says nothing of two; use best_of=1"
             require(settings.best_of == 1 or getattr(settings, "toward", None) is None, mixed)
             guided = settings.cfg_scale != 1 and self._has_no_unconditional
             unknown = (
@@ -382,6 +380,8 @@ class Generator:
             )
             require(not guided, f"cfg_scale={settings.cfg_scale}: {unknown}")
             return options
+        larger = "size: only a prior draws larger images, and this model is a GAN; leave it out"
+        require(getattr(settings, "size", None) is None, larger)
         for name, value in options.items():
             unchanged = value == getattr(DEFAULTS, name)
             require(unchanged, f"{name}={value}: only a prior draws with that, and this model is a GAN; leave it out")
@@ -417,8 +417,10 @@ class Generator:
         require(valid, f"class_ids: {class_id} is not a class of this model; it takes {known}")
         return int(class_id)
 
-    def _grid(self, size: int | Sequence[int]) -> tuple[int, int] | None:
+    def _grid(self, size: int | Sequence[int] | None) -> tuple[int, int] | None:
         """The size in codes of the coarsest map of images of this size; None if it is the model's own."""
+        if size is None:
+            return None
         prior = cast(Prior, self.model)
         own, asked = sides(self.image_size), sides(size)
         coarse = [side // codes for side, codes in zip(own, prior.layout.shapes[0][1:], strict=True)]

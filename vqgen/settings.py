@@ -523,7 +523,7 @@ class SampleConfig:
     cfg_start: float = 0.0
     """Share of the tokens that are drawn before guidance begins."""
     best_of: int = 1
-    """Draw so many for each image, and keep the one whose codes are likeliest without guidance; or see best_by."""
+    """Draw so many for each image, and keep the one whose codes are likeliest without guidance."""
     precision: SamplePrecision = "no"
     """`bf16` computes the prior in bfloat16, which is faster on GPUs that have it."""
     cuda_graph: bool = False
@@ -555,9 +555,9 @@ class SampleFilesConfig(SampleConfig):
 
     tune: Tune | None = None
     """Try scales of guidance, print the figure of each, and draw with the best instead of cfg_scale. `fd` takes the
-    Frechet distance of samples; `nll` the likelihood of held-out images' codes, whatever temperature, top_k, top_p and
-    min_p are."""
-    tune_images: int = 1000
+    Frechet distance of samples from training images of the same classes; `nll` the likelihood of all held-out images'
+    codes, whatever temperature, top_k, top_p and min_p are."""
+    tune_images: int = 2000
     """Number of samples for each scale, with tune=fd."""
     best_by: BestBy = "likelihood"
     """What best_of looks at: the `likelihood` of the codes, or the `class`, by a linear classifier on features of the
@@ -566,6 +566,7 @@ class SampleFilesConfig(SampleConfig):
     """Feature network for tune=fd and best_by=class, as in the evaluation."""
     cache_dir: str | None = None
     """Folder for the features of the training images; null means vqgen/ in the user's cache folder."""
+    data: dict[str, Any] = field(default_factory=dict)
     png: bool = False
     """Also write each image to OUT/CLASS/00017.png, or to OUT/00017.png without classes; OUT must hold no images."""
     toward: int | str | None = None
@@ -597,8 +598,17 @@ class SampleFilesConfig(SampleConfig):
         if self.size is not None:
             self.size = _checked_size("size", self.size)
         require(self.size is None or self.image is None, "size: a larger image cannot start from one; leave image out")
-        judged = "best_by=class: chooses among several images; give best_of=8, say"
+        judged = "best_by: chooses among several images; give best_of=8, say"
         require(self.best_by != "class" or self.best_of > 1, judged)
+        window = "best_of: the likelihood is that of one window, not of a larger image; use best_by=class, or a judge"
+        require(self.best_of == 1 or self.size is None or self.best_by == "class", window)
+        for name in ("image", "toward", "size"):
+            mixed = f"tune: is for images of the training's size and of one class each; leave {name} out, or tune"
+            require(self.tune is None or getattr(self, name) is None, mixed)
+        measures = self.tune is not None or self.best_by == "class"
+        others = self.features != type(self).features or self.cache_dir is not None or bool(self.data)
+        unused = "features, cache_dir and data.*: are for tune and best_by=class; leave them out"
+        require(measures or not others, unused)
         require(self.tune_images > 1, f"tune_images={self.tune_images}: must be 2 or more")
         require(self.vary is None or 0 < self.vary <= 1, f"vary={self.vary}: is a share, above 0 and at most 1")
 

@@ -93,6 +93,12 @@ def codes_folder(run: Path) -> Path:
     return Path(_found(run, settings["stage1"]) if "stage1" in settings else run) / "codes"
 
 
+def writable_codes_folder(run: Path, cache: Path) -> Path:
+    """The folder of a stage-2 run's encoded data if it can be written, or else one in the cache."""
+    own = codes_folder(run)
+    return own if os.access(own, os.W_OK) else cache / "codes"
+
+
 def _settings(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     return read_yaml(path) if path.is_file() else {}

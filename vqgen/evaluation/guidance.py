@@ -1,10 +1,12 @@
 """A model's samples as a set of images, and the scale of guidance that suits them best."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from vqgen.distributed import object_from_main
 from vqgen.generator import Generator
 from vqgen.priors.sampling import classes_in_turn
 from vqgen.settings import SampleConfig
@@ -18,10 +20,11 @@ class Samples:
     Args:
         generator: the model.
         config: the settings of the samples.
+        more: further options of `Generator.draw`.
     """
 
-    def __init__(self, generator: Generator, config: SampleConfig):
-        self.generator, self.config, self.options = generator, config, generator.options(config)
+    def __init__(self, generator: Generator, config: SampleConfig, **more: Any):
+        self.generator, self.config, self.options = generator, config, {**generator.options(config), **more}
         self.class_ids = classes_in_turn(config.num_images, generator.choices(config.class_ids)).to(generator.device)
 
     def __len__(self) -> int:
@@ -34,10 +37,10 @@ class Samples:
 
 
 def figures_of_scales(figure: Callable[[float], float]) -> dict[float, float]:
-    """The figure of each scale of guidance, until two in a row are above the least one."""
+    """The figure of each scale of guidance, until two in a row are above the least one; the main process's for all."""
     found: dict[float, float] = {}
     for scale in SCALES:
-        found[scale] = figure(scale)
+        found[scale] = object_from_main(figure(scale))
         if len(found) - list(found.values()).index(min(found.values())) > 2:
             break
     return found

@@ -86,7 +86,9 @@ class AnyDecoder:
         whole = torch.cat([self.inputs[first], inputs], dim=1) if first in self.inputs else inputs
         cache = self.caches.get(first)
         output = self.lm(**{name: whole if cache is None else inputs}, past_key_values=cache, use_cache=True)
-        self.inputs[first], self.caches[first] = whole, getattr(output, "past_key_values", None)
+        self.caches[first] = getattr(output, "past_key_values", None)
+        if self.caches[first] is None:
+            self.inputs[first] = whole
         return output.logits[:, -1]
 
 
@@ -188,7 +190,10 @@ class LlamaDecoder:
 
     def normed(self, x: Tensor) -> Tensor:
         """RMSNorm (Zhang and Sennrich 2019) of columns (width, R n), without a weight."""
-        return x * (torch.mm(self.mean, x * x) + self.eps).rsqrt_()
+        squares = x * x
+        # On CPUs a product sums in half of the time. On GPUs it could be in TF32, whose sums are not exact enough.
+        mean = torch.mm(self.mean, squares) if x.device.type == "cpu" else squares.mean(dim=0, keepdim=True)
+        return x * (mean + self.eps).rsqrt_()
 
 
 def product(weight: Tensor, x: Tensor) -> Tensor:

@@ -150,6 +150,7 @@ class Prior(nn.Module):
         """
         inputs = torch.cat([self.class_tokens(class_ids), tokens[:, :-1]], dim=1)
         if self.places is None:
+            assert order is None, "the prior knows no other order; add_places gives it what it needs"
             return self.legal(self.lm(input_ids=inputs, use_cache=False).logits)
         in_turn = torch.arange(tokens.shape[1], device=tokens.device)[None]
         x = self.lm.get_input_embeddings()(inputs) + self.places(in_turn if order is None else order)
@@ -182,9 +183,21 @@ class Prior(nn.Module):
         return self.lm.config.vqgen.get("random_orders")
 
     def add_places(self, random_orders: float) -> None:
-        """Adds what a prior of any order needs, before it is trained."""
+        """Adds what a prior of any order needs, before it is trained.
+
+        Raises:
+            InputError: the model takes tokens alone.
+        """
         self.lm.config.vqgen["random_orders"] = random_orders
         width = self.lm.get_input_embeddings().weight.shape[1]
+        try:
+            with torch.no_grad():
+                self.lm(inputs_embeds=self.lm.get_input_embeddings().weight.new_zeros(1, 1, width), use_cache=False)
+        except MISFITS as error:
+            name = self.lm.config.model_type
+            raise InputError(
+                f"random_orders: {name} takes no embeddings of tokens; use model.model_type=llama"
+            ) from error
         self.places = PlaceEmbeddings(self.layout.num_tokens, width)
 
     @property

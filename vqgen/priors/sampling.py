@@ -230,7 +230,8 @@ def sample_images(
     class_ids, each = class_ids[padded], {name: tensor[padded] for name, tensor in each.items()}
 
     def pictures(maps: list[Tensor], wanted: int) -> Tensor:
-        together = decoded_together(math.prod(maps[-1].shape[2:]) * tokenizer.stride**2, class_ids.device)
+        pixels, usual = (math.prod(of[-2:]) * tokenizer.stride**2 for of in (maps[-1].shape, prior.layout.shapes[-1]))
+        together = decoded_together(pixels, 32 * 32 if class_ids.device.type == "cpu" else usual)
         parts = zip(*(codes[: wanted + -wanted % together].split(together) for codes in maps), strict=True)
         return torch.cat([to_uint8(tokenizer.decode(list(part))) for part in parts])[:wanted]
 
@@ -250,14 +251,13 @@ def sample_images(
     return pictures([torch.stack(codes)[best, rows] for codes in zip(*drawn, strict=True)], count)
 
 
-def decoded_together(pixels: int, device: torch.device) -> int:
-    """The number of images of so many pixels that are decoded at a time, a divisor of ROWS.
+def decoded_together(pixels: int, usual: int) -> int:
+    """The number of images of so many pixels that are decoded at a time: ROWS, of `usual` pixels, or a part of it.
 
-    It does not depend on how many are asked for, because convolutions of other numbers of images round differently. On
-    CPUs it is small for large images, so that a single one does not cost many.
+    It does not depend on how many are asked for, because convolutions of other numbers of images round differently. It
+    is small for large images, so that a single one does not cost many, and does not take the memory of many.
     """
-    fits = ROWS * 32 * 32 // pixels if device.type == "cpu" else ROWS
-    return max(n for n in range(1, ROWS + 1) if ROWS % n == 0 and n <= max(1, fits))
+    return max(n for n in range(1, ROWS + 1) if ROWS % n == 0 and n <= max(1, ROWS * usual // pixels))
 
 
 @torch.no_grad()

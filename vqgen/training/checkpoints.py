@@ -121,7 +121,9 @@ def other_settings(
     what = f"is finished, at step {step}," if finished else "holds a run"
     remedy = "" if finished else "repeat its own settings to go on with it, or "
     remedy += "name another run_dir="
-    if not any(name.startswith(("model.", "generator.", "order", "init_from")) for name in (key, *others)):
+    if not any(
+        name.startswith(("model.", "generator.", "order", "random_orders", "init_from")) for name in (key, *others)
+    ):
         remedy += f"; to train on from its weights: {train_on(run_dir)}"
     more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
     also = f"; also other than there: {', '.join(others[:NAMED])}{more}" if others else ""
