@@ -34,7 +34,6 @@ from vqgen.evaluation.features import (
     my_batches,
     thumbnails,
 )
-from vqgen.evaluation.guidance import Samples
 from vqgen.evaluation.likelihood import CodeCounts, LogisticScales, prior_nll
 from vqgen.evaluation.metrics import nearest, share_closer
 from vqgen.evaluation.report import (
@@ -47,7 +46,7 @@ from vqgen.evaluation.report import (
     sample_figures,
     writable_folder,
 )
-from vqgen.generator import PRIOR_OPTIONS, Generator
+from vqgen.generator import PRIOR_OPTIONS, Generator, Samples
 from vqgen.priors.prior import Prior
 from vqgen.settings import DataConfig, Stage2EvaluateConfig, TrackingConfig
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, to_uint8

@@ -28,11 +28,11 @@ from vqgen.data.pixels import read_picture
 from vqgen.data.samples import check_free, save_samples, save_single_files
 from vqgen.errors import InputError, need, require
 from vqgen.evaluation.features import Features, cached_features, collect_features, load_feature_network
-from vqgen.evaluation.guidance import Samples, figures_of_scales
+from vqgen.evaluation.guidance import figures_of_scales
 from vqgen.evaluation.likelihood import prior_nll
 from vqgen.evaluation.metrics import ClassProbe, frechet_distance
 from vqgen.evaluation.report import cache_folder, evaluation_device
-from vqgen.generator import Generator
+from vqgen.generator import Generator, Samples
 from vqgen.priors.sampling import classes_in_turn, guidance
 from vqgen.settings import DataConfig, SampleFilesConfig
 from vqgen.training.tracking import image_grid

@@ -390,14 +390,16 @@ def test_the_best_by_a_judge_is_kept(small, monkeypatch):
 
 def test_sample_py_keeps_the_images_that_a_classifier_recognises(runs, program, tmp_path):
     arguments = ["stage2/sample.py", runs / "stage2", "num_images=40"]
-    judged = ["best_by=class", f"cache_dir={tmp_path}", "features=lenet"]
+    judged = ["best_by=class", f"cache_dir={runs}/features", "features=lenet"]
     log_p = {}  # what LeNet's own last layer says of the classes
     for name, more in {"plain": [], "best": ["best_of=4", *judged]}.items():
         code, _, errors = program(*arguments, f"out={tmp_path}/{name}", *more)
         assert code == 0, errors
         drawn = np.load(tmp_path / name / "samples.npz")
         train, _, _ = run_images(runs / "stage2", {}, 1)
-        network = load_feature_network("lenet", None, train, seed=0, cache=tmp_path, accelerator=evaluation_device())
+        network = load_feature_network(
+            "lenet", None, train, seed=0, cache=runs / "features", accelerator=evaluation_device()
+        )
         logits = network(torch.from_numpy(drawn["images"]).reshape(-1, 1, 32, 32))[1]
         log_p[name] = -F.cross_entropy(logits, torch.from_numpy(drawn["class_ids"]))
     assert log_p["best"] > log_p["plain"] + 0.3

@@ -77,7 +77,7 @@ def test_two_processes_draw_the_same_samples(runs, tmp_path):
 
 def test_two_processes_tune_as_one_does(runs, tmp_path):
     arguments = (
-        f"stage2/sample.py {runs}/stage2 num_images=10 batch_size=8 features=lenet cache_dir={tmp_path} best_of=2"
+        f"stage2/sample.py {runs}/stage2 num_images=10 batch_size=8 features=lenet cache_dir={runs}/features best_of=2"
     )
     arguments += " tune=fd tune_images=30 best_by=class"
     two = shell(f"{launch_two()} {arguments} out={tmp_path}/two")

@@ -12,11 +12,11 @@ from vqgen.cli.runs import run_images
 from vqgen.codes import CodeLayout
 from vqgen.data.images import some_rows
 from vqgen.evaluation.features import collect_features, load_feature_network
-from vqgen.evaluation.guidance import SCALES, Samples, figures_of_scales
+from vqgen.evaluation.guidance import SCALES, figures_of_scales
 from vqgen.evaluation.likelihood import prior_nll
 from vqgen.evaluation.metrics import frechet_distance
 from vqgen.evaluation.report import evaluation_device
-from vqgen.generator import Generator
+from vqgen.generator import Generator, Samples
 from vqgen.priors.prior import Prior
 from vqgen.settings import SampleConfig
 
@@ -84,13 +84,13 @@ def test_sample_py_tunes_on_held_out_codes_and_draws_with_the_best(runs, program
 
 def test_sample_py_tunes_on_the_distance_of_samples(runs, program, tmp_path):
     arguments = ["stage2/sample.py", runs / "stage2", "num_images=6", f"out={tmp_path}/out", "tune=fd", "seed=4"]
-    code, printed, errors = program(*arguments, "tune_images=80", f"cache_dir={tmp_path}", "features=lenet")
+    code, printed, errors = program(*arguments, "tune_images=80", f"cache_dir={runs}/features", "features=lenet")
     assert code == 0, errors
     found = tried(printed)
     assert "FD-LeNet of 80 samples against " in printed
     generator, accelerator = Generator.from_pretrained(runs / "stage2"), evaluation_device()
     train, _, _ = run_images(runs / "stage2", {}, 1)
-    shared = {"seed": 0, "cache": tmp_path, "accelerator": accelerator}
+    shared = {"seed": 0, "cache": runs / "features", "accelerator": accelerator}
     network = load_feature_network("lenet", None, train, **shared)
     reference = collect_features(train, some_rows(len(train), 10_000), network, 256, "")
     for scale in list(found)[:2]:
@@ -101,7 +101,7 @@ def test_sample_py_tunes_on_the_distance_of_samples(runs, program, tmp_path):
 
 def test_a_class_is_tuned_against_its_own_images(runs, program, tmp_path):
     arguments = ["stage2/sample.py", runs / "stage2", "num_images=2", f"out={tmp_path}/out", "tune=fd", "class_ids=[3]"]
-    code, printed, errors = program(*arguments, "tune_images=90", f"cache_dir={tmp_path}", "features=lenet")
+    code, printed, errors = program(*arguments, "tune_images=90", f"cache_dir={runs}/features", "features=lenet")
     assert code == 0, errors
     train, _, _ = run_images(runs / "stage2", {}, 1)
     count = (train.class_ids[some_rows(len(train), 10_000)] == 3).sum()

@@ -438,6 +438,28 @@ class Generator:
         return [self.model] if self.tokenizer is None else [self.model, self.tokenizer]
 
 
+class Samples:
+    """A model's samples as a set of images, drawn on request.
+
+    Args:
+        generator: the model.
+        config: the settings of the samples.
+        more: further options of `Generator.draw`.
+    """
+
+    def __init__(self, generator: Generator, config: SampleConfig, **more: Any):
+        self.generator, self.config, self.options = generator, config, {**generator.options(config), **more}
+        self.class_ids = classes_in_turn(config.num_images, generator.choices(config.class_ids)).to(generator.device)
+
+    def __len__(self) -> int:
+        return self.config.num_images
+
+    def __getitems__(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The samples of consecutive rows, uint8 (B, C, H, W), and their class ids."""
+        first, class_ids = int(rows[0]), self.class_ids[rows[0] : rows[-1] + 1]
+        return self.generator.draw(class_ids, seed=self.config.seed, first=first, **self.options), class_ids
+
+
 def _training_data(path: Path) -> DataConfig | None:
     """The settings by which images come to one size, from a run's config.yaml; None if the file has none."""
     try:
