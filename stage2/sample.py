@@ -34,11 +34,9 @@ from vqgen.evaluation.metrics import ClassProbe, frechet_distance
 from vqgen.evaluation.report import cache_folder, evaluation_device
 from vqgen.generator import Generator, Samples
 from vqgen.priors.sampling import classes_in_turn, guidance
-from vqgen.settings import DataConfig, SampleFilesConfig
+from vqgen.settings import DataConfig, SampleFilesConfig, Stage2EvaluateConfig
 from vqgen.training.tracking import image_grid
 from vqgen.yaml_file import read_yaml
-
-REFERENCE = 10_000  # at most so many training images
 
 
 def main(run_dir: str, config: SampleFilesConfig) -> None:
@@ -113,7 +111,7 @@ def measured(
     require(own, f"{what}: these are not the images that the prior was trained on; give data.source=, or leave it out")
     cache, batch = cache_folder(config), config.batch_size
     shared: dict[str, Any] = {"cache": cache, "accelerator": accelerator}
-    rows = some_rows(len(train), REFERENCE)
+    rows = some_rows(len(train), Stage2EvaluateConfig.num_reference)
     found: dict[str, Any] = {}
     if judged or config.tune == "fd":
         need("torchmetrics", "evaluation", what)

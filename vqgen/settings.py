@@ -14,6 +14,7 @@ ADDRESSES = {"source", "val_source", "images", "reference"}  # those of them tha
 SamplePrecision = Literal["no", "bf16"]
 Tune = Literal["fd", "nll"]
 BestBy = Literal["likelihood", "class"]
+FEATURES = "efficientnet-lite0"  # the feature network that needs no download and no training
 VQGAN_SETTINGS = ["loss.perceptual.name=alex", "loss.adversarial.name=non_saturating"]
 
 
@@ -562,7 +563,7 @@ class SampleFilesConfig(SampleConfig):
     best_by: BestBy = "likelihood"
     """What best_of looks at: the `likelihood` of the codes, or the `class`, by a linear classifier on features of the
     training images."""
-    features: str = "efficientnet-lite0"
+    features: str = FEATURES
     """Feature network for tune=fd and best_by=class, as in the evaluation."""
     cache_dir: str | None = None
     """Folder for the features of the training images; null means vqgen/ in the user's cache folder."""
@@ -606,9 +607,11 @@ class SampleFilesConfig(SampleConfig):
             mixed = f"tune: is for images of the training's size and of one class each; leave {name} out, or tune"
             require(self.tune is None or getattr(self, name) is None, mixed)
         measures = self.tune is not None or self.best_by == "class"
-        others = self.features != type(self).features or self.cache_dir is not None or bool(self.data)
+        others = self.features != FEATURES or self.cache_dir is not None or bool(self.data)
         unused = "features, cache_dir and data.*: are for tune and best_by=class; leave them out"
         require(measures or not others, unused)
+        fixed = self.tune == "fd" or self.tune_images == type(self).tune_images
+        require(fixed, "tune_images: is the number of samples of tune=fd; give that, or leave it out")
         require(self.tune_images > 1, f"tune_images={self.tune_images}: must be 2 or more")
         require(self.vary is None or 0 < self.vary <= 1, f"vary={self.vary}: is a share, above 0 and at most 1")
 
@@ -617,7 +620,7 @@ class SampleFilesConfig(SampleConfig):
 class EvaluateConfig:
     """The settings of both evaluations."""
 
-    features: str = "efficientnet-lite0"
+    features: str = FEATURES
     """Feature network: `efficientnet-lite0` (ImageNet; in vqgen[evaluation]), `inception` (the standard one,
     downloaded) or `lenet` (trained here on the reference's own classes, for digits and similar images)."""
     feature_weights: str | None = None
@@ -701,7 +704,7 @@ class CompareConfig:
     """Number of images to draw from each model; the largest number of held-out images to measure."""
     num_reference: int | None = 10000
     """Largest number of training images to compare samples with; null means all."""
-    features: str = "efficientnet-lite0"
+    features: str = FEATURES
     """Feature network: `efficientnet-lite0`, `inception` or `lenet`, as in the evaluations."""
     perceptual: str = "alex"
     """Perceptual distance of the reconstructions: `alex`, `vgg`, `lpips-vgg` or `none`, as in the evaluations."""

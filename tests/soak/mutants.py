@@ -275,8 +275,8 @@ MUTANTS = [
     Mutant(
         "the worst scale of guidance is taken",
         "stage2/sample.py",
-        'options["cfg_scale"] = min(found',
-        'options["cfg_scale"] = max(found',
+        "best = min(figures",
+        "best = max(figures",
         "tests/test_tuning.py",
         "tunes",
     ),
