@@ -73,13 +73,25 @@ def no_autocast(*args: Any, **kwargs: Any) -> Iterator[None]:
 
 
 @contextmanager
+def passes_on_meta() -> Iterator[None]:
+    """Inside, networks on the device `meta` can run, with an autocast that does nothing, and be trained."""
+    fused = "_get_fused_kernels_supported_devices"  # the fused optimizers run there, but torch does not list it
+    with (
+        patch.object(torch, "autocast", no_autocast),
+        patch.object(torch, "is_autocast_enabled", lambda *args: False),
+        patch.object(sys.modules["torch.optim.optimizer"], fused, lambda: ["cpu", "meta"]),
+    ):
+        yield
+
+
+@contextmanager
 def without_memory(dtype: torch.dtype) -> Iterator[None]:
     """Inside, tensors have shapes and no memory, and autocast to this type is as on CUDA.
 
     The device `meta` has no autocast, so convolutions convert their arguments themselves, and torch's group norm its
-    input to float32. It has no fused optimizers either, and nothing can be moved from it.
+    input to float32. Nothing can be moved from it.
     """
-    conv2d, norm, adamw = F.conv2d, nn.GroupNorm.forward, torch.optim.AdamW
+    conv2d, norm = F.conv2d, nn.GroupNorm.forward
 
     def converted(*args: Any, **kwargs: Any) -> Tensor:
         return conv2d(*(x.to(dtype) if isinstance(x, Tensor) else x for x in args), **kwargs)
@@ -88,9 +100,7 @@ def without_memory(dtype: torch.dtype) -> Iterator[None]:
         torch.device("meta"),
         patch.object(F, "conv2d", converted),
         patch.object(nn.GroupNorm, "forward", lambda layer, x: norm(layer, x.float())),
-        patch.object(torch, "autocast", no_autocast),
-        patch.object(torch, "is_autocast_enabled", lambda *args: False),
-        patch.object(torch.optim, "AdamW", lambda *args, fused, **kwargs: adamw(*args, **kwargs)),
+        passes_on_meta(),
         patch.object(nn.Module, "to", lambda module, *args, **kwargs: module),
     ):
         yield

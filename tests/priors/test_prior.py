@@ -82,6 +82,24 @@ def test_logits_depend_on_the_tokens_before_and_on_no_other(model_type):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"model_type": name} for name in (*MODEL_TYPES, "gemma2", "mamba")),
+        {"model_type": "mistral", "sliding_window": 3},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_logits_are_those_of_the_model_itself_without_its_search_for_packed_sequences(options):
+    prior = small(**options)
+    tokens, class_ids = random_tokens(PLAIN), torch.tensor([0, 2, -1])
+    inputs = torch.cat([prior.class_tokens(class_ids), tokens[:, :-1]], dim=1)
+    whole = prior.lm(input_ids=inputs, use_cache=False).logits[..., : PLAIN.vocab_size]
+    assert torch.equal(prior(tokens, class_ids), whole)
+    assert torch.equal(prior(tokens, class_ids), whole)  # nothing was kept of the pass before
+
+
+@torch.no_grad()
 def test_each_class_and_no_class_have_logits_of_their_own():
     logits = small()(random_tokens(PLAIN, 1).repeat(4, 1), torch.tensor([-1, 0, 1, 2]))
     differences = (logits[:, None] - logits[None]).abs().amax(dim=(2, 3))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -26,6 +28,26 @@ MISFITS = (ArithmeticError, RuntimeError, TypeError, ValueError, StrictDataclass
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # the sizes that every prior is given
 PLACES = "places.safetensors"  # beside transformers' files
 BOOKKEEPING = ("architectures", "dtype", "transformers_version", "vqgen", "_name_or_path")  # items that are no options
+
+
+class NothingKept(DynamicCache):
+    """A cache that keeps no keys and values, for passes over whole sequences.
+
+    Without any cache, transformers looks for packed sequences at each pass, by a branch on a tensor. On a GPU the CPU
+    would wait there for all earlier work.
+    """
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The keys and values of this pass alone."""
+        return keys, values
+
+
+def attends_only(lm: Any) -> bool:
+    """Whether all layers of the model are attention, which `NothingKept` serves."""
+    if "past_key_values" not in inspect.signature(lm.forward).parameters:
+        return False
+    kinds = {type(layer) for layer in DynamicCache(config=lm.config).layers}
+    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}  # whose subclasses have states besides
 
 
 class PlaceEmbeddings(nn.Module):
@@ -114,7 +136,7 @@ class Prior(nn.Module):
         self._set_up(lm)
 
     def _set_up(self, lm: Any) -> None:
-        self.lm = lm
+        self.lm, self._attends_only = lm, attends_only(lm)
         self._no_split_modules = lm._no_split_modules  # FSDP gathers these layers one by one
         facts = lm.config.vqgen
         shapes, sizes = tuple(tuple(shape) for shape in facts["shapes"]), tuple(facts["codebook_sizes"])
@@ -151,11 +173,15 @@ class Prior(nn.Module):
         inputs = torch.cat([self.class_tokens(class_ids), tokens[:, :-1]], dim=1)
         if self.places is None:
             assert order is None, "the prior knows no other order; add_places gives it what it needs"
-            return self.legal(self.lm(input_ids=inputs, use_cache=False).logits)
+            return self.legal(self._logits(input_ids=inputs))
         in_turn = torch.arange(tokens.shape[1], device=tokens.device)[None]
         x = self.lm.get_input_embeddings()(inputs) + self.places(in_turn if order is None else order)
-        logits = self.lm(inputs_embeds=x, use_cache=False).logits
-        return self.legal(logits, EVERYWHERE if order is None else order)
+        return self.legal(self._logits(inputs_embeds=x), EVERYWHERE if order is None else order)
+
+    def _logits(self, **inputs: Tensor) -> Tensor:
+        """The model's logits (B, N, its vocabulary) for whole sequences."""
+        cache = {"past_key_values": NothingKept()} if self._attends_only else {}
+        return self.lm(**inputs, use_cache=False, **cache).logits
 
     def class_tokens(self, class_ids: Tensor) -> Tensor:
         """The first tokens (B, 1) of the sequences, from class ids (B,), -1 for no class."""

@@ -72,7 +72,7 @@ def sample_tokens(
     tokens = tokens.gather(1, order)
     noise = uniform(batch, length, generator, device)  # (B, N): each token is drawn by one uniform number
     scales = guidance(cfg_scale, cfg_power, cfg_start, length)
-    if toward is None and not (class_ids >= 0).any():
+    if not prior.class_names:
         scales = [1.0] * length
     scale = torch.tensor(scales, device=device)
     # Each group has B sequences: one of the classes, one of the second classes, and, for guidance, one of no class.
@@ -85,7 +85,8 @@ def sample_tokens(
     order_of_all = order.repeat(groups, 1)  # (groups B, N)
     added = None if prior.places is None else prior.places(order_of_all)
     decoder = decoder_of(prior.lm, batch, length, groups=groups, dtype=dtype, added=added)
-    first = int((tokens >= 0).all(dim=0).long().cumprod(dim=0).sum())  # the first place where something is drawn
+    # The first place where something is drawn.
+    first = 0 if known is None else int((tokens >= 0).all(dim=0).long().cumprod(dim=0).sum())
     current = tokens[:, first - 1, None].repeat(groups, 1) if first else starts.clone()
 
     def step(places: Places, rows: slice) -> None:

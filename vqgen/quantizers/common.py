@@ -235,24 +235,27 @@ def nearest_code(z: Tensor, codebook: Tensor, temperature: float = 0.0) -> Tenso
     With a temperature the index is drawn from softmax(-|z - e|^2 / temperature) instead. Call it in fp32.
 
     argmin |z - e|^2 = argmax z.e - |e|^2 / 2, so matrix products compute the (N, K) scores. Only one block of them
-    exists at a time; on a CPU this block stays in the cache.
+    exists at a time. On a CPU this block stays in the cache; elsewhere it has 256 MiB, or the launches of many small
+    blocks would take longer than their products.
     """
     bias = -0.5 * codebook.square().sum(dim=1)
     on_cpu = z.device.type == "cpu"
     num_codes = min(len(codebook), 1024) if on_cpu else len(codebook)
-    num_vectors = max(1, (1 << 19 if on_cpu else 1 << 23) // num_codes)
+    num_vectors = max(1, min(len(z), (1 << 19 if on_cpu else 1 << 26) // num_codes))
     block = z.new_empty(num_vectors * num_codes)  # reused: the first write to new memory takes as long as the products
     indices = []
     for part in z.split(num_vectors):
-        best, index = part.new_full((len(part),), -torch.inf), part.new_zeros(len(part), dtype=torch.int64)
         for i, (rows, row_bias) in enumerate(zip(codebook.split(num_codes), bias.split(num_codes), strict=True)):
             scores = block[: len(part) * len(rows)].view(len(part), len(rows))
             torch.addmm(row_bias, part, rows.T, out=scores)
             if temperature:  # the Gumbel-max trick; scores are -|z - e|^2 / 2 plus a constant that all codes share
                 scores -= 0.5 * temperature * torch.empty_like(scores).exponential_().log()
             score, where = _row_max(scores)
-            better = score > best
-            best, index = torch.where(better, score, best), torch.where(better, where + i * num_codes, index)
+            if i == 0:
+                best, index = score, where
+            else:
+                better = score > best
+                best, index = torch.where(better, score, best), torch.where(better, where + i * num_codes, index)
         indices.append(index)
     return torch.cat(indices)
 
@@ -262,7 +265,7 @@ def _row_max(x: Tensor) -> tuple[Tensor, Tensor]:
 
     On a CPU torch finds a maximum several times faster than its index, so this first takes the maxima of 32 groups.
     """
-    if x.shape[1] % 32:
+    if x.shape[1] % 32 or x.device.type != "cpu":
         return x.max(dim=1)
     groups = x.view(len(x), -1, 32)  # (N, members, 32): the members of a group are 32 columns apart
     best, group = groups.amax(dim=1).max(dim=1)

@@ -85,7 +85,7 @@ def draw_replacements(
         return None
     start, end = ANNEALED
     level = 1 - (1 - config.end) * min(1.0, max(0.0, (share - start) / (end - start)))
-    images = int(config.images * batch + torch.rand(()).item())  # on the CPU, so it waits for no device
+    images = int(config.images * batch + torch.rand((), device="cpu").item())  # so it waits for no device
     farthest = max(1, round(level * config.nearest))
     ranks = draw_ranks((images, *shape), level * config.codes, farthest, device=device)
     return Replacements(ranks, config.nearest)

@@ -42,15 +42,7 @@ class FiniteGuard:
         asked = torch.full((), float(self.stop.asked), device=self.device)
         flags = torch.stack([*((~term.detach().isfinite()).float() for term in terms.values()), asked])
         flags = all_reduce_sum(flags)
-        event = None
-        if self.device.type == "cuda":
-            seen = torch.empty(len(flags), pin_memory=True)
-            seen.copy_(flags, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        else:
-            seen = flags.cpu()
-        self.pending.append((step, list(terms), seen, event))
+        self.pending.append((step, list(terms), *self._fetched(flags)))
         if len(self.pending) > self.lag:
             self._read(*self.pending.pop(0))
         return flags[:-1].amax().clamp(max=1)
@@ -59,6 +51,16 @@ class FiniteGuard:
         """Reports the bad steps among the last ones, whose results no later step would read."""
         while self.pending:
             self._read(*self.pending.pop(0))
+
+    def _fetched(self, flags: Tensor) -> tuple[Tensor, Any]:
+        """The flags on the CPU, and the event after which they are there, if they are not there yet."""
+        if self.device.type != "cuda":
+            return flags.cpu(), None
+        seen = torch.empty(len(flags), pin_memory=True)
+        seen.copy_(flags, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return seen, event
 
     def _read(self, step: int, names: list[str], seen: Tensor, event: Any) -> None:
         if event is not None:
