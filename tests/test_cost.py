@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from programs import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
+from vqgen.planning.cost import phases, tokenizer_cost
 from vqgen.tokenizers import build_tokenizer
 from vqgen.training.schedule import num_parameters
 
 sys.path.append(BENCHMARKS := str(ROOT / "tests/benchmarks"))
 import cost
 import gpu
-from step import configuration
+from step import configuration, stage1
 
 sys.path.remove(BENCHMARKS)  # its data.py would hide tests/data
 
@@ -31,46 +32,46 @@ DEBUG = ROOT / "configs/debug/stage1.yaml"
 
 def test_the_cost_of_a_step_is_what_the_same_step_counts_on_real_tensors():
     config = configuration(DEBUG, **TINY)
-    costs = cost.measured(config)
+    costs = tokenizer_cost(stage1, config)
     model = build_tokenizer(**config.model).train()
     x = torch.rand(4, 3, 16, 16)
     model(x)  # initialises the codebook
     with FlopCounterMode(display=False) as counted:
         x_rec, (q,) = model(x)
         (F.mse_loss(x_rec, x) + q.loss).backward()
-    assert costs["step"] == counted.get_total_flops() / 4
+    assert costs.flops == counted.get_total_flops() / 4
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         model.decoder(model.from_code(torch.rand(1, 8, *[16 // model.stride] * 2)))
-    assert costs["parts"]["decoder"][1] == counted.get_total_flops()
-    assert sum(count for count, _ in costs["parts"].values()) == num_parameters(model)
+    assert costs.parts["decoder"][1] == counted.get_total_flops()
+    assert sum(count for count, _ in costs.parts.values()) == num_parameters(model)
 
 
 def test_each_loss_costs_what_it_does_in_the_phases_in_which_it_counts():
     always = {"loss__perceptual__start": 0, "loss__adversarial__start": 0, "loss__adversarial__r1": 0}
     config = configuration(DEBUG, **TINY, **VQGAN, **always)
-    early = cost.measured(config)
+    early = tokenizer_cost(stage1, config)
     with_name = configuration(DEBUG, **TINY, **{**VQGAN, **always, "loss__adversarial__name": "none"})
-    without = cost.measured(with_name)
-    disc, perceptual = (early["parts"][name][1] for name in ("discriminator", "perceptual"))
+    without = tokenizer_cost(stage1, with_name)
+    disc, perceptual = (early.parts[name][1] for name in ("discriminator", "perceptual"))
     # D: forward and backward to the image for the tokenizer; forward and backward to its weights on two images.
-    assert 7 * disc < early["step"] - without["step"] <= 8 * disc
+    assert 7 * disc < early.flops - without.flops <= 8 * disc
     # The perceptual distance: two forward passes (its figure has both) and a backward pass, on each second image.
-    plain = cost.measured(configuration(DEBUG, **TINY))
-    assert 1.2 * perceptual / 2 < without["step"] - plain["step"] < 1.6 * perceptual / 2
+    plain = tokenizer_cost(stage1, configuration(DEBUG, **TINY))
+    assert 1.2 * perceptual / 2 < without.flops - plain.flops < 1.6 * perceptual / 2
     config.loss.adversarial.start, config.loss.adversarial.lead = 0.8, 0.0
-    assert cost.measured(config)["step"] == pytest.approx(0.8 * without["step"] + 0.2 * early["step"])
+    assert tokenizer_cost(stage1, config).flops == pytest.approx(0.8 * without.flops + 0.2 * early.flops)
     config.loss.adversarial.lead = 0.3
-    assert [round(part, 3) for _, part in cost.phases(config)] == [0.5, 0.3, 0.2]
+    assert [round(part, 3) for _, part in phases(config)] == [0.5, 0.3, 0.2]
 
 
 def test_checkpointing_costs_products_and_saves_memory():
     deep = {**TINY, "model__widths": [16], "model__decoder_blocks": 4, "model__head_width": 0}  # most of it is blocks
     plain, again = (
-        cost.measured(configuration(DEBUG, **deep, train__activation_checkpointing=on)) for on in (False, True)
+        tokenizer_cost(stage1, configuration(DEBUG, **deep, train__activation_checkpointing=on)) for on in (False, True)
     )
-    assert plain["step"] < again["step"] < 4 / 3 * plain["step"]
-    assert again["each"] < 0.7 * plain["each"]
-    assert again["parts"] == plain["parts"]
+    assert plain.flops < again.flops < 4 / 3 * plain.flops
+    assert again.each < 0.7 * plain.each
+    assert again.parts == plain.parts
 
 
 def test_the_table_of_a_configuration(capsys, tmp_path):

@@ -579,7 +579,7 @@ FLOORS = [  # from low to high; a room may import from lower lines and from its 
     ["training"],
     ["priors"],
     ["evaluation"],
-    ["generator"],
+    ["generator", "planning"],
     ["cli"],
 ]
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from programs import ROOT
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vqgen.codes import CodeLayout
 from vqgen.evaluation.features import LeNet
 from vqgen.evaluation.inception import InceptionV3
+from vqgen.planning.cost import META, passes_on_meta, without_memory
+from vqgen.planning.step import PriorStep, bare_run
 from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import log_likelihood, sample_tokens
 from vqgen.quantizers import QUANTIZERS
@@ -28,15 +28,12 @@ from vqgen.settings import GANConfig, Stage2Config
 from vqgen.tokenizers import build_tokenizer
 from vqgen.tokenizers.vqmodel import to_uint8
 from vqgen.training.guard import FiniteGuard
-from vqgen.training.means import Means
 from vqgen.training.run import Run
 
 sys.path.append(BENCHMARKS := str(ROOT / "tests/benchmarks"))
-from cost import passes_on_meta, without_memory
 from step import Step, configuration
 
 sys.path.remove(BENCHMARKS)  # its data.py would hide tests/data
-META = torch.device("meta")
 DEBUG = ROOT / "configs/debug/stage1.yaml"
 TINY = {"data__image_size": 16, "model__widths": [16, 32], "train__mixed_precision": "no"}
 VQGAN = {
@@ -64,17 +61,6 @@ def program(path: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def run_of(config: Any) -> Any:
-    """What the passes and the methods of `Run` that an update calls use."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=True)
-    stop = SimpleNamespace(asked=False, agreed=False)
-    return SimpleNamespace(
-        config=config, accelerator=accelerator, accumulation=1, micro_batch=4, device=META, lowered=1.0, origin=None,
-        step=0, say=print, means=Means(META), stop=stop, _guards={}, _terms={},
-    )  # fmt: skip
 
 
 def to_meta(*modules: nn.Module) -> None:
@@ -138,24 +124,14 @@ def test_a_step_of_stage_2_needs_no_value(model_type, changes):
     stage2 = program("stage2/train.py")
     config = Stage2Config(model={"model_type": model_type}, **changes)
     config.data["image_size"] = 16
-    run = run_of(config)
-    tokenizer = build_tokenizer(channels=1, widths=[16, 32], quantizer={"codebook_size": 32})
-    run.device = torch.device("cpu")
-    nets = stage2.build(config, run, tokenizer, "", ["a", "b"])
-    run.device = META
-    to_meta(nets.prior, nets.average.model)
-    nets = nets._replace(optimizer=run.accelerator.prepare(nets.optimizer), ranges=nets.ranges.to(META))
-    length = nets.prior.layout.num_tokens
-    tokens = torch.zeros(4, length, dtype=torch.int64, device=META)
-    for step, share in enumerate((0.0, 0.9)):
-        noise = torch.rand(4, 2 + 3 * length, device=META)
-        Run.add(run, stage2.prior_pass(nets, tokens, tokens[:, 0], noise, config, share, run))
-        Run.update(run, grad_norm=(nets.model, nets.optimizer))
-        nets.average.update(nets.prior, step + 1)
-    assert run.means.counts == {"loss": 2, "grad_norm": 2} | (
-        {"uniform_loss": 2} if "label_smoothing" in changes else {}
-    )
-    assert {p.device for p in nets.prior.parameters()} == {META}
+    with without_memory(torch.float32):
+        tokenizer = build_tokenizer(channels=1, widths=[16, 32], quantizer={"codebook_size": 32})
+        step = PriorStep(stage2, config, tokenizer, ["a", "b"], 4, META)
+    for step.share in (0.0, 0.9):
+        step()
+    smoothed = {"uniform_loss": 2} if "label_smoothing" in changes else {}
+    assert step.run.means.counts == {"loss": 2, "grad_norm": 2, **smoothed}
+    assert {p.device for p in step.nets.prior.parameters()} == {META}
 
 
 @pytest.mark.parametrize("name", ["non_saturating", "hinge", "minimax"])
@@ -163,7 +139,8 @@ def test_a_step_of_the_gan_needs_no_value(name, monkeypatch):
     gan = program("stage1/train_gan.py")
     config = GANConfig(loss=name)
     config.data.image_size, config.generator, config.discriminator = 16, {"latent_dim": 8, "width": 8}, {"width": 8}
-    run = run_of(config)
+    run = bare_run(config, META)
+    run.micro_batch = 4
     images = SimpleNamespace(channels=3, class_names=["a", "b"])
     run.device = torch.device("cpu")
     nets = gan.build(config, run, images)

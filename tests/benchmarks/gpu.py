@@ -18,9 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cost import Meter
 from step import ROOT, Step, configuration
 from torch import nn
+
+from vqgen.planning.cost import Meter
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = "--tiny" in sys.argv

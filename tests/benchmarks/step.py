@@ -1,8 +1,7 @@
-"""Stage 1's training step without a run, for measurements: the networks of a configuration, and the program's passes.
+"""Stage 1's training step without a run, for measurements: `TokenizerStep` with random weights for the perceptual loss.
 
-The passes are those of stage1/train.py itself. No data, no folder and no weights are needed: the perceptual network has
-random ones, which cost as much. Where a package that only the command line needs is not installed, an empty stand-in
-lets stage1/train.py be imported all the same.
+Where a package that only the command line needs is not installed, an empty stand-in lets stage1/train.py be imported
+all the same.
 """
 
 import dataclasses
@@ -12,14 +11,11 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from torch import nn
 
 ROOT = Path(__file__).parents[2]
 NOT_NEEDED = ("omegaconf", "PIL", "tqdm", "psutil", "fsspec", "filelock")
@@ -40,11 +36,8 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 sys.path.insert(0, str(ROOT))
 sys.meta_path.append(stand_ins := StandIns())  # the last, so that what is installed is found first
-from vqgen.evaluation.metrics import CodeUsage  # noqa: E402
-from vqgen.evaluation.perceptual import PerceptualDistance  # noqa: E402
+from vqgen.planning.step import TokenizerStep, Untrained  # noqa: E402
 from vqgen.settings import Stage1Config  # noqa: E402
-from vqgen.training.means import Means, Stopwatch  # noqa: E402
-from vqgen.training.run import Run  # noqa: E402
 from vqgen.yaml_file import read_yaml  # noqa: E402
 
 stage1: Any = importlib.util.module_from_spec(
@@ -52,17 +45,6 @@ stage1: Any = importlib.util.module_from_spec(
 )
 spec.loader.exec_module(stage1)
 sys.meta_path.remove(stand_ins)
-
-
-class Untrained(PerceptualDistance):
-    """A perceptual network with random weights."""
-
-    def __init__(self, name: str, weights: object = ()):
-        nn.Module.__init__(self)
-        self.name = name
-        self._build()
-        for head in self.heads:
-            head.fill_(1 / head.numel())
 
 
 stage1.PerceptualDistance = Untrained
@@ -93,20 +75,8 @@ def as_dataclass(cls: Any, values: Mapping[str, Any]) -> Any:
     return cls(**made)
 
 
-class Step:
-    """A training step of a configuration in its last phase, in which all of its losses count.
-
-    Args:
-        config: the configuration; `train.mixed_precision` says in which precision the networks compute.
-        batch: images of a step.
-        device: where the networks are.
-        prepare: changes the networks before Accelerate wraps them.
-
-    Attributes:
-        nets: the program's networks and optimizers.
-        x: random images (B, 3, H, W) in [-1, 1].
-        class_ids: their classes (B,), -1 for none.
-    """
+class Step(TokenizerStep):
+    """`TokenizerStep` of stage1/train.py."""
 
     def __init__(
         self,
@@ -115,50 +85,4 @@ class Step:
         device: torch.device,
         prepare: Callable[[Any], Any] = lambda nets: nets,
     ):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        self.config = config
-        accelerator = Accelerator(mixed_precision=config.train.mixed_precision, cpu=device.type != "cuda")
-        self.run: Any = SimpleNamespace(  # what the passes and the methods of `Run` that are called below use
-            config=config, accelerator=accelerator, accumulation=1, device=device, lowered=1.0, origin=None, step=0,
-            say=print, means=Means(device), stop=SimpleNamespace(asked=False, agreed=False), _guards={}, _terms={},
-        )  # fmt: skip
-        nets = prepare(stage1.build(config, self.run, class_names=[]))
-        there = [name for name in ("model", "optimizer", "disc", "disc_optimizer") if getattr(nets, name) is not None]
-        prepared = accelerator.prepare(*(getattr(nets, name) for name in there))
-        self.nets = nets._replace(**dict(zip(there, prepared, strict=True)))
-        self.nets.model.train()
-        self.now = SimpleNamespace(share=0.99, step=1)
-        self.stopwatch = Stopwatch(device)
-        self.usage = CodeUsage(self.nets.tokenizer.code_layout(config.data.image_size), device)
-        memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        height, width = config.data.size
-        self.x = (torch.rand(batch, 3, height, width, device=device) * 2 - 1).contiguous(memory_format=memory_format)
-        self.class_ids = torch.full((batch,), -1, device=device)
-
-    def backward(self) -> None:
-        """Both passes: the tokenizer's, and the discriminator's if there is one and it learns yet."""
-        arguments = (self.config, self.run, self.now)
-        terms, codes, asked, x_rec = stage1.tokenizer_pass(
-            self.nets, self.x, self.class_ids, *arguments, self.stopwatch
-        )
-        if self.disc_learns:
-            terms |= stage1.discriminator_pass(self.nets, asked, x_rec, *arguments)
-        Run.add(self.run, terms)
-        self.usage.update(codes)
-
-    def update(self) -> None:
-        """What the program does after the passes: an update of the weights, and of their average."""
-        groups = {"grad_norm": (self.nets.model, self.nets.optimizer)}
-        if self.disc_learns:
-            groups["disc_grad_norm"] = (self.nets.disc, self.nets.disc_optimizer)
-        Run.update(self.run, **groups)
-        self.nets.average.update(self.nets.tokenizer, self.now.step)
-
-    @property
-    def disc_learns(self) -> bool:
-        adversarial = self.config.loss.adversarial
-        return self.nets.disc is not None and self.now.share >= adversarial.start - adversarial.lead
-
-    def __call__(self) -> None:
-        self.backward()
-        self.update()
+        super().__init__(stage1, config, batch, device, prepare)

@@ -125,10 +125,11 @@ class Prior(nn.Module):
             lm = AutoModelForCausalLM.from_config(config)
             # A forward pass finds contradicting sizes. Sampling needs a causal model: the 2nd token must not change the
             # first token's logits.
-            with torch.no_grad():
-                first = [lm.eval()(input_ids=torch.tensor([[0, second]])).logits[:, 0] for second in (0, 1)]
-            require(torch.equal(*first), f"model_type={config.model_type}: is not causal; use llama, for example")
-            lm.train()
+            if lm.device.type != "meta":  # where a plan is made, and no tensor has values
+                with torch.no_grad():
+                    first = [lm.eval()(input_ids=torch.tensor([[0, second]])).logits[:, 0] for second in (0, 1)]
+                require(torch.equal(*first), f"model_type={config.model_type}: is not causal; use llama, for example")
+                lm.train()
         except InputError:
             raise
         except MISFITS as error:
@@ -144,13 +145,14 @@ class Prior(nn.Module):
         require(order in ORDERS, f"the order of its tokens, {order}, is not known to vqgen {vqgen.__version__}")
         self.layout = CodeLayout(shapes, sizes, order)
         self.class_names = list(facts["class_names"])
-        ids = torch.arange(self.layout.vocab_size)
         # DDP may broadcast buffers at every pass, so these have a row for each range, not for each of the N positions.
-        ranges, row = self.layout.token_ranges().unique(dim=0, return_inverse=True)  # (R, 2), (N,)
+        with torch.device("cpu"):
+            ids = torch.arange(self.layout.vocab_size)
+            ranges, row = self.layout.token_ranges().unique(dim=0, return_inverse=True)  # (R, 2), (N,)
         illegal = (ids < ranges[:, :1]) | (ids >= ranges[:, 1:])  # (R, vocab_size)
         everything = not illegal.any()
-        self.register_buffer("illegal", None if everything else illegal, persistent=False)
-        self.register_buffer("illegal_row", None if everything else row, persistent=False)
+        self.register_buffer("illegal", None if everything else illegal.to(lm.device), persistent=False)
+        self.register_buffer("illegal_row", None if everything else row.to(lm.device), persistent=False)
         self.places = None
         if self.random_orders is not None:
             self.add_places(self.random_orders)
@@ -218,7 +220,7 @@ class Prior(nn.Module):
         width = self.lm.get_input_embeddings().weight.shape[1]
         try:
             with torch.no_grad():
-                self.lm(inputs_embeds=self.lm.get_input_embeddings().weight.new_zeros(1, 1, width), use_cache=False)
+                self._logits(inputs_embeds=self.lm.get_input_embeddings().weight.new_zeros(1, 1, width))
         except MISFITS as error:
             name = self.lm.config.model_type
             raise InputError(
