@@ -419,6 +419,37 @@ class PreviewConfig(Stage1Config):
 
 
 @dataclass
+class PlanConfig:
+    """Look at images and a machine, and write the configurations that suit them; nothing is trained."""
+
+    out: str = "plan"
+    """Folder for stage1.yaml and stage2.yaml, which must not be there yet."""
+    hours: float = 1.0
+    """Hours of training, both stages together; evaluations, checkpoints and reading the images come on top."""
+    gpus: int | None = None
+    """Number of GPUs of the machine that will train; null plans for this machine, some of whose steps are timed."""
+    gpu_memory: float | None = None
+    """GB of memory of each."""
+    tflops: float | None = None
+    """Peak of each in bf16, in TFLOP/s, by its data sheet: an A100 has 312, an H100 989, an RTX 4090 165."""
+    largest: int = 256
+    """Largest side of the images that may be planned, in pixels."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("hours", "gpu_memory", "tflops"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name}={value}: must be above 0")
+        if self.gpus is not None:
+            require_size("gpus", self.gpus, 1 << 16)
+        numbers = [name for name in ("gpu_memory", "tflops") if getattr(self, name) is None]
+        given = (self.gpus, self.gpu_memory, self.tflops)
+        if given != (None, None, None):
+            self.gpus = self.gpus or 1
+            require(not numbers, f"gpus={self.gpus}: give {' and '.join(f'{name}=' for name in numbers)} of each, too")
+
+
+@dataclass
 class ConvertConfig:
     """Convert another project's VQGAN to a model of vqgen, or a model of vqgen to another project's."""
 

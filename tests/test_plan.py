@@ -1,0 +1,86 @@
+"""stage1/plan.py: what it says and writes, and that the programs run what it wrote."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from programs import metrics, shell
+
+from vqgen.yaml_file import read_yaml
+
+GPU = ("gpus=1", "gpu_memory=80", "tflops=400")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two classes of 40 images of 70 x 90 pixels."""
+    folder, random = tmp_path_factory.mktemp("images") / "my photos", np.random.default_rng(0)
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for i in range(40):
+            Image.fromarray(random.integers(0, 256, (90, 70, 3), np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_both_stages_train_by_what_is_planned(program, photos, tmp_path):
+    out = tmp_path / "plan"
+    code, output, errors = program("stage1/plan.py", f"data.source={photos}", f"out={out}", "hours=2", *GPU)
+    assert (code, errors) == (0, "")
+    lines = output.splitlines()
+    assert lines[0].startswith("images: 7")
+    assert lines[0].endswith("RGB, the originals' median is 70x90")
+    assert "planned for: 1 GPU(s) of 80 GB and 400 TFLOP/s in bf16" in lines
+    assert any(line.startswith("stage 1: 64x64 pixels to 64 codes of 512, 0.50 M parameters; a step") for line in lines)
+    assert lines[-2:] == [f"{word}: accelerate launch stage{i}/train.py {out}/stage{i}.yaml"
+                          for i, word in ((1, "next"), (2, "then"))]  # fmt: skip
+    text = (out / "stage1.yaml").read_text()
+    assert "  # the originals' median shorter side is 70 pixels\n  image_size: 64\n" in text
+    planned = read_yaml(out / "stage1.yaml")
+    assert planned["data"]["source"] == str(photos)
+    assert (planned["run_dir"], read_yaml(out / "stage2.yaml")["stage1"]) == ("runs/my-photos/stage1",) * 2
+    short = "train.max_steps=2 train.mixed_precision=no tracking.wandb=disabled"
+    shell(f"accelerate launch stage1/train.py {out}/stage1.yaml run_dir={tmp_path}/1 {short}")
+    shell(f"accelerate launch stage2/train.py {out}/stage2.yaml stage1={tmp_path}/1 run_dir={tmp_path}/2 {short}")
+    assert metrics(tmp_path / "1")["val/psnr"] > 0
+    assert metrics(tmp_path / "2")["val/nll"] > 0
+
+
+def test_this_machine_is_timed(program, photos, tmp_path):
+    arguments = (f"data.source={photos}", f"out={tmp_path}/plan", "hours=1", "largest=32")
+    code, output, errors = program("stage1/plan.py", *arguments)
+    assert (code, errors) == (0, "")
+    assert "planned for: this machine's CPU: " in output
+    assert "the seconds of a step: timed" in output
+    for i in (1, 2):
+        steps = read_yaml(tmp_path / f"plan/stage{i}.yaml")["train"]["max_steps"]
+        assert 100 < steps < 100_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gpus=1", "gpu_memory=0.3", "tflops=10"), "nothing fits; the smallest configuration takes"),
+        (("hours=0.0001", *GPU), "hours=0.0001: too few even for the smallest model on 7"),
+        (("gpus=2",), "gpus=2: give gpu_memory= and tflops= of each, too"),
+        (("tflops=300",), "gpus=1: give gpu_memory= of each, too"),
+        (("hours=0",), "hours=0.0: must be above 0"),
+        (("data.image_size=64", *GPU), "data.image_size=64: the plan chooses it; largest= bounds it"),
+        (("largest=16", *GPU), "largest=16: the smallest that can be planned is 32"),
+        (("model.width=3",), "model"),
+        (("data.max_images=3", *GPU), "images to train on; at least 50 are needed"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line_and_writes_nothing(program, photos, tmp_path, arguments, message):
+    code, _, errors = program("stage1/plan.py", f"data.source={photos}", f"out={tmp_path}/plan", *arguments)
+    assert code == 2
+    assert errors.startswith("error: ")
+    assert len(errors.splitlines()) == 1
+    assert message in errors
+    assert not (tmp_path / "plan").exists()
+
+
+def test_a_plan_is_not_written_over(program, photos, tmp_path):
+    (tmp_path / "stage2.yaml").write_text("mine")
+    code, _, errors = program("stage1/plan.py", f"data.source={photos}", f"out={tmp_path}", *GPU)
+    assert (code, (tmp_path / "stage2.yaml").read_text()) == (2, "mine")
+    assert "is there already; delete it, or name another folder: out=" in errors
+    assert not (tmp_path / "stage1.yaml").exists()
