@@ -333,7 +333,7 @@ def plan_tokenizer(
         own = functools.partial(timed, settings, passes)
         speed = _speed(cost, UTILISATION, machine, batch, passes, asked, own)
         if speed * seconds < least:
-            needed = min(needed, least / speed)
+            needed = least / speed
             continue
         steps = math.floor(min(speed * seconds, max(rung.enough, EPOCHS * images.number)) / batch)
         settings += _length(steps, passes, steps * batch < 0.95 * speed * seconds)
@@ -387,7 +387,7 @@ def plan_prior(
         own = functools.partial(timed, settings, passes)
         speed = _speed(cost, PRIOR_UTILISATION, machine, batch, passes, asked, own)
         if speed * seconds < least:
-            needed = min(needed, least / speed)
+            needed = least / speed
             continue
         epochs = PRIOR_EPOCHS_SMALL if images.number < 100_000 else PRIOR_EPOCHS_LARGE
         enough = max(PRIOR_LEAST, epochs * images.number)
