@@ -83,6 +83,15 @@ def test_few_images_end_before_the_hours_do():
     assert "as many as the hours allow" in {s.key: s.why for s in stage.settings}["train.max_steps"]
 
 
+def test_few_images_have_fewer_codes_and_are_not_repeated_for_ever():
+    _, stage = tokenizer(FEW, GPUS, YEAR)
+    assert as_tree(stage.settings)["model"]["quantizer"]["codebook_size"] == 1024
+    assert stage.epochs == pytest.approx(1000, rel=0.01)
+    _, stage = tokenizer(MANY, GPUS, YEAR)
+    assert as_tree(stage.settings)["model"]["quantizer"]["codebook_size"] == 16384
+    assert stage.epochs == pytest.approx(50, rel=0.01)
+
+
 def test_a_step_that_does_not_fit_takes_more_passes_and_is_checkpointed_if_one_image_does_not_fit():
     _, stage = tokenizer(MANY, GPUS._replace(memory=14 * GB), YEAR)
     # 16 images of 3.2 GB on each GPU, which has 1 GB and 0.5 GB in use besides: two fit.
@@ -106,8 +115,10 @@ def test_the_hours_that_an_error_asks_for_are_enough():
         cost = cost_of if timed is never else lambda settings: Cost(1, 1e9, 1e6, GB)
         with pytest.raises(TooSlow) as error:
             tokenizer(FEW, machine, 1.0, cost=cost, timed=timed)
-        rung, _ = tokenizer(FEW, machine, 3600 * error.value.hours / 2 * 1.001, cost=cost, timed=timed)
-        assert rung.size == 32
+        half = 3600 * error.value.hours / 2
+        assert tokenizer(FEW, machine, half * 1.001, cost=cost, timed=timed)[1].hours <= error.value.hours
+        with pytest.raises(TooSlow):
+            tokenizer(FEW, machine, half * 0.999, cost=cost, timed=timed)
 
 
 def test_only_what_can_be_fast_enough_is_timed_here():

@@ -68,8 +68,8 @@ class Rung:
         size: side of its images, in pixels.
         codes: the number of codes of an image.
         settings: stage 1's settings.
-        least: training examples, repetitions included, after which it is of use.
-        enough: those after which more bring little, if the images themselves are not seen more rarely than `EPOCHS`.
+        least: training examples, repetitions included, after which it is of use, with many images.
+        enough: those after which more bring little, with many images.
         why: where it was tried.
     """
 
@@ -92,6 +92,8 @@ class PriorSize:
 
 
 EPOCHS = 40  # of a large set in stage 1, as LlamaGen
+LEAST_EPOCHS, MOST_EPOCHS = 200, 1000  # of a small set
+MANY_CODES = 20_000  # images; with fewer, 16,384 codes would be rarely seen
 PRIOR_EPOCHS_SMALL, PRIOR_EPOCHS_LARGE = 60, 300  # the second as LlamaGen
 PRIOR_LEAST = 40_000  # sequences after which a prior is of use
 PARAMETERS_PER_TOKEN = 4  # of a set; a larger prior learns the set by heart
@@ -234,7 +236,22 @@ def tokenizer_settings(rung: Rung, images: Images, machine: Machine) -> list[Set
         chosen += [Setting("data.augment", [0.9, 1], f"{images.number:,} images are few: crops make them differ")]
     if not images.mirrored:
         chosen += [Setting("data.flip", False, "true doubles the images, if their mirror images are such images, too")]
-    return [*chosen, *rung.settings, *_precision(machine)]
+    own = [_fewer_codes(s) if images.number < MANY_CODES else s for s in rung.settings]
+    return [*chosen, *own, *_precision(machine)]
+
+
+def _fewer_codes(setting: Setting) -> Setting:
+    if setting.key != "model.quantizer":
+        return setting
+    why = f"LlamaGen has 16,384 codes, for more than {MANY_CODES:,} images"
+    return setting._replace(value={**setting.value, "codebook_size": 1024}, why=why)
+
+
+def examples(rung: Rung, images: Images) -> tuple[int, int]:
+    """How many training examples, repetitions included, are the least, and how many are enough."""
+    least = max(images.number, min(rung.least, max(LEAST_EPOCHS * images.number, RUNGS[0].least)))
+    most = max(rung.enough, EPOCHS * images.number)
+    return least, max(least, min(most, MOST_EPOCHS * images.number))
 
 
 def prior_settings(size: PriorSize, images: Images, machine: Machine, batch: int) -> list[Setting]:
@@ -327,7 +344,7 @@ def plan_tokenizer(
         if fits is None:
             continue
         passes, memory = fits
-        least = max(rung.least, images.number)
+        least, enough = examples(rung, images)
         # The smallest is timed in any case, for the error that says how many hours it needs.
         asked = 0 if rung is candidates[0] else least / seconds
         own = functools.partial(timed, settings, passes)
@@ -335,7 +352,7 @@ def plan_tokenizer(
         if speed * seconds < least:
             needed = least / speed
             continue
-        steps = math.floor(min(speed * seconds, max(rung.enough, EPOCHS * images.number)) / batch)
+        steps = math.floor(min(speed * seconds, enough) / batch)
         settings += _length(steps, passes, steps * batch < 0.95 * speed * seconds)
         return rung, Stage(settings, cost, batch, passes, steps, speed, steps * batch / images.number, memory)
     fewest = f"the smallest configuration takes {smallest / GB:.1f} GB at one image a pass"
