@@ -196,6 +196,9 @@ def build(config: Stage2Config, run: Run, tokenizer: VQModel, tokenizer_hash: st
         prior = Prior(layout, class_names, **config.model)
     if config.random_orders is not None:
         prior.add_places(config.random_orders)
+    if config.train.activation_checkpointing:
+        with section("train"):
+            prior.checkpoint_activations()
     if run.origin is not None:
         first = layout.vocab_size + 1  # the token of the first class
         run.origin.fill_by_class(prior, prior.token_tables, [(i, i) for i in range(first)], first, class_names)

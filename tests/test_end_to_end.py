@@ -153,8 +153,11 @@ def test_the_same_seed_gives_the_same_bits_and_repeating_the_command_changes_not
     assert before == ((tmp_path / "run/metrics.jsonl").read_text(), (tmp_path / "run" / inside).stat().st_mtime_ns)
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_a_killed_run_goes_on_to_the_same_bits(runs, program, tmp_path, stage):
+AGAIN = "train.activation_checkpointing=true"
+
+
+@pytest.mark.parametrize(("stage", "then"), [("stage1", []), ("stage2", []), ("stage2", [AGAIN])])
+def test_a_killed_run_goes_on_to_the_same_bits(runs, program, tmp_path, stage, then):
     run = tmp_path / "run"
     arguments = [DEBUG[stage], f"run_dir={run}", "tracking.wandb=disabled"]
     arguments += [f"stage1={runs}/stage1"] if stage == "stage2" else []
@@ -164,7 +167,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(runs, program, tmp_path, stage):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    code, output, _ = program(f"{stage}/train.py", *arguments)
+    code, output, _ = program(f"{stage}/train.py", *arguments, *then)
     assert code == 0
     assert "going on from step 20" in output
     assert untimed_metrics(run) == untimed_metrics(runs / stage)

@@ -118,11 +118,12 @@ def test_a_step_with_each_loss_needs_no_value(changes):
     assert step.run.means.counts.get("r1_loss", 0) == ("r1" in "".join(changes))
 
 
-@pytest.mark.parametrize("changes", [{}, {"random_orders": 0.0}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"random_orders": 0.0}, {"label_smoothing": 0.1}, {"again": True}], ids=str)
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2"])
 def test_a_step_of_stage_2_needs_no_value(model_type, changes):
     stage2 = program("stage2/train.py")
-    config = Stage2Config(model={"model_type": model_type}, **changes)
+    config = Stage2Config(model={"model_type": model_type}, **{k: v for k, v in changes.items() if k != "again"})
+    config.train.activation_checkpointing = "again" in changes
     config.data["image_size"] = 16
     with without_memory(torch.float32):
         tokenizer = build_tokenizer(channels=1, widths=[16, 32], quantizer={"codebook_size": 32})

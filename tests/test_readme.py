@@ -55,6 +55,8 @@ class Project:
         """Runs a command with few steps or few images."""
         if "evaluate.py" in command and "--compare" not in command:
             command += f" {FEW_IMAGES}" + (" num_reference=60" if "stage2" in command else "")
+        if "plan.py" in command:
+            command += " gpus=1 gpu_memory=80 tflops=400"  # this machine would be timed
         if re.search(r"train(_gan)?\.py", command) and "--help" not in command:
             command += f" {FEW_STEPS}" + (f" {FEW_DIGITS}" if "stage1/" in command and "data." not in command else "")
         if command.startswith("accelerate launch --") and not self.launched:
@@ -85,7 +87,7 @@ def copy(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("readme") / "project"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "tests", ".*_cache"))
     rng = np.random.default_rng(0)
-    for i in range(12):
+    for i in range(60):
         photo = folder / "photos" / ("cats" if i % 2 else "dogs") / f"{i}.jpg"
         photo.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (80, 100, 3), dtype=np.uint8)).save(photo)

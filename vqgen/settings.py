@@ -347,6 +347,9 @@ class Stage2TrainConfig(TrainConfig):
     patience: int | None = None
     """The run ends after this many evaluations in a row without a lower held-out NLL, and model/ has the prior with the
     lowest; null goes on to the end, and model/ has the last one."""
+    activation_checkpointing: bool = False
+    """Compute the activations inside the prior's layers again in the backward pass instead of keeping them: larger
+    batches fit, and a step computes about a third more. The result is the same."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

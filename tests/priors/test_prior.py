@@ -151,6 +151,36 @@ def test_gradient_is_finite_where_tokens_are_illegal():
     assert prior.lm.get_input_embeddings().weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("model_type", [*MODEL_TYPES, "gemma2"])
+def test_activations_that_are_computed_again_are_not_kept_and_change_no_bit(model_type, caplog):
+    kept, gradients = [], []
+    for again in (False, True):
+        prior = small(model_type=model_type, num_hidden_layers=4).train()
+        if again:
+            prior.checkpoint_activations()
+        size = 0
+
+        def keep(x):
+            nonlocal size
+            size += x.numel()
+            return x
+
+        torch.manual_seed(1)  # for dropout
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = prior(random_tokens(PLAIN), torch.tensor([0, 2, -1])).square().mean()
+        loss.backward()
+        kept.append(size)
+        gradients.append([p.grad for p in prior.parameters()])
+    assert kept[1] < kept[0] / 2
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    assert not caplog.records  # transformers warns of caches
+
+
+def test_a_model_without_checkpointing_is_refused():
+    with pytest.raises(InputError, match=r"^activation_checkpointing=true: transformers has none for ctrl"):
+        small(model_type="ctrl").checkpoint_activations()
+
+
 def test_an_unconditional_prior_works():
     prior = small(class_names=[])
     assert prior(random_tokens(PLAIN), torch.full((3,), -1)).shape == (3, 6, 8)

@@ -60,6 +60,9 @@ class Setting(NamedTuple):
     why: str = ""
 
 
+AGAIN = Setting("train.activation_checkpointing", True, "or the activations of one example would not fit")
+
+
 @dataclass(frozen=True)
 class Rung:
     """A tokenizer that has been tried.
@@ -336,8 +339,8 @@ def plan_tokenizer(
             settings = [s._replace(value=batch) if s.key == "train.batch_size" else s for s in settings]
         cost = cost_of(settings)
         fits = passes_that_fit(cost, batch, machine, extra)
-        if fits is None and rung.size > 64:
-            settings += [Setting("train.activation_checkpointing", True, "or its activations would not fit")]
+        if fits is None:
+            settings.append(AGAIN)
             cost = cost_of(settings)
             fits = passes_that_fit(cost, batch, machine, extra)
         smallest = min(smallest, extra + SLACK * cost.memory(1))
@@ -396,6 +399,10 @@ def plan_prior(
         settings = prior_settings(size, images, machine, batch)
         cost = cost_of(settings)
         fits = passes_that_fit(cost, batch, machine, extra)
+        if fits is None:
+            settings.append(AGAIN)
+            cost = cost_of(settings)
+            fits = passes_that_fit(cost, batch, machine, extra)
         if fits is None:
             continue
         passes, memory = fits

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 from pathlib import Path
@@ -13,8 +14,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -227,6 +230,20 @@ class Prior(nn.Module):
                 f"random_orders: {name} takes no embeddings of tokens; use model.model_type=llama"
             ) from error
         self.places = PlaceEmbeddings(self.layout.num_tokens, width)
+
+    def checkpoint_activations(self) -> None:
+        """Makes training compute the activations inside layers a second time instead of keeping them.
+
+        Raises:
+            InputError: transformers does not offer that for the model.
+        """
+        layers = [layer for layer in self.lm.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        remedy = f"transformers has none for {self.lm.config.model_type}; use model.model_type=llama, or set false"
+        require(bool(layers), f"activation_checkpointing=true: {remedy}")
+        for layer in layers:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+            layer._can_checkpoint_with_cache = True  # in a second pass, too, `NothingKept` keeps nothing
 
     @property
     def options(self) -> dict[str, Any]:
