@@ -27,7 +27,7 @@ from vqgen.errors import require, section
 from vqgen.evaluation.likelihood import prior_nll, tokens_that_tell_apart, unigram_entropy
 from vqgen.priors.objective import annealed, random_orders, uniform_loss, with_random_tokens
 from vqgen.priors.prior import Prior
-from vqgen.priors.sampling import classes_in_turn, sample_images
+from vqgen.priors.sampling import ROWS, classes_in_turn, sample_images
 from vqgen.settings import DataConfig, SampleConfig, Stage2Config
 from vqgen.tokenizers.vqmodel import VQModel, load_tokenizer
 from vqgen.training.average import WeightEMA
@@ -246,7 +246,9 @@ def samples(model: Prior, tokenizer: VQModel, seed: int, device: torch.device) -
     class_ids = classes_in_turn(8 * columns, range(len(model.class_names))).to(device)
     settings = SampleConfig()
     options = {"cfg_scale": 1.0 if model.class_dropout == 0 else settings.cfg_scale, "top_p": settings.top_p}
-    images = sample_images(model, tokenizer, class_ids, seed=seed, **options)
+    parts = class_ids.split(ROWS)  # as all at a time could take more memory than a training step
+    drawn = (sample_images(model, tokenizer, p, seed=seed, first=i * ROWS, **options) for i, p in enumerate(parts))
+    images = torch.cat(list(drawn))
     return image_grid(rearrange(images.cpu(), "n c h w -> n h w c").numpy(), columns)
 
 

@@ -349,7 +349,7 @@ class Stage2TrainConfig(TrainConfig):
     lowest; null goes on to the end, and model/ has the last one."""
     activation_checkpointing: bool = False
     """Compute the activations inside the prior's layers again in the backward pass instead of keeping them: larger
-    batches fit, and a step computes about a third more. The result is the same."""
+    batches fit, and a step computes about a quarter more. The result is the same."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -428,7 +428,8 @@ class PlanConfig:
     out: str = "plan"
     """Folder for stage1.yaml and stage2.yaml, which must not be there yet."""
     hours: float = 1.0
-    """Hours of training, both stages together; evaluations, checkpoints and reading the images come on top."""
+    """Hours of training, both stages together. Evaluations, checkpoints, and decoding and encoding the images once come
+    on top."""
     gpus: int | None = None
     """Number of GPUs of the machine that will train; null plans for this machine, some of whose steps are timed."""
     gpu_memory: float | None = None
@@ -436,7 +437,7 @@ class PlanConfig:
     tflops: float | None = None
     """Peak of each in bf16, in TFLOP/s, by its data sheet: an A100 has 312, an H100 989, an RTX 4090 165."""
     largest: int = 256
-    """Largest side of the images that may be planned, in pixels."""
+    """Largest side of the images that may be planned, in pixels; all plans are of squares."""
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:

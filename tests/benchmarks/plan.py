@@ -7,6 +7,7 @@ over the last half of the steps of the program itself, and the largest resident 
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -69,18 +70,17 @@ def predicted(case: tuple[int, str, list[str]]) -> tuple[float, float]:
     first, own = settings_of(1, data, []), settings_of(stage, data, changes)
     data_settings = {s.key.removeprefix("data."): s.value for s in first if s.key.startswith("data.")}
     config = PlanConfig(data=DataConfig(**data_settings))
-    train_set, _ = load_images(config.data)
+    train_set, _ = load_images(dataclasses.replace(config.data, cache_gb=0))
     images = Images(len(train_set), train_set.channels, 0, config.data.flip)
     first = [*first, Setting("data.image_size", config.data.image_size)]
-    planned = program.Planned(images, Machine(1, 0, 0, True, "no", ""), config, train_set)
-    planned.stage1 = first
+    planned = program.Planned(images, Machine(1, 0, 0, True, "no", ""), config.data, train_set)
     if stage == 1:
         own = [*(s for s in first if s.key not in {s.key for s in own}), *own]
-        cost, speed = planned.tokenizer_cost(own), planned.tokenizer_speed
+        cost, speed = planned.tokenizer_cost(own), planned.tokenizer_speed(own, 1)
     else:
-        cost, speed = planned.prior_cost(own), planned.prior_speed
+        cost, speed = planned.prior_cost(own, first), planned.prior_speed(own, first, 1)
     batch = next((s.value for s in own if s.key == "train.batch_size"), 64)
-    return batch / speed(own, 1), planned.extra + SLACK * cost.memory(batch)
+    return batch / speed, planned.extra(config.data.image_size) + SLACK * cost.memory(batch)
 
 
 def measured(name: str, case: tuple[int, str, list[str]], steps: int, runs: Path) -> tuple[float, float]:

@@ -4,12 +4,11 @@ Where a package that only the command line needs is not installed, an empty stan
 all the same.
 """
 
-import dataclasses
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,7 +35,7 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 sys.path.insert(0, str(ROOT))
 sys.meta_path.append(stand_ins := StandIns())  # the last, so that what is installed is found first
-from vqgen.planning.step import TokenizerStep, Untrained  # noqa: E402
+from vqgen.planning.step import TokenizerStep, Untrained, with_values  # noqa: E402
 from vqgen.settings import Stage1Config  # noqa: E402
 from vqgen.yaml_file import read_yaml  # noqa: E402
 
@@ -59,20 +58,9 @@ def configuration(path: Path, **changes: Any) -> Stage1Config:
         for section in sections:
             place = place.setdefault(section, {})
         place[last] = value
-    config: Stage1Config = as_dataclass(Stage1Config, settings)
+    config: Stage1Config = with_values(Stage1Config(), settings)
     config.data.channels = 3
     return config
-
-
-def as_dataclass(cls: Any, values: Mapping[str, Any]) -> Any:
-    """An object of a dataclass, whose fields are dataclasses themselves, from nested dictionaries."""
-    defaults = cls()
-    nested = {key: getattr(defaults, key) for key in values}
-    made = {
-        key: as_dataclass(type(nested[key]), value) if dataclasses.is_dataclass(nested[key]) else value
-        for key, value in values.items()
-    }
-    return cls(**made)
 
 
 class Step(TokenizerStep):

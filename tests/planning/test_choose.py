@@ -1,24 +1,32 @@
 """Which configuration is chosen, for costs and speeds that are given here."""
 
-import pytest
+import re
 
+import pytest
+from programs import ROOT
+
+from vqgen.codes import CodeLayout
 from vqgen.errors import InputError
 from vqgen.planning.choose import (
     GB,
     LEAST_STEP,
     PARAMETERS_PER_TOKEN,
+    PRIOR_SIZES,
     RUNGS,
     SLACK,
     UTILISATION,
     Images,
     Machine,
-    TooSlow,
+    Setting,
     as_tree,
     passes_that_fit,
+    plan,
     plan_prior,
-    plan_tokenizer,
+    prior_settings,
 )
 from vqgen.planning.cost import Cost
+from vqgen.priors.prior import Prior
+from vqgen.yaml_file import read_yaml
 
 MANY = Images(1_000_000, 3, 500, False)
 FEW = Images(1_000, 3, 500, False)
@@ -35,17 +43,38 @@ def cost_of(settings) -> Cost:
     return Cost(1_000_000, 1e11 * share, 0.2 * GB * share * kept, 1 * GB)
 
 
-def never(settings, passes):
-    raise AssertionError("this machine is timed")
+class Given:
+    """`Measures` with given costs; the smallest prior takes no time, unless its speed is given."""
+
+    def __init__(self, cost=cost_of, speed=None, prior_speed=None):
+        self.cost, self.speed, self.speed_of_prior = cost, speed, prior_speed
+        self.timed = []  # sizes of images
+
+    def extra(self, size):
+        return 0.5 * GB
+
+    def tokenizer_cost(self, settings):
+        return self.cost(settings)
+
+    def tokenizer_speed(self, settings, passes):
+        assert self.speed is not None, "this machine is timed"
+        self.timed.append(as_tree(settings)["data"]["image_size"])
+        return self.speed
+
+    def prior_cost(self, settings, stage1):
+        return Cost(1_000_000, 1e6, 0.01 * GB, 1 * GB)
+
+    def prior_speed(self, settings, stage1, passes):
+        return self.speed_of_prior(as_tree(stage1)["data"]["image_size"]) if self.speed_of_prior else 1e9
 
 
-def tokenizer(images, machine, seconds, largest=256, cost=cost_of, timed=never):
-    return plan_tokenizer(images, machine, seconds, largest, cost_of=cost, timed=timed, extra=0.5 * GB)
+def tokenizer(images, machine, seconds, largest=256, given=None):
+    rung, stage, _ = plan(images, machine, 2 * seconds / 3600, largest, given or Given())
+    return rung, stage
 
 
-def prior(images, machine, seconds, tokens=256, timed=never):
-    flat = lambda settings: Cost(1_000_000, 1e9, 0.01 * GB, 1 * GB)  # noqa: E731
-    return plan_prior(images, machine, seconds, tokens, cost_of=flat, timed=timed, extra=0.5 * GB)
+def prior(images, machine, seconds, rung=RUNGS[-1], given=None):
+    return plan_prior(images, machine, seconds, rung, [Setting("data.image_size", 64)], given or Given(), True)
 
 
 def test_the_best_that_the_hours_train_is_chosen_and_more_hours_never_choose_less():
@@ -53,7 +82,7 @@ def test_the_best_that_the_hours_train_is_chosen_and_more_hours_never_choose_les
     for hours in (1, 10, 100, 1000, 10000):
         try:
             rung, stage = tokenizer(MANY, GPUS, 3600 * hours)
-        except TooSlow:
+        except InputError:
             sizes.append(0)
             continue
         sizes.append(rung.size)
@@ -110,44 +139,78 @@ def test_a_gpu_on_which_nothing_fits_is_an_input_error_with_the_least_memory(siz
         tokenizer(MANY, GPUS._replace(memory=1 * GB), YEAR, largest=size)
 
 
-def test_the_hours_that_an_error_asks_for_are_enough():
-    for machine, timed in ((GPUS, never), (HERE, lambda settings, passes: 5.0)):
-        cost = cost_of if timed is never else lambda settings: Cost(1, 1e9, 1e6, GB)
-        with pytest.raises(TooSlow) as error:
-            tokenizer(FEW, machine, 1.0, cost=cost, timed=timed)
-        half = 3600 * error.value.hours / 2
-        assert tokenizer(FEW, machine, half * 1.001, cost=cost, timed=timed)[1].hours <= error.value.hours
-        with pytest.raises(TooSlow):
-            tokenizer(FEW, machine, half * 0.999, cost=cost, timed=timed)
+@pytest.mark.parametrize(("machine", "speed"), [(GPUS, None), (HERE, 5.0)], ids=["GPUs", "timed"])
+def test_the_hours_that_an_error_asks_for_are_enough(machine, speed):
+    given = Given(cost_of if speed is None else lambda settings: Cost(1, 1e9, 1e6, GB), speed)
+    with pytest.raises(InputError, match=r"^hours=0\.0001: too few even for .* on 1,000 images; give") as error:
+        plan(FEW, machine, 0.0001, 256, given)
+    hours = float(re.search(r"at least hours=([\d.]+)", str(error.value))[1])
+    _, first, second = plan(FEW, machine, hours, 256, given)
+    assert first.hours + second.hours <= hours
+    with pytest.raises(InputError):
+        plan(FEW, machine, hours - 0.02, 256, given)
+    assert "data.max_images" not in str(error.value)  # 1,000 images are not too many
+
+
+def test_fewer_images_are_a_remedy_where_one_epoch_takes_too_long():
+    with pytest.raises(InputError, match=r"on 1,000,000 images; .*, or fewer images by data\.max_images="):
+        plan(MANY, HERE, 0.0001, 256, Given(speed=5.0))
+
+
+@pytest.mark.parametrize(
+    ("rung", "name"), [(1, "cifar10"), (2, "emoji64"), (3, "imagenet256_f8"), (4, "imagenet256_f16")]
+)
+def test_a_tokenizer_is_the_one_of_the_configuration_that_its_reason_names(rung, name):
+    planned, named = as_tree(RUNGS[rung].settings), read_yaml(ROOT / f"configs/stage1/{name}.yaml")
+    for part in ("model", "loss", "discriminator", "optim"):
+        assert planned.get(part, {}) == named.get(part, {})
+    assert planned["train"]["batch_size"] == named["train"]["batch_size"]
+    assert f"configs/stage1/{name}.yaml" in RUNGS[rung].why
+
+
+def test_a_prior_of_llamagen_s_size_is_the_one_of_the_configuration_that_its_reason_names():
+    named = read_yaml(ROOT / "configs/stage2/imagenet256_f16.yaml")
+    tree = as_tree(prior_settings(PRIOR_SIZES[-2], MANY, GPUS, 256))
+    assert tree["model"]["hidden_size"] == named["model"]["hidden_size"] == 768
+    assert tree["optim"] == named["optim"]
+    assert tree["class_dropout"] == named["class_dropout"]
+    assert Prior(CodeLayout(((1, 2, 2),), (8,)), [], **tree["model"]).lm.config.intermediate_size == 2048
+
+
+def test_a_prior_whose_samples_do_not_fit_is_not_planned():
+    with_room = prior(MANY, GPUS, 100 * YEAR)
+    assert as_tree(with_room.settings)["model"]["hidden_size"] == 1024
+    # 32 guided sequences of 256 codes have 6.4 GB of keys and values in 24 layers of 1,024.
+    assert with_room.memory >= SLACK * (1 * GB + 4 * 64 * 2 * 24 * 1024 * 256)
+    without = prior(MANY, GPUS._replace(memory=6 * GB), 100 * YEAR)
+    assert as_tree(without.settings)["model"]["hidden_size"] < 1024
 
 
 def test_only_what_can_be_fast_enough_is_timed_here():
-    sizes = []
-
-    def timed(settings, passes):
-        sizes.append(as_tree(settings)["data"]["image_size"])
-        return 100.0
-
-    cost = lambda settings: Cost(1, 1e8 * as_tree(settings)["data"]["image_size"] ** 2 / 1024, 1e6, GB)  # noqa: E731
-    rung, stage = tokenizer(FEW, HERE, 60_000 / 99, cost=cost, timed=timed)
+    given = Given(lambda settings: Cost(1, 1e8 * as_tree(settings)["data"]["image_size"] ** 2 / 1024, 1e6, GB), 100.0)
+    rung, stage = tokenizer(FEW, HERE, 60_000 / 99, given=given)
     # At 100 GFLOP/s 64 pixels are at most 250 images a second, and 99 are asked for; 256 would be 16.
-    assert sizes == [64]
+    assert given.timed == [64]
     assert (rung.size, stage.speed) == (64, 100.0)
 
 
+def test_a_smaller_tokenizer_is_chosen_if_its_prior_is_the_one_that_the_hours_train():
+    given = Given(lambda settings: Cost(1, 1e6, 1e6, GB), 1e6, prior_speed=lambda size: 2000 if size == 32 else 1)
+    rung, _, second = plan(FEW, HERE, 1, 256, given)
+    assert (rung.size, second.speed) == (32, 2000)
+
+
 def test_small_steps_take_as_long_as_their_launches():
-    tiny = lambda settings: Cost(1, 1e6, 1e6, GB)  # noqa: E731
-    _, stage = tokenizer(FEW, GPUS, 3600, largest=64, cost=tiny)
+    _, stage = tokenizer(FEW, GPUS, 3600, largest=64, given=Given(lambda settings: Cost(1, 1e6, 1e6, GB)))
     assert stage.speed == stage.batch / LEAST_STEP
-    large = lambda settings: Cost(1, 1e13, 1e6, GB)  # noqa: E731
-    _, stage = tokenizer(FEW, GPUS, 3600 * 24, largest=64, cost=large)
+    _, stage = tokenizer(FEW, GPUS, 3600 * 24, largest=64, given=Given(lambda settings: Cost(1, 1e13, 1e6, GB)))
     assert stage.speed == pytest.approx(8 * 400e12 * UTILISATION / 1e13)
 
 
 def test_a_prior_is_as_large_as_its_tokens_suffice_for():
     widths = []
     for number in (100, 10_000, 1_000_000, 100_000_000):
-        stage = prior(Images(number, 3, 64, False), GPUS, 100 * YEAR, tokens=64)
+        stage = prior(Images(number, 3, 64, False), GPUS, 100 * YEAR, rung=RUNGS[2])
         model = as_tree(stage.settings)["model"]
         widths.append(model["hidden_size"])
         parameters = 12 * model["num_hidden_layers"] * model["hidden_size"] ** 2
@@ -165,14 +228,10 @@ def test_few_images_get_what_puts_off_learning_by_heart(mirrored, crops):
     assert (tree["context_noise"], "data" in tree) == (0.0, False)
 
 
-def test_a_prior_that_takes_too_long_says_how_long():
-    with pytest.raises(TooSlow) as error:
-        prior(FEW, HERE, 1.0, timed=lambda settings, passes: 10.0)
-    assert error.value.hours == pytest.approx(40_000 / 10 / 3600 * 2)
-
-
 def test_passes_divide_the_batch_over_all_devices():
     cost = Cost(1, 1, 1 * GB, 0)
     assert passes_that_fit(cost, 64, HERE, 0) == (8, SLACK * 8 * GB)
     assert passes_that_fit(cost, 64, HERE._replace(memory=1 * GB), 0) is None
-    assert passes_that_fit(cost, 6, HERE._replace(memory=3 * GB), 0) is None  # 3 do not divide by 2
+    assert passes_that_fit(cost, 6, HERE._replace(memory=3 * GB), 0) == (3, SLACK * 2 * GB)
+    assert passes_that_fit(cost, 132, GPUS._replace(devices=6, memory=3 * GB), 0) == (11, SLACK * 2 * GB)
+    assert passes_that_fit(cost, 6, HERE._replace(memory=3 * GB), 0, evaluation=4 * GB) is None

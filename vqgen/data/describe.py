@@ -82,7 +82,7 @@ class Description:
             f"size: {self._size()}",
             *self._left_out(),
             *(f"note: {note}" for note in self.notes),
-            *(f"hint: {hint}" for hint in self.hints),
+            *self.hint_lines,
         ]
 
     def short_lines(self, what: str = "images") -> list[str]:
@@ -95,8 +95,13 @@ class Description:
             *self._left_out(),
             *(f"note: {note}" for note in self.notes[:SHOWN_NOTES_SHORT]),
             *([f"note: {more} more notes; stage1/preview.py shows all"] if more > 0 else []),
-            *(f"hint: {hint}" for hint in self.hints),
+            *self.hint_lines,
         ]
+
+    @property
+    def hint_lines(self) -> list[str]:
+        """What the user would want to change, one line each."""
+        return [f"hint: {hint}" for hint in self.hints]
 
     def _images(self) -> str:
         if self.held_out is None:

@@ -3,7 +3,8 @@
 No folder, no data and no weights are needed. The programs come as modules, since no room may import them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass, replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,13 @@ class Untrained(PerceptualDistance):
         self._build()
         for head in self.heads:
             head.fill_(1 / head.numel())
+
+
+def with_values(settings: Any, values: Mapping[str, Any]) -> Any:
+    """A copy of settings, with the values of nested dictionaries in the place of their own."""
+    own = {key: getattr(settings, key) for key in values}
+    parts = {key: with_values(own[key], x) if is_dataclass(own[key]) else x for key, x in values.items()}
+    return replace(settings, **parts)
 
 
 def bare_run(config: Any, device: torch.device) -> Any:
