@@ -44,7 +44,7 @@ from vqgen.settings import DataConfig, PlanConfig, Stage1Config, Stage2Config
 from vqgen.tokenizers import build_tokenizer
 
 CONTEXT = 1.5 * GB  # CUDA's own and its libraries'
-OVERHEAD = 0.15 * GB  # of a process on a CPU: its log, the pictures of an evaluation, a checkpoint that is written
+OVERHEAD = 0.08 * GB  # of a process on a CPU: its log, the pictures of an evaluation, a checkpoint that is written
 UNTIMED, TIMED_SECONDS, TIMED_STEPS = 5, 4.0, 40  # steps, and seconds or steps, of a configuration that is timed
 
 
@@ -86,10 +86,12 @@ def main(config: PlanConfig) -> None:
     print(f"planned for: {machine.words}")
     planned = Planned(images, machine, config.data, train_set)
     rung, stage1, stage2 = plan(images, machine, config.hours, config.largest, planned)
-    print(*describe(train_set.resized(rung.size), held_out, stage1.batch).hint_lines, sep="\n")
+    for line in describe(train_set.resized(rung.size), held_out, stage1.batch).hint_lines:
+        print(line)
 
-    letters = (c if c.isalnum() or c in "-_" else "-" for c in f"{Path(config.data.source).stem[:40]}-{out.name}")
-    runs = [f"runs/{''.join(letters).strip('-')}/stage{i}" for i in (1, 2)]
+    words = f"{Path(config.data.source).stem[:40]}-{out.name}"
+    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in words).strip("-")
+    runs = [f"runs/{name}/stage{i}" for i in (1, 2)]
     heads = [
         [Setting("run_dir", runs[0]), *(Setting(key, value) for key, value in given.items())],
         [Setting("run_dir", runs[1]), Setting("stage1", runs[0])],

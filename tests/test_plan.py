@@ -45,7 +45,10 @@ def test_both_stages_train_by_what_is_planned(program, photos, tmp_path):
     assert "  # the originals' median shorter side is 70 pixels\n  image_size: 64\n" in text
     planned = read_yaml(out / "stage1.yaml")
     assert planned["data"]["source"] == str(photos)
-    assert (planned["run_dir"], read_yaml(out / "stage2.yaml")["stage1"]) == ("runs/my-photos-plan/stage1",) * 2
+    second = read_yaml(out / "stage2.yaml")
+    assert (planned["run_dir"], second["stage1"]) == ("runs/my-photos-plan/stage1",) * 2
+    assert second["run_dir"] == "runs/my-photos-plan/stage2"
+    assert "" not in lines
     short = "train.max_steps=2 train.mixed_precision=no tracking.wandb=disabled"
     shell(f"accelerate launch stage1/train.py {out}/stage1.yaml run_dir={tmp_path}/1 {short}")
     shell(f"accelerate launch stage2/train.py {out}/stage2.yaml stage1={tmp_path}/1 run_dir={tmp_path}/2 {short}")

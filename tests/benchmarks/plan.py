@@ -72,7 +72,8 @@ def predicted(case: tuple[int, str, list[str]]) -> tuple[float, float]:
     config = PlanConfig(data=DataConfig(**data_settings))
     train_set, _ = load_images(dataclasses.replace(config.data, cache_gb=0))
     images = Images(len(train_set), train_set.channels, 0, config.data.flip)
-    first = [*first, Setting("data.image_size", config.data.image_size)]
+    if "image_size" not in data_settings:
+        first = [*first, Setting("data.image_size", config.data.image_size)]
     planned = program.Planned(images, Machine(1, 0, 0, True, "no", ""), config.data, train_set)
     if stage == 1:
         own = [*(s for s in first if s.key not in {s.key for s in own}), *own]
