@@ -689,6 +689,59 @@ MUTANTS = [
         "return difference * (codebook_weight * scale), for_z_q, None, None",
         f"{CODEBOOK} tests/quantizers/test_oracle.py",
     ),
+    # Plans, and steps that wait for nothing
+    Mutant(
+        "a prior's pass waits for the GPU",
+        "vqgen/priors/prior.py",
+        'cache = {"past_key_values": NothingKept()} if self._attends_only else {}',
+        "cache: dict[str, Any] = {}",
+        "tests/test_meta.py",
+        "stage_2",
+    ),
+    Mutant(
+        "a prior's activations are kept, whatever the setting says",
+        "vqgen/priors/prior.py",
+        "layer.gradient_checkpointing = True",
+        "layer.gradient_checkpointing = False",
+        "tests/priors/test_prior.py",
+        "computed_again",
+    ),
+    Mutant(
+        "a plan forgets the memory of an evaluation",
+        "vqgen/planning/choose.py",
+        "max(cost.memory(own // passes), cost.fixed + evaluation)",
+        "cost.memory(own // passes)",
+        "tests/planning",
+    ),
+    Mutant(
+        "a plan takes the largest prior for any number of images",
+        "vqgen/planning/choose.py",
+        "parameters > PARAMETERS_PER_TOKEN * learned_from",
+        "parameters < 0 * learned_from",
+        "tests/planning",
+    ),
+    Mutant(
+        "a plan counts on a GPU's peak",
+        "vqgen/planning/choose.py",
+        "batch / (budget.utilisation * peak)",
+        "batch / peak",
+        "tests/planning",
+    ),
+    Mutant(
+        "a plan writes its own data settings beside the user's",
+        "stage1/plan.py",
+        " if setting.key not in given]",
+        "]",
+        "tests/test_plan.py",
+        "own_settings",
+    ),
+    Mutant(
+        "the FLOPs of attention do not count in a plan",
+        "vqgen/planning/cost.py",
+        "    fused_attention: _flops_of_attention,\n",
+        "",
+        "tests/planning",
+    ),
 ]
 
 
