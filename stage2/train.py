@@ -79,13 +79,19 @@ def prior_pass(
     if config.random_orders is not None:
         order = random_orders(annealed(config.random_orders, share), noise[:, : 1 + length])
         context, tokens = context.gather(1, order), tokens.gather(1, order)
-    logits = nets.model(context, class_ids, order)
+    if config.embedding_loss:
+        logits, *states = nets.model(context, class_ids, order, with_states=True)
+    else:
+        logits = nets.model(context, class_ids, order)
     logits = rearrange(logits.float(), "b n v -> (b n) v")  # float(): FSDP's mixed precision returns bf16
     loss = F.cross_entropy(logits, rearrange(tokens, "b n -> (b n)"))
     terms = {"loss": loss}
     if config.label_smoothing:
         terms["uniform_loss"] = uniform_loss(logits)
         loss = torch.lerp(loss, terms["uniform_loss"], config.label_smoothing)
+    if config.embedding_loss:
+        terms["embedding_loss"] = nets.prior.heads(*states, tokens)
+        loss = loss + config.embedding_loss * terms["embedding_loss"]
     run.accelerator.backward(loss)
     return terms
 
@@ -204,6 +210,13 @@ def build(config: Stage2Config, run: Run, tokenizer: VQModel, tokenizer_hash: st
         run.origin.fill_by_class(prior, prior.token_tables, [(i, i) for i in range(first)], first, class_names)
         if run.origin.state.get("tokenizer", tokenizer_hash) != tokenizer_hash:
             run.origin.fresh.append("the tokenizer, whose codes may mean something else")
+    if config.embedding_loss:
+        single = layout.shapes[0][0] == len(layout.shapes) == 1
+        require(single, "embedding_loss: needs one code at each position, whose vector is known; use 0")
+        require(not run.accelerator.is_fsdp2, "embedding_loss: FSDP would divide its heads; use 0")
+        codes = torch.arange(layout.vocab_size)[None, None]  # (1, Q, V)
+        with torch.no_grad():
+            prior.add_heads(tokenizer.quantizer.decode_codes(codes)[0].T)
     prior.to(run.device)
     groups = parameter_groups(prior, config.optim.weight_decay)
     adam = {"lr": config.optim.lr, "betas": (config.optim.beta1, config.optim.beta2), "fused": True}

@@ -114,7 +114,9 @@ def test_a_step_with_each_loss_needs_no_value(changes):
     assert step.run.means.counts.get("r1_loss", 0) == ("r1" in "".join(changes))
 
 
-@pytest.mark.parametrize("changes", [{}, {"random_orders": 0.0}, {"label_smoothing": 0.1}, {"again": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"random_orders": 0.0}, {"label_smoothing": 0.1, "embedding_loss": 0.3}, {"again": True}], ids=str
+)
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2"])
 def test_a_step_of_stage_2_needs_no_value(model_type, changes):
     stage2 = program("stage2/train.py")
@@ -126,7 +128,7 @@ def test_a_step_of_stage_2_needs_no_value(model_type, changes):
         step = PriorStep(stage2, config, tokenizer, ["a", "b"], 4, META)
     for step.share in (0.0, 0.9):
         step()
-    smoothed = {"uniform_loss": 2} if "label_smoothing" in changes else {}
+    smoothed = {"uniform_loss": 2, "embedding_loss": 2} if "label_smoothing" in changes else {}
     assert step.run.means.counts == {"loss": 2, "grad_norm": 2, **smoothed}
     assert {p.device for p in step.nets.prior.parameters()} == {META}
 

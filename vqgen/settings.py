@@ -490,6 +490,9 @@ class Stage2Config:
     sides. null has the one order only."""
     label_smoothing: float = 0.0
     """Share of the target's probability that goes to all codes alike."""
+    embedding_loss: float = 0.0
+    """Weight of a second loss, by which the first layer's states predict the vector of the code just read, and those at
+    three quarters of the depth the vector of the next (reAR). Its heads are not saved with the model."""
     seed: int = 0
     """Seed of everything random; on the CPU the same seed gives the same bits."""
     data: dict[str, Any] = field(default_factory=dict)
@@ -503,6 +506,7 @@ class Stage2Config:
         require_choice("order", self.order, ORDERS, "order of tokens")
         for name in ("class_dropout", "context_noise", "label_smoothing", "random_orders"):
             require(0 <= (getattr(self, name) or 0) <= 1, f"{name}={getattr(self, name)}: is a share, from 0 to 1")
+        require(self.embedding_loss >= 0, f"embedding_loss={self.embedding_loss}: must be 0 or more")
 
 
 @dataclass

@@ -1,7 +1,39 @@
-"""What changes the prior's objective: random tokens in its context, random orders, and smoothed targets."""
+"""What changes the prior's objective: random tokens in its context, random orders, smoothed targets, code vectors."""
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CodeHeads(nn.Module):
+    """Two linear maps from hidden states to code vectors, for a loss in training (reAR, He et al. 2025, section 3.3).
+
+    Args:
+        width: width of the transformer.
+        vectors: (V, D), the code vector of each token.
+    """
+
+    vectors: Tensor
+
+    def __init__(self, width: int, vectors: Tensor):
+        super().__init__()
+        self.current, self.next = (nn.Linear(width, vectors.shape[1]) for _ in range(2))
+        self.register_buffer("vectors", F.normalize(vectors, dim=1), persistent=False)
+
+    def forward(self, early: Tensor, late: Tensor, tokens: Tensor) -> Tensor:
+        """The mean cosine distance of what they predict: the vector of the last token that was read, and of the next.
+
+        Args:
+            early: (B, N, width), states that have read the class and all tokens (B, N) but the last.
+            late: the same, of a later layer.
+        """
+        with torch.autocast(tokens.device.type, enabled=False):
+            current, following = self.current(early[:, 1:].float()), self.next(late.float())
+        vectors = self.vectors[tokens]  # (B, N, D)
+        distances = (
+            1 - F.cosine_similarity(x, y, dim=2) for x, y in ((current, vectors[:, :-1]), (following, vectors))
+        )
+        return torch.stack([distance.mean() for distance in distances]).sum()
 
 
 def with_random_tokens(tokens: Tensor, ranges: Tensor, most: float, noise: Tensor) -> Tensor:

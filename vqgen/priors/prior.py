@@ -25,6 +25,7 @@ import vqgen
 from vqgen.codes import ORDERS, CodeLayout
 from vqgen.errors import InputError, expanded, require, require_size
 from vqgen.priors.decoder import EVERYWHERE, Places
+from vqgen.priors.objective import CodeHeads
 
 # transformers raises these for settings that contradict each other.
 MISFITS = (ArithmeticError, RuntimeError, TypeError, ValueError, StrictDataclassError)
@@ -103,6 +104,7 @@ class Prior(nn.Module):
     illegal: Tensor | None  # (R, vocab_size) bool: one row per codebook's range of ids, True outside the range
     illegal_row: Tensor | None  # (N,) int64: each position's row; both are None if every token is legal everywhere
     places: PlaceEmbeddings | None  # None if the tokens always come in the layout's order
+    heads: CodeHeads | None  # for training alone, and not saved with the model
 
     def __init__(
         self,
@@ -156,7 +158,7 @@ class Prior(nn.Module):
         everything = not illegal.any()
         self.register_buffer("illegal", None if everything else illegal.to(lm.device), persistent=False)
         self.register_buffer("illegal_row", None if everything else row.to(lm.device), persistent=False)
-        self.places = None
+        self.places = self.heads = None
         if self.random_orders is not None:
             self.add_places(self.random_orders)
         # Without this, transformers' generate() would draw class tokens too. It is saved in generation_config.json.
@@ -165,7 +167,9 @@ class Prior(nn.Module):
             range(first_class_token, first_class_token + 1 + len(self.class_names))
         )
 
-    def forward(self, tokens: Tensor, class_ids: Tensor, order: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, class_ids: Tensor, order: Tensor | None = None, *, with_states: bool = False
+    ) -> Tensor | tuple[Tensor, ...]:
         """Logits (B, N, vocab_size) of each of the tokens (B, N), given the class (-1 for none) and the earlier tokens.
 
         Tokens that are illegal at their place have the logit -inf.
@@ -174,19 +178,28 @@ class Prior(nn.Module):
             tokens: (B, N).
             class_ids: (B,).
             order: (B, N), the place of each of the tokens in the layout's order, if they come in another one.
+            with_states: return also the hidden states (B, N, width) after the first layer, and after three quarters of
+                the layers.
         """
         inputs = torch.cat([self.class_tokens(class_ids), tokens[:, :-1]], dim=1)
         if self.places is None:
             assert order is None, "the prior knows no other order; add_places gives it what it needs"
-            return self.legal(self._logits(input_ids=inputs))
-        in_turn = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        x = self.lm.get_input_embeddings()(inputs) + self.places(in_turn if order is None else order)
-        return self.legal(self._logits(inputs_embeds=x), EVERYWHERE if order is None else order)
+            logits, *states = self._logits(with_states, input_ids=inputs)
+        else:
+            in_turn = torch.arange(tokens.shape[1], device=tokens.device)[None]
+            x = self.lm.get_input_embeddings()(inputs) + self.places(in_turn if order is None else order)
+            logits, *states = self._logits(with_states, inputs_embeds=x)
+        logits = self.legal(logits, EVERYWHERE if order is None else order)
+        return (logits, *states) if with_states else logits
 
-    def _logits(self, **inputs: Tensor) -> Tensor:
-        """The model's logits (B, N, its vocabulary) for whole sequences."""
+    def _logits(self, with_states: bool, **inputs: Tensor) -> list[Tensor]:
+        """The model's logits (B, N, its vocabulary) for whole sequences, and the states as in `forward`."""
         cache = {"past_key_values": NothingKept()} if self._attends_only else {}
-        return self.lm(**inputs, use_cache=False, **cache).logits
+        output = self.lm(**inputs, use_cache=False, output_hidden_states=with_states, **cache)
+        if not with_states:
+            return [output.logits]
+        layers = output.hidden_states  # the embeddings, and the output of each layer
+        return [output.logits, layers[1], layers[max(1, round(0.75 * (len(layers) - 1)))]]
 
     def class_tokens(self, class_ids: Tensor) -> Tensor:
         """The first tokens (B, 1) of the sequences, from class ids (B,), -1 for no class."""
@@ -223,13 +236,17 @@ class Prior(nn.Module):
         width = self.lm.get_input_embeddings().weight.shape[1]
         try:
             with torch.no_grad():
-                self._logits(inputs_embeds=self.lm.get_input_embeddings().weight.new_zeros(1, 1, width))
+                self._logits(False, inputs_embeds=self.lm.get_input_embeddings().weight.new_zeros(1, 1, width))
         except MISFITS as error:
             name = self.lm.config.model_type
             raise InputError(
                 f"random_orders: {name} takes no embeddings of tokens; use model.model_type=llama"
             ) from error
         self.places = PlaceEmbeddings(self.layout.num_tokens, width)
+
+    def add_heads(self, vectors: Tensor) -> None:
+        """Adds heads that predict the tokens' code vectors (V, D), for a loss in training."""
+        self.heads = CodeHeads(self.lm.get_input_embeddings().weight.shape[1], vectors)
 
     def checkpoint_activations(self) -> None:
         """Makes training compute the activations inside layers a second time instead of keeping them.
