@@ -11,6 +11,22 @@ from torch import Tensor
 from vqgen.errors import InputError
 
 T = TypeVar("T")
+_kept: list[Any] = []  # the process group's object
+
+
+def keep_group() -> None:
+    """Keeps the object of the process group, if there is one, until `free_group`.
+
+    The last owner's end waits for Gloo's threads. DDP would wait with Python's lock held, which such a thread may need
+    to free a tensor, so both would wait for ever (pytorch issue 56297). The object itself waits without the lock.
+    """
+    if dist.is_initialized():
+        _kept.append(dist.group.WORLD)
+
+
+def free_group() -> None:
+    """Frees what `keep_group` kept; call it when no DDP is left."""
+    _kept.clear()
 
 
 def world_size() -> int:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from vqgen.cli.launch import make_up_for_launcher
 from vqgen.cli.parse import expand_home, is_setting, load_config
 from vqgen.cli.reflect import Sections, usage
+from vqgen.distributed import free_group
 from vqgen.errors import InputError
 from vqgen.training.stop import (
     dropping_unread_output,
@@ -50,6 +51,7 @@ def run_program(
         if output_is_unread():
             code = _code_of_unread_output(code)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        free_group()
         os._exit(code)  # everything is closed; a normal exit may abort, because gloo's threads are still running
     if code:
         sys.exit(code)

@@ -23,7 +23,7 @@ from vqgen.data.images import ImageSet
 from vqgen.data.order import Place, seed_step
 from vqgen.data.skipped import count_skipped
 from vqgen.data.stream import ImageStream
-from vqgen.distributed import object_from_main, rank, world_size
+from vqgen.distributed import keep_group, object_from_main, rank, world_size
 from vqgen.errors import InputError
 from vqgen.training.average import WeightEMA
 from vqgen.training.card import model_card
@@ -152,6 +152,7 @@ class Run:
             # would break the GAN's D, which runs two forward passes before one backward pass.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
+        keep_group()
         if fsdp:
             check_fsdp(self.accelerator)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
