@@ -29,6 +29,7 @@ from vqgen.planning.choose import (
     GB,
     LEAST_STEP,
     PRIOR_UTILISATION,
+    STAGE1_SHARE,
     UTILISATION,
     Images,
     Machine,
@@ -83,7 +84,7 @@ def main(config: PlanConfig) -> None:
     given = {f"data.{key}": value for key, value in vars(config.data).items() if value != getattr(DataConfig(), key)}
     images = Images(count, train_set.channels, side, config.data.flip, given.get("data.crops"))
     machine = machine_of(config)
-    print(f"planned for: {machine.words}")
+    print(f"planned for: {machine.words}; hours={config.hours:g}, {STAGE1_SHARE:.0%} of them for stage 1")
     planned = Planned(images, machine, config.data, train_set)
     rung, stage1, stage2 = plan(images, machine, config.hours, config.largest, planned)
     for line in describe(train_set.resized(rung.size), held_out, stage1.batch).hint_lines:

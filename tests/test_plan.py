@@ -37,7 +37,7 @@ def test_both_stages_train_by_what_is_planned(program, photos, tmp_path):
     lines = output.splitlines()
     assert lines[0].startswith("images: 7")
     assert lines[0].endswith("(5 % by a hash of the names), RGB, the originals' median shorter side is 70 pixels")
-    assert "planned for: 1 GPU(s) of 80 GB and 400 TFLOP/s in bf16" in lines
+    assert "planned for: 1 GPU(s) of 80 GB and 400 TFLOP/s in bf16; hours=2, 50% of them for stage 1" in lines
     assert any(line.startswith("stage 1: 64x64 pixels to 64 codes of 512, 0.50 M parameters; a step") for line in lines)
     assert lines[-2:] == [f"{word}: accelerate launch --num_processes 1 stage{i}/train.py {out}/stage{i}.yaml"
                           for i, word in ((1, "next"), (2, "then"))]  # fmt: skip

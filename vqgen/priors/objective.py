@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class CodeHeads(nn.Module):
-    """Two linear maps from hidden states to code vectors, for a loss in training (reAR, He et al. 2025, section 3.3).
+    """Two linear maps from hidden states to code vectors, for a loss in training (reAR, He et al. 2025).
 
     Args:
         width: width of the transformer.
