@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -52,6 +53,15 @@ def metrics(run: Path) -> dict[str, float]:
 def state(run: Path, step: int) -> dict:
     """The state in a run's checkpoint."""
     return torch.load(run / f"checkpoints/step_{step:08d}/state.pt", weights_only=True)
+
+
+def as_it_was(run: Path, step: int, copy: Path) -> Path:
+    """A copy of a run in its state at a step."""
+    shutil.copytree(run, copy)
+    for folder in (copy / "checkpoints").iterdir():
+        if folder.name > f"step_{step:08d}":
+            shutil.rmtree(folder)
+    return copy
 
 
 def launch_two() -> str:

@@ -1,12 +1,13 @@
 """FSDP on two CPU processes: the numbers and the checkpoints of one process, with half of the memory on each."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from programs import shell, untimed_metrics
+from programs import as_it_was, shell, untimed_metrics
+
+from vqgen.training.checkpoints import load_state, with_tensors
 
 FSDP = (
     "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
@@ -14,20 +15,12 @@ FSDP = (
 )
 
 
-def as_it_was(run: Path, step: int, copy: Path) -> Path:
-    """A copy of a run in its state at a step."""
-    shutil.copytree(run, copy)
-    for folder in (copy / "checkpoints").iterdir():
-        if folder.name > f"step_{step:08d}":
-            shutil.rmtree(folder)
-    return copy
-
-
 def check_same(one: Path, other: Path) -> None:
     """Checks that two runs logged the same at each step and ended in the same state."""
     for x, y in zip(untimed_metrics(one), untimed_metrics(other), strict=True):
         assert x == pytest.approx(y, rel=0, abs=1e-4)
-    a, b = (torch.load(run / "checkpoints/step_00000024/state.pt", weights_only=True) for run in (one, other))
+    folders = [run / "checkpoints/step_00000024" for run in (one, other)]
+    a, b = (with_tensors(folder, load_state(folder)) for folder in folders)
     assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
     assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
     of_each = [(a["optimizer"]["state"][i], b["optimizer"]["state"][i]) for i in a["optimizer"]["state"]]
@@ -36,7 +29,7 @@ def check_same(one: Path, other: Path) -> None:
 
 
 def test_fsdp_goes_on_with_a_run_of_one_process_and_one_process_goes_on_with_that(program, runs, tmp_path):
-    plain, sharded, again = (tmp_path / name for name in ("plain", "sharded", "again"))
+    plain, sharded, on, alone = (tmp_path / name for name in ("plain", "sharded", "on", "alone"))
     # Tied embeddings are one parameter with two names. Only the last of several passes may reduce the gradients.
     settings = (
         f"configs/debug/stage2.yaml stage1={runs}/stage1 tracking.wandb=disabled model.tie_word_embeddings=true "
@@ -55,10 +48,15 @@ def test_fsdp_goes_on_with_a_run_of_one_process_and_one_process_goes_on_with_tha
         assert report["shares"] == pytest.approx({"weights": 0.5, "averages": 0.5, "optimizer": 0.5}, abs=0.01)
         assert report["whole"] == 0  # bytes of embeddings that are not sharded
 
-    code, said, _ = program("stage2/train.py", *settings.split(), f"run_dir={as_it_was(sharded, 16, again)}")
+    # From its own shards, too, which each process reads its part of.
+    said = shell(f"{FSDP} stage2/train.py {settings} run_dir={as_it_was(sharded, 16, on)}")
+    assert "2 x cpu; going on from step 16" in said
+    check_same(plain, on)
+
+    code, said, _ = program("stage2/train.py", *settings.split(), f"run_dir={as_it_was(sharded, 16, alone)}")
     assert code == 0
     assert "1 x cpu; going on from step 16" in said
-    check_same(plain, again)
+    check_same(plain, alone)
 
 
 def test_fsdp_that_accelerate_does_not_do_is_refused(program, runs, tmp_path, monkeypatch):

@@ -326,7 +326,7 @@ BAD = {
     "a damaged checkpoint": (
         "stage1",
         "init_from={tmp}/damaged/checkpoints/step_00000040",
-        "step_00000040: is damaged (its file is not what SHA256SUMS says); give another checkpoint",
+        "step_00000040: is damaged (state.pt is not what SHA256SUMS says); give another checkpoint",
     ),
     "only damaged checkpoints": (
         "stage1",

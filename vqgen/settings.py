@@ -314,6 +314,9 @@ class TrainConfig:
     """Number of the newest checkpoints that stay."""
     milestone_every: int | None = 10000
     """The first checkpoint at or after each multiple of this number of steps stays for good; null keeps none."""
+    sharded_checkpoints: bool | None = None
+    """Each process writes its share of a checkpoint, while training goes on; `run_dir` must then be on a disk that all
+    processes see. null does so under FSDP, and from 1 GB on."""
     max_hours: float | None = None
     """Save and end after this many hours by the clock, start-up included; the same command then goes on."""
     max_bad_steps: int = 10

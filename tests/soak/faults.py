@@ -65,6 +65,7 @@ PROGRAMS = {
         "train.accumulation=2",
     ],
 }
+PROGRAMS["shards"] = [*PROGRAMS["stage1"], "train.sharded_checkpoints=true"]  # of stage 1's checkpoints
 OFTEN = ["train.max_steps=60", "train.log_every=3", "train.eval_every=7", "train.checkpoint_every=2"]
 OFTEN += ["train.eval_images=32", "train.batch_size=16"]
 
@@ -109,7 +110,10 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def state(run_dir: Path) -> dict:
-    return torch.load(checkpoints(run_dir)[-1] / "state.pt", weights_only=True)
+    from vqgen.training.checkpoints import load_state, with_tensors
+
+    newest = checkpoints(run_dir)[-1]
+    return with_tensors(newest, load_state(newest))
 
 
 def equal(a: object, b: object) -> bool:
@@ -153,7 +157,7 @@ def children_left(run_dir: Path) -> int:
 def kill(folder: Path, rng: random.Random, kills: int) -> Iterator[Row]:
     """SIGKILL at random moments from the first step on."""
     log = folder / "log"
-    for name, processes, count in [*((name, 1, kills) for name in PROGRAMS), ("stage1", 2, 3)]:
+    for name, processes, count in [*((name, 1, kills) for name in PROGRAMS), ("stage1", 2, 3), ("shards", 2, 3)]:
         whole = folder / f"whole-{name}-{processes}"
         launcher = "python" if processes == 1 else launch_two()
         process = start(given(name, folder, whole), log, launcher)
@@ -200,37 +204,40 @@ def damage(folder: Path, rng: random.Random) -> Iterator[Row]:
     """Flips a byte in the newest checkpoint, or cuts its file short."""
     from vqgen.training.checkpoints import load_checkpoint
 
-    source = made(folder, "damage", "stage1", "train.keep_checkpoints=2")
-    newest, before = checkpoints(source)[::-1]
-    detected = loaded = 0
-    for i in range(20):
-        run_dir = shutil.copytree(source, folder / f"damaged-{i}")
-        file = run_dir / "checkpoints" / newest.name / ("SHA256SUMS" if i % 5 == 4 else "state.pt")
-        content = bytearray(file.read_bytes())
-        place = rng.randrange(len(content))
-        if i % 2:
-            del content[place:]
-        else:
-            content[place] ^= 1 << rng.randrange(8)
-        file.write_bytes(content)
-        step = load_checkpoint(run_dir)["step"]
-        detected += step == int(before.name[5:])
-        loaded += step == int(newest.name[5:])
-    yield (
-        "20 checkpoints with a bit flipped or cut short",
-        "20 detected, 0 loaded",
-        f"{detected} detected, {loaded} loaded",
-    )
-    run_dir = shutil.copytree(source, folder / "damaged")
-    os.truncate(run_dir / "checkpoints" / newest.name / "state.pt", 5000)
-    code, printed = run(given("stage1", folder, run_dir), folder / "log")
-    same = same_run(source, run_dir)
-    said = "is named" if f"{newest.name} is damaged" in printed else "is not named"
-    yield (
-        "one more, cut short, resumed",
-        "it is named, and the end is bit-equal",
-        f"{said}, exit code {code}, equal: {same}",
-    )
+    for name in ("stage1", "shards"):
+        source = made(folder, f"damage-{name}", name, "train.keep_checkpoints=2")
+        newest, before = checkpoints(source)[::-1]
+        files = [path.relative_to(source) for path in sorted(newest.rglob("*")) if path.is_file()]
+        detected = loaded = 0
+        for i in range(20):
+            run_dir = shutil.copytree(source, folder / f"damaged-{name}-{i}")
+            file = run_dir / files[i % len(files)]
+            content = bytearray(file.read_bytes())
+            place = rng.randrange(len(content))
+            if i // len(files) % 2:
+                del content[place:]
+            else:
+                content[place] ^= 1 << rng.randrange(8)
+            file.write_bytes(content)
+            step = load_checkpoint(run_dir)["step"]
+            detected += step == int(before.name[5:])
+            loaded += step == int(newest.name[5:])
+        kind = " in shards" if name == "shards" else ""
+        yield (
+            f"20 checkpoints{kind} with a bit flipped or cut short",
+            "20 detected, 0 loaded",
+            f"{detected} detected, {loaded} loaded",
+        )
+        run_dir = shutil.copytree(source, folder / f"damaged-{name}")
+        os.truncate(run_dir / max(files, key=lambda path: (source / path).stat().st_size), 5000)
+        code, printed = run(given(name, folder, run_dir), folder / "log")
+        same = same_run(source, run_dir)
+        said = "is named" if f"{newest.name} is damaged" in printed else "is not named"
+        yield (
+            f"one more{kind}, cut short, resumed",
+            "it is named, and the end is bit-equal",
+            f"{said}, exit code {code}, equal: {same}",
+        )
 
 
 def made(folder: Path, run_name: str, name: str, *more: str) -> Path:

@@ -20,8 +20,9 @@ from vqgen.training.checkpoints import (
     open_run,
     save_checkpoint,
     update_config,
-    written_whole,
 )
+from vqgen.training.files import written_whole
+from vqgen.training.shards import BackgroundWriter
 from vqgen.yaml_file import read_yaml
 
 
@@ -342,7 +343,8 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_process_killed_at_any_call_that_changes_the_disk_leaves_a_whole_checkpoint_and_model(tmp_path):
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_a_process_killed_at_any_call_that_changes_the_disk_leaves_a_whole_checkpoint_and_model(tmp_path, in_shards):
     """For every n, a child process kills itself at the n-th such call during a save."""
     run = tmp_path / "run"
     config = Stage1Config(run_dir=str(run))
@@ -350,7 +352,10 @@ def test_a_process_killed_at_any_call_that_changes_the_disk_leaves_a_whole_check
     def save(step: int) -> None:
         with written_whole(run / "model") as folder:
             (folder / "model.safetensors").write_text(str(step))
-        save_checkpoint(run, step, {"step": step}, keep=1)
+        writer = BackgroundWriter() if in_shards else None
+        save_checkpoint(run, step, {"step": step, "w": torch.arange(2000)}, keep=1, writer=writer)
+        if writer is not None:
+            writer.close()
 
     n, ended = 0, False
     while not ended:

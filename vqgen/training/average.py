@@ -51,28 +51,37 @@ class WeightEMA:
             self._put_back()
 
     @contextmanager
-    def whole(self) -> Iterator[Any]:
-        """Yields the averaged model with complete weights on each process. All processes must call it."""
+    def whole(self, for_main: bool = False) -> Iterator[Any]:
+        """Yields the averaged model with complete weights. All processes must call it.
+
+        Args:
+            for_main: only the main process gets the weights, on its CPU if they are sharded, because they may not fit
+                on one GPU beside its shards.
+        """
         try:
             for parameter, shard in zip(self.model.parameters(), self.shards, strict=False):
-                parameter.data = gathered(shard)
+                complete = gathered(shard)
+                if not for_main or rank() == 0:
+                    parameter.data = complete.cpu() if for_main else complete
             yield self.model
         finally:
             self._put_back()
 
-    def state_dict(self) -> dict[str, Tensor | None]:
-        """The averaged model's own state. All processes must call it."""
-        with self.whole() as model:
-            state = model.state_dict()
-        # Complete weights may not fit on one GPU beside its shards, so they go to the CPU.
-        return {key: x.cpu() if rank() == 0 else None for key, x in state.items()} if self.shards else state
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged model's own state, with the shards if there are some."""
+        state = self.model.state_dict()
+        shards = {id(p): x for p, x in zip(self.model.parameters(), self.shards, strict=False)}
+        named = self.model.named_parameters(remove_duplicate=False)
+        return state | {name: shards[id(p)] for name, p in named if id(p) in shards}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Loads a state from `state_dict`, also into sharded averages."""
-        with self.whole() as model:
-            model.load_state_dict(state)
-            for parameter, shard in zip(model.parameters(), self.shards, strict=False):
-                shard.copy_(shard_like(parameter.detach(), shard))
+        """Loads a state from `state_dict`, of complete weights or of shards, also into sharded averages."""
+        if not self.shards:
+            self.model.load_state_dict(state)
+            return
+        for name, own in self.state_dict().items():
+            own.copy_(shard_like(state[name], own))
 
     def _put_back(self) -> None:
         for parameter, _ in zip(self.model.parameters(), self.shards, strict=False):

@@ -1,11 +1,11 @@
 """A run's folder: the settings that made it, and checkpoints that are either complete or absent."""
 
-import hashlib
 import logging
 import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,9 +18,12 @@ except ImportError:  # Windows: nothing keeps a second run out of a run's folder
     fcntl = None  # type: ignore[assignment]
 
 import torch
+from torch import Tensor
 
 from vqgen.distributed import object_from_main, rank, world_size
 from vqgen.errors import InputError
+from vqgen.training.files import CHECKSUMS, HashedFile, begun, beside, old, put_in_place, sha256
+from vqgen.training.shards import BackgroundWriter, placed, read_shards, split
 from vqgen.yaml_file import WORKING_DIR, as_saved, read_yaml, save_config
 
 logger = logging.getLogger("vqgen")
@@ -28,7 +31,7 @@ logger = logging.getLogger("vqgen")
 # A run may resume with other values of these settings. Most of them do not affect the result.
 FREE_SETTINGS = ["run_dir", WORKING_DIR, "tracking", "data.workers", "train.log_every", "train.checkpoint_every"]
 FREE_SETTINGS += ["train.keep_checkpoints", "train.milestone_every", "train.max_hours", "train.eval_every"]
-FREE_SETTINGS += ["train.activation_checkpointing"]
+FREE_SETTINGS += ["train.activation_checkpointing", "train.sharded_checkpoints"]
 FREE_SETTINGS += ["train.accumulation"]  # changes rounding, and data.workers a stream; `how_resumed` says so
 # The data and the tokenizer may have moved; `check_made_from` checks that they are the same.
 FREE_SETTINGS += ["data.source", "data.val_source", "data.cache_gb", "stage1", "codes_dir"]
@@ -45,7 +48,8 @@ BEFORE |= {"loss.adversarial.every": 1, "loss.adversarial.augment": []}
 BEFORE |= {"context_noise": 0.0, "label_smoothing": 0.0}
 
 NAMED = 5  # further settings that a refusal names
-CHECKSUMS = "SHA256SUMS"  # a file in the format of sha256sum, which can check it
+STATE = "state.pt"
+SHARDS = "shards"  # in a checkpoint: the folder of the tensors that are not in its state.pt
 
 
 @contextmanager
@@ -70,8 +74,8 @@ def open_run(config: Any) -> Iterator[None]:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             take = stack.enter_context(_lock(run_dir))
-            if exists(old := _old(model)) and not exists(model):
-                old.rename(model)  # a process was killed between the two renames in written_whole
+            if exists(before := old(model)) and not exists(model):
+                before.rename(model)  # a process was killed between the two renames in put_in_place
             if not exists(model) and not has_checkpoint(run_dir):
                 save_config(config, path)
             else:
@@ -203,31 +207,15 @@ def update_config(config: Any) -> None:
         save_config(config, path)
 
 
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """Yields a new folder to write to, and puts it in place of `folder` once everything in it is on the disk."""
-    beside, old = folder.with_name(folder.name + ".tmp"), _old(folder)
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        beside.mkdir(parents=True)
-        yield beside
-        for path in [*beside.rglob("*"), beside]:
-            _to_disk(path)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)  # the partial folder may have filled the disk
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)  # the old folder stays until the new one is in place
-    beside.rename(folder)
-    _to_disk(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def save_checkpoint(
-    run_dir: Path, step: int, state: dict[str, Any], keep: int, milestone_every: int | None = None
-) -> Path:
-    """Writes checkpoints/step_XXXXXXXX, completely or not at all, and removes older checkpoints.
+    run_dir: Path,
+    step: int,
+    state: dict[str, Any],
+    keep: int,
+    milestone_every: int | None = None,
+    writer: BackgroundWriter | None = None,
+) -> None:
+    """Writes checkpoints/step_XXXXXXXX, completely or not at all, and then removes older checkpoints.
 
     Args:
         run_dir: the run's folder.
@@ -235,13 +223,43 @@ def save_checkpoint(
         state: a state that torch.load(weights_only=True) can read back.
         keep: how many of the newest checkpoints stay; this one always stays.
         milestone_every: the first checkpoint at or after each multiple of this number of steps stays too.
+        writer: writes the larger tensors in shards while the caller goes on. All processes must then call this
+            function; otherwise only the main process.
     """
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
-    with written_whole(folder) as beside:
-        with (beside / "state.pt").open("wb") as file:  # torch.save's own open would hide why writing failed
-            torch.save(state, file)
-        (beside / CHECKSUMS).write_text(f"{_sha256(beside / 'state.pt')}  state.pt\n")
-    checkpoints = _all_checkpoints(run_dir)
+
+    if writer is None:
+        with begun(folder) as new:
+            _write_state(new, state)
+            put_in_place(folder)
+        _remove_others(folder, keep, milestone_every)
+        return
+
+    def end(checksums: dict[str, str]) -> None:
+        with (beside(folder) / CHECKSUMS).open("a") as file:
+            file.writelines(f"{checksum}  {SHARDS}/{name}\n" for name, checksum in sorted(checksums.items()))
+        put_in_place(folder)
+        _remove_others(folder, keep, milestone_every)
+
+    writer.wait()  # for the one before, which may be this step's
+    tensors: dict[str, Tensor] = {}
+    numbers = split(state, tensors)
+    if rank() == 0:
+        with begun(folder) as new:
+            _write_state(new, numbers)
+            (new / SHARDS).mkdir()
+    writer.write(beside(folder) / SHARDS, tensors, then=end)
+
+
+def _write_state(folder: Path, state: dict[str, Any]) -> None:
+    with HashedFile(folder / STATE) as file:  # torch.save's own open would hide why writing failed
+        torch.save(state, file)
+    (folder / CHECKSUMS).write_text(f"{file.sha256()}  {STATE}\n")
+
+
+def _remove_others(newest: Path, keep: int, milestone_every: int | None) -> None:
+    """Removes the checkpoints that need not stay, and what was left half-written."""
+    step, checkpoints = _step(newest), _all_checkpoints(newest.parents[1])
     done = [path for path in checkpoints if _step(path) <= step]
     for path in set(checkpoints) - set(done):  # these later checkpoints are damaged: the run would have resumed there
         path.rename(path.with_name(path.name + ".damaged"))
@@ -249,16 +267,38 @@ def save_checkpoint(
     if milestone_every:
         first = {_step(path) // milestone_every: path for path in reversed(done)}
         kept |= {path for number, path in first.items() if number > 0}
-    for path in folder.parent.glob("step_*"):  # also finds partial folders of a process that was killed
+    for path in newest.parent.glob("step_*"):  # also finds partial folders of a process that was killed
         if path not in kept and path.suffix != ".damaged":
             shutil.rmtree(path, ignore_errors=True)  # network file systems keep a file that a reader has open
-    return folder
 
 
 def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
-    """The state of `newest_checkpoint`, on the CPU; None if there is none."""
+    """The state of `newest_checkpoint`, as `load_state` gives it; None if there is no checkpoint."""
     folder = newest_checkpoint(run_dir)
-    return None if folder is None else torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    return None if folder is None else load_state(folder)
+
+
+def load_state(folder: Path, mmap: bool = True) -> dict[str, Any]:
+    """A checkpoint's state, on the CPU; `with_tensors` reads the tensors that are in shards, here on `meta`.
+
+    Args:
+        folder: the checkpoint.
+        mmap: read a tensor when it is used, which must be before the checkpoint is removed.
+    """
+    return torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def with_tensors(folder: Path, state: Any, own: Any = None) -> Any:
+    """A checkpoint's state, or a part of it, from `load_state`, with the tensors that are in shards.
+
+    Args:
+        folder: the checkpoint.
+        state: the state.
+        own: a state whose tensors are read into where they fit, which saves their copies; see `placed`.
+    """
+    into = placed(state, own)
+    read_shards(folder / SHARDS, state, into)
+    return into
 
 
 def how_resumed(
@@ -333,36 +373,21 @@ def _step(checkpoint: Path) -> int:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None if its checksum is correct."""
+    """What is wrong with a checkpoint; None if its checksums are correct."""
     try:
-        checksum, _, name = (folder / CHECKSUMS).read_text("ascii").strip().partition("  ")
-        whole = name == "state.pt" and checksum == _sha256(folder / name)
-        return None if whole else f"its file is not what {CHECKSUMS} says"
+        lines = (folder / CHECKSUMS).read_text("ascii").removesuffix("\n").split("\n")
+        checksums = {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+        shards = [f"{SHARDS}/{path.name}" for path in (folder / SHARDS).glob("*")]
+        if unnamed := {STATE, *shards} - checksums.keys():
+            return f"{CHECKSUMS} does not name {min(unnamed)}"
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(lambda name: sha256(folder / name), checksums)
+            changed = [name for name, checksum in zip(checksums, found, strict=True) if checksum != checksums[name]]
+        return f"{changed[0]} is not what {CHECKSUMS} says" if changed else None
     except UnicodeDecodeError:
         return f"{CHECKSUMS} does not read"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, would survive a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".old")
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -38,7 +38,7 @@ def refuse_fsdp() -> None:
 
 def shard_like(x: Tensor, parameter: Tensor) -> Tensor:
     """This process's shard of x if FSDP has sharded a parameter of the same shape; otherwise x itself."""
-    if isinstance(parameter, DTensor) and x.shape == parameter.shape:
+    if isinstance(parameter, DTensor) and not isinstance(x, DTensor) and x.shape == parameter.shape:
         return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements)
     return x
 
@@ -59,6 +59,19 @@ def whole(state: Any) -> Any:
         tensor = gathered(state)
         return tensor.cpu() if rank() == 0 else None
     return state
+
+
+def moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
+    """New tensors for those of an optimizer's state that have the shapes of their weights, sharded like these."""
+    parameters = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    return {
+        i: {
+            name: torch.empty_like(parameters[i], dtype=x.dtype)
+            for name, x in of.items()
+            if x.shape == parameters[i].shape
+        }
+        for i, of in state["state"].items()
+    }
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vqgen.errors import InputError, require
 from vqgen.quantizers.codebook import CodebookQuantizer
-from vqgen.training.checkpoints import damage, newest_checkpoint
+from vqgen.training.checkpoints import STATE, damage, load_state, newest_checkpoint, with_tensors
 
 NAMED = 5  # new classes that the line on the screen names
 WHAT = "give a run, its model/ or one of its checkpoints/step_*; stage1/convert.py converts other projects' checkpoints"
@@ -40,7 +39,7 @@ class Origin:
     def __init__(self, path: str, load: Callable[[Path], Any]):
         self.path, folder = path, Path(path)
         require(folder.is_dir(), f"init_from={path}: is not a folder; {WHAT}")
-        is_checkpoint = (folder / "state.pt").is_file()
+        is_checkpoint = (folder / STATE).is_file()
         fault = damage(folder) if is_checkpoint else None
         require(fault is None, f"init_from={path}: is damaged ({fault}); give another checkpoint")
         run = folder.absolute().parents[1] if is_checkpoint else folder
@@ -66,11 +65,14 @@ class Origin:
         """Loads a checkpoint's average into the model, and returns its state; {} if it is of another model."""
         if checkpoint is None:
             return {}
-        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+        state = load_state(checkpoint)
         if state.get("ema", {}).keys() != self.model.state_dict().keys():  # of a prior, where its tokenizer is taken
             remedy = "give one of a run of the same program"
             require(not named, f"init_from={self.path}: is a checkpoint of another kind of model; {remedy}")
             return {}
+        state = with_tensors(
+            checkpoint, {key: x for key, x in state.items() if not key.endswith(("model", "optimizer"))}
+        )
         self.model.load_state_dict(state["ema"])
         return state
 

@@ -31,23 +31,25 @@ from vqgen.training.checkpoints import (
     check_made_from,
     has_checkpoint,
     how_resumed,
-    load_checkpoint,
+    load_state,
     newest_checkpoint,
     open_run,
     other_settings,
     save_checkpoint,
     train_on,
     update_config,
-    written_whole,
+    with_tensors,
 )
 from vqgen.training.cpu import computes_bf16, keep_threads
-from vqgen.training.fsdp import check_fsdp, gathered, refuse_fsdp
+from vqgen.training.files import written_whole
+from vqgen.training.fsdp import check_fsdp, gathered, refuse_fsdp, whole
 from vqgen.training.guard import Diverged, FiniteGuard
 from vqgen.training.launchers import refuse_other_engines
 from vqgen.training.means import Means, accumulate
 from vqgen.training.origin import Origin, differing, merged
 from vqgen.training.schedule import Budget, micro_batch_size
-from vqgen.training.state import TrainState
+from vqgen.training.shards import BackgroundWriter
+from vqgen.training.state import TrainState, is_large
 from vqgen.training.stop import Stop, explained
 from vqgen.training.tracking import Tracker
 from vqgen.yaml_file import read_yaml
@@ -179,6 +181,7 @@ class Run:
         self._state: dict[str, Any] | None = None
         self._threads = ""
         self._open = ExitStack()
+        self._writer = BackgroundWriter()
         self._tracker: Tracker | None = None
 
     def __enter__(self) -> "Run":
@@ -190,6 +193,7 @@ class Run:
     ) -> bool:
         if isinstance(error, Diverged):
             self.diverged = error.with_traceback(None)  # a traceback would keep this attempt's models in memory
+            self._open.callback(self._writer.close)  # the next attempt starts from what is written
             self._open.callback(self.accelerator.free_memory)
             self._open.callback(self.tracker.close)  # the next attempt opens it again
         self._open.close()
@@ -277,13 +281,14 @@ class Run:
             InputError: the checkpoint has other inputs, or a version with other parts wrote it.
         """
         self._made_from = made_from
-        saved = self._state = load_checkpoint(self.dir)
-        if saved is not None:
+        checkpoint = newest_checkpoint(self.dir)
+        saved = self._state = None if checkpoint is None else load_state(checkpoint, mmap=False)
+        if checkpoint is not None and saved is not None:
             check_made_from(self.config, saved, made_from)
             try:
                 self.step, self.evaluated, self.budget.spent = (saved[k] for k in ("step", "evaluated", "seconds"))
                 self.rollbacks = max(self.rollbacks, saved["rollbacks"])
-                state.load_state_dict(saved)
+                state.load_state_dict(with_tensors(checkpoint, saved, state.places(saved)))
                 self.means.load_state_dict(saved["means"])
                 if self.accelerator.scaler:
                     self.accelerator.scaler.load_state_dict(saved["scaler"])
@@ -510,13 +515,13 @@ class Run:
             **state.state_dict(),
         }
         with ExitStack() as stack:
-            whole = {
-                name: stack.enter_context(part.whole()) if isinstance(part, WeightEMA) else part
+            models = {
+                name: stack.enter_context(part.whole(for_main=True)) if isinstance(part, WeightEMA) else part
                 for name, part in model.items()
             }
             if self.is_main:
                 with written_whole(self.dir / "model") as folder:
-                    for name, part in whole.items():
+                    for name, part in models.items():
                         part.save_pretrained(folder / name)
                     if self._found is not None:
                         newest = now.step, self._figures if self.evaluated == now.step else {}
@@ -525,7 +530,13 @@ class Run:
                         card = model_card(folder, step, self._num_parameters, found, figures, started_from)
                         (folder / "README.md").write_text(card, "utf-8")
                 saved["logged"] = self.tracker.flush()
-                save_checkpoint(self.dir, now.step, saved, train.keep_checkpoints, train.milestone_every)
+        how = (train.keep_checkpoints, train.milestone_every)
+        if is_large(saved) if train.sharded_checkpoints is None else train.sharded_checkpoints:
+            save_checkpoint(self.dir, now.step, saved, *how, self._writer)
+        else:
+            complete = whole(saved)
+            if self.is_main:
+                save_checkpoint(self.dir, now.step, complete, *how)
 
     def say(self, text: str) -> None:
         """Prints a line, on the main process."""
@@ -538,6 +549,7 @@ class Run:
             made: the contents of the run's model/, in words.
             then: the next command.
         """
+        self._writer.close()
         if count := count_skipped(self.dir / "skipped.txt"):
             self.say(f"{count} images did not load; {self.dir / 'skipped.txt'} names them")
         max_steps = self.config.train.max_steps

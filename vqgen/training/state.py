@@ -1,10 +1,14 @@
 """The state that a run resumes from, as one object that saves and loads itself."""
 
+from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from vqgen.training.fsdp import load_optimizer, shard_like, whole
+from vqgen.training.fsdp import load_optimizer, moments, shard_like
+
+LARGE = 2**30  # bytes
 
 
 class TrainState:
@@ -19,8 +23,20 @@ class TrainState:
         self.parts = {name: part for name, part in parts.items() if part is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of all parts. All processes must call it: each sends its FSDP shards to the main process."""
-        return {name: whole(part.state_dict()) for name, part in self.parts.items()}
+        """The states of all parts, FSDP's tensors as shards. All processes must call it."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def places(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Tensors to read such a state into, as far as there are some before it is loaded. All processes must call it.
+
+        Args:
+            state: a state that has at least the tensors' shapes.
+        """
+        own = self.state_dict()
+        for name, part in self.parts.items():
+            if hasattr(part, "param_groups"):  # an optimizer has no tensors before its first step
+                own[name]["state"] = moments(part, state[name])
+        return own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads all parts; call it after `Accelerator.prepare`, when FSDP has sharded the weights.
@@ -36,3 +52,17 @@ class TrainState:
                 load_optimizer(part, state[name])
             else:
                 part.load_state_dict(state[name])
+
+
+def is_large(state: Any) -> bool:
+    """Whether a state is better written in shards: it has many bytes, or FSDP's shards."""
+    tensors = list(_tensors(state))
+    return any(isinstance(x, DTensor) for x in tensors) or sum(x.nbytes for x in tensors) >= LARGE
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, dict):
+        for value in state.values():
+            yield from _tensors(value)
+    elif isinstance(state, Tensor):
+        yield state
