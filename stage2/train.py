@@ -10,7 +10,6 @@ from shlex import quote
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from vqgen.data.order import token_batches
 from vqgen.data.stream import ImageStream, OrderedStream
 from vqgen.errors import require, section
 from vqgen.evaluation.likelihood import prior_nll, tokens_that_tell_apart, unigram_entropy
-from vqgen.priors.objective import annealed, random_orders, uniform_loss, with_random_tokens
+from vqgen.priors.objective import annealed, random_orders, with_random_tokens
 from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import ROWS, classes_in_turn, sample_images
 from vqgen.settings import DataConfig, SampleConfig, Stage2Config
@@ -79,16 +78,20 @@ def prior_pass(
     if config.random_orders is not None:
         order = random_orders(annealed(config.random_orders, share), noise[:, : 1 + length])
         context, tokens = context.gather(1, order), tokens.gather(1, order)
-    if config.embedding_loss:
-        logits, *states = nets.model(context, class_ids, order, with_states=True)
-    else:
-        logits = nets.model(context, class_ids, order)
-    logits = rearrange(logits.float(), "b n v -> (b n) v")  # float(): FSDP's mixed precision returns bf16
-    loss = F.cross_entropy(logits, rearrange(tokens, "b n -> (b n)"))
-    terms = {"loss": loss}
+    losses = nets.model(
+        context,
+        class_ids,
+        order,
+        targets=tokens,
+        smoothed=config.label_smoothing > 0,
+        with_states=config.embedding_loss > 0,
+    )
+    losses, *states = losses if config.embedding_loss else (losses,)
+    terms = {"loss": losses[0]}
+    loss = losses[0]
     if config.label_smoothing:
-        terms["uniform_loss"] = uniform_loss(logits)
-        loss = torch.lerp(loss, terms["uniform_loss"], config.label_smoothing)
+        terms["uniform_loss"] = losses[1]
+        loss = torch.lerp(loss, losses[1], config.label_smoothing)
     if config.embedding_loss:
         terms["embedding_loss"] = nets.prior.heads(*states, tokens)
         loss = loss + config.embedding_loss * terms["embedding_loss"]

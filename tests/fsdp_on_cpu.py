@@ -1,5 +1,6 @@
 """PROGRAM [ARGUMENTS]: runs the program and makes Accelerate, which does FSDP on GPUs only, see a GPU per process.
 
+The prior's loss is computed in blocks, as that of a large prior.
 At the end, each process prints which modules are gathered one by one, and its share of the training state.
 """
 
@@ -15,6 +16,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 
+import vqgen.priors.prior
 from vqgen.training.average import WeightEMA
 
 
@@ -41,5 +43,6 @@ def end_training(accelerator: Accelerator) -> None:
 plain_end, Accelerator.end_training = Accelerator.end_training, end_training
 PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
 os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+vqgen.priors.prior.LOGITS_AT_ONCE = 2**12
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")

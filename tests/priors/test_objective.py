@@ -1,9 +1,12 @@
 """Random tokens in the context, random orders, and smoothed targets, against what they should be on average."""
 
+import pytest
 import torch
 
 from vqgen.codes import CodeLayout
+from vqgen.priors import prior as prior_module
 from vqgen.priors.objective import annealed, random_orders, uniform_loss, with_random_tokens
+from vqgen.priors.prior import LINEAR_HEADS, Prior
 
 MANY = CodeLayout(((2, 2), (1, 2, 2)), (5, 7))
 
@@ -60,3 +63,37 @@ def test_the_uniform_loss_is_the_mean_over_legal_tokens():
     torch.testing.assert_close(loss, expected.mean())
     [gradient] = torch.autograd.grad(loss, logits)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("model_type", [*LINEAR_HEADS, "gemma2"])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_losses_in_blocks_are_those_of_all_logits(monkeypatch, model_type, shuffled):
+    """Against the formula for all logits; gemma2 bends its logits, and so has them whole."""
+    torch.manual_seed(0)
+    prior = Prior(MANY, ["a", "b"], model_type, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    prior.eval()  # gpt2 has dropout
+    if shuffled:
+        prior.add_places(0.5)
+    ranges = MANY.token_ranges()
+    tokens = (ranges[:, 0] + torch.rand(7, len(ranges)) * (ranges[:, 1] - ranges[:, 0])).long()
+    order = torch.rand(7, len(ranges)).argsort(dim=1) if shuffled else None
+    targets = tokens if order is None else tokens.gather(1, order)
+    class_ids = torch.tensor([0, 1, -1, 0, 1, 1, 0])
+
+    logits = prior(targets, class_ids, order)
+    flat = logits.flatten(0, 1)
+    expected = torch.stack([torch.nn.functional.cross_entropy(flat, targets.flatten()), uniform_loss(flat)])
+    expected.sum().backward()
+    gradients = [p.grad.clone() for p in prior.parameters()]
+    prior.zero_grad()
+
+    sizes = []
+    prior.lm.get_output_embeddings().register_forward_hook(lambda *given: sizes.append(given[2].numel()))
+    whole = tokens.numel() * prior.lm.config.vocab_size
+    monkeypatch.setattr(prior_module, "LOGITS_AT_ONCE", whole // 3)  # 2 sequences
+    losses = prior(targets, class_ids, order, targets=targets, smoothed=True)
+    losses.sum().backward()
+    torch.testing.assert_close(losses, expected)
+    for p, gradient in zip(prior.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
+    assert sizes == ([whole] if model_type == "gemma2" else [2 * whole // 7] * 3 + [whole // 7] + sizes[4:])

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from vqgen.codes import CodeLayout
 from vqgen.data.codes import TokenStore
 from vqgen.data.images import some_rows
 from vqgen.distributed import all_reduce_sum, rank, world_size
+from vqgen.priors.objective import token_losses
 from vqgen.priors.prior import Prior
 
 COUNTED_AT_ONCE = 2048
@@ -43,13 +43,15 @@ def prior_nll(
     sums = torch.zeros(2, device=device)  # the sum of nats, the number of tokens
     for start in range(0, len(chosen), batch_size):
         tokens, class_ids = (part.to(device) for part in codes.__getitems__(chosen[start : start + batch_size]))
-        logits = model(tokens, class_ids)
-        if scales is not None:
-            none, given = (part.log_softmax(dim=-1) for part in (model(tokens, torch.full_like(class_ids, -1)), logits))
-            logits = torch.lerp(none, given, torch.tensor(scales, device=device)[:, None]).nan_to_num(nan=-torch.inf)
-        logits = rearrange(logits, "b n v -> (b n) v")
-        nats = F.cross_entropy(logits, rearrange(tokens, "b n -> (b n)"), reduction="sum")
-        sums += torch.stack([nats, torch.tensor(tokens.numel(), device=device)])
+        if scales is None:
+            (nats,) = model(tokens, class_ids, targets=tokens)
+        else:
+            none, given = (
+                model(tokens, ids).log_softmax(dim=-1) for ids in (torch.full_like(class_ids, -1), class_ids)
+            )
+            guided = torch.lerp(none, given, torch.tensor(scales, device=device)[:, None]).nan_to_num(nan=-torch.inf)
+            (nats,) = token_losses(guided, tokens, smoothed=False)
+        sums += torch.stack([nats * tokens.numel(), torch.tensor(tokens.numel(), device=device)])
     nats, count = all_reduce_sum(sums).tolist()
     return nats / count
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from vqgen.planning.step import PriorStep, TokenizerStep
+from vqgen.priors.prior import LOGITS_AT_ONCE
 from vqgen.settings import Stage1Config, Stage2Config
 from vqgen.tokenizers.vqmodel import VQModel
 from vqgen.training.schedule import num_parameters
@@ -25,6 +26,7 @@ from vqgen.training.schedule import num_parameters
 META = torch.device("meta")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LEAST = 4  # images of a measured pass
+USUAL = 64  # sequences; a prior whose loss is in blocks only in larger batches is measured without them
 fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 fused_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -205,16 +207,21 @@ def prior_cost(program: ModuleType, config: Stage2Config, tokenizer: VQModel, cl
     """
     most, flops = {}, 0
     with without_memory(DTYPES.get(config.train.mixed_precision or "no", torch.float32)):
-        for batch in (LEAST, 2 * LEAST):
+        layout = tokenizer.code_layout(config.data["image_size"])
+        small = (
+            LOGITS_AT_ONCE // (layout.num_tokens * layout.vocab_size) + 1
+        )  # the smallest batch with a loss in blocks
+        small = small if LEAST < small < USUAL else LEAST
+        for batch in (small, 2 * small):
             step = PriorStep(program, config, tokenizer, class_names, batch, META)
             step.backward()
             with Meter() as meter:
                 step.backward()
             most[batch], flops = meter.most, meter.flops
-    each = (most[2 * LEAST] - most[LEAST]) / LEAST
+    each = (most[2 * small] - most[small]) / small
     count = num_parameters(step.nets.prior)
     weights = _moments(step.nets.optimizer) + 2 * 4 * count  # and the average
-    return Cost(count, flops / batch, each, weights + most[LEAST] - LEAST * each)
+    return Cost(count, flops / batch, each, weights + most[small] - small * each)
 
 
 def _moments(*optimizers: Any) -> int:

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -67,6 +68,16 @@ def random_orders(share: float, noise: Tensor) -> Tensor:
 def annealed(last: float, share: float) -> float:
     """The share of random orders at this share of a run: 1 in the first half, `last` from three quarters on."""
     return last + (1 - last) * min(1.0, max(0.0, 3 - 4 * share))
+
+
+def token_losses(logits: Tensor, targets: Tensor, smoothed: bool) -> Tensor:
+    """Mean cross entropy of logits (B, N, V) for the targets (B, N), (1,); if `smoothed`, and their uniform loss, (2,).
+
+    Illegal tokens have the logit -inf.
+    """
+    logits = rearrange(logits.float(), "b n v -> (b n) v")
+    losses = [F.cross_entropy(logits, rearrange(targets, "b n -> (b n)"))]
+    return torch.stack([*losses, uniform_loss(logits)] if smoothed else losses)
 
 
 def uniform_loss(logits: Tensor) -> Tensor:

@@ -24,12 +24,15 @@ from transformers.pytorch_utils import Conv1D
 import vqgen
 from vqgen.codes import ORDERS, CodeLayout
 from vqgen.errors import InputError, expanded, require, require_size
-from vqgen.priors.decoder import EVERYWHERE, Places
-from vqgen.priors.objective import CodeHeads
+from vqgen.priors.decoder import EVERYWHERE, PLAIN, Places
+from vqgen.priors.objective import CodeHeads, token_losses
 
 # transformers raises these for settings that contradict each other.
 MISFITS = (ArithmeticError, RuntimeError, TypeError, ValueError, StrictDataclassError)
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # the sizes that every prior is given
+LOGITS_AT_ONCE = 2**26  # of a loss; in float32 they are 256 MB, and their softmax and gradient as much each
+# Model types whose logits are their output embeddings' product with the last hidden state, and nothing more.
+LINEAR_HEADS = (*PLAIN, "qwen2", "gpt2")
 PLACES = "places.safetensors"  # beside transformers' files
 BOOKKEEPING = ("architectures", "dtype", "transformers_version", "vqgen", "_name_or_path")  # items that are no options
 
@@ -168,7 +171,14 @@ class Prior(nn.Module):
         )
 
     def forward(
-        self, tokens: Tensor, class_ids: Tensor, order: Tensor | None = None, *, with_states: bool = False
+        self,
+        tokens: Tensor,
+        class_ids: Tensor,
+        order: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        smoothed: bool = False,
+        with_states: bool = False,
     ) -> Tensor | tuple[Tensor, ...]:
         """Logits (B, N, vocab_size) of each of the tokens (B, N), given the class (-1 for none) and the earlier tokens.
 
@@ -178,28 +188,52 @@ class Prior(nn.Module):
             tokens: (B, N).
             class_ids: (B,).
             order: (B, N), the place of each of the tokens in the layout's order, if they come in another one.
+            targets: (B, N); return their losses, (1,) or (2,), instead of logits, which are never all in memory.
+            smoothed: the second loss is `uniform_loss`.
             with_states: return also the hidden states (B, N, width) after the first layer, and after three quarters of
                 the layers.
         """
         inputs = torch.cat([self.class_tokens(class_ids), tokens[:, :-1]], dim=1)
         if self.places is None:
             assert order is None, "the prior knows no other order; add_places gives it what it needs"
-            logits, *states = self._logits(with_states, input_ids=inputs)
+            given = {"input_ids": inputs}
         else:
             in_turn = torch.arange(tokens.shape[1], device=tokens.device)[None]
-            x = self.lm.get_input_embeddings()(inputs) + self.places(in_turn if order is None else order)
-            logits, *states = self._logits(with_states, inputs_embeds=x)
-        logits = self.legal(logits, EVERYWHERE if order is None else order)
-        return (logits, *states) if with_states else logits
+            embedded = self.lm.get_input_embeddings()(inputs)
+            given = {"inputs_embeds": embedded + self.places(in_turn if order is None else order)}
+        many = tokens.numel() * self.lm.config.vocab_size > LOGITS_AT_ONCE
+        in_blocks = targets is not None and many and self.lm.config.model_type in LINEAR_HEADS
+        x, *states = self._pass(given, to_logits=not in_blocks, with_states=with_states)
+        if targets is not None and in_blocks:
+            x = self._losses_in_blocks(x, targets, order, smoothed)
+        else:
+            x = self.legal(x, EVERYWHERE if order is None else order)
+            x = x if targets is None else token_losses(x, targets, smoothed)
+        return (x, *states) if with_states else x
 
-    def _logits(self, with_states: bool, **inputs: Tensor) -> list[Tensor]:
-        """The model's logits (B, N, its vocabulary) for whole sequences, and the states as in `forward`."""
+    def _pass(self, given: dict[str, Tensor], *, to_logits: bool, with_states: bool = False) -> list[Tensor]:
+        """The model's logits (B, N, its vocabulary) for whole sequences, or its last hidden states; and `forward`'s."""
+        model = self.lm if to_logits else self.lm.base_model
         cache = {"past_key_values": NothingKept()} if self._attends_only else {}
-        output = self.lm(**inputs, use_cache=False, output_hidden_states=with_states, **cache)
+        output = model(**given, use_cache=False, output_hidden_states=with_states, **cache)
+        x = output.logits if to_logits else output.last_hidden_state
         if not with_states:
-            return [output.logits]
+            return [x]
         layers = output.hidden_states  # the embeddings, and the output of each layer
-        return [output.logits, layers[1], layers[max(1, round(0.75 * (len(layers) - 1)))]]
+        return [x, layers[1], layers[max(1, round(0.75 * (len(layers) - 1)))]]
+
+    def _losses_in_blocks(self, x: Tensor, targets: Tensor, order: Tensor | None, smoothed: bool) -> Tensor:
+        """`token_losses` from the last hidden states (B, N, width); the backward pass computes the logits again."""
+        head, count = self.lm.get_output_embeddings(), len(targets)
+        rows = max(1, LOGITS_AT_ONCE // (targets.shape[1] * self.lm.config.vocab_size))
+
+        def losses(x: Tensor, targets: Tensor, *places: Tensor) -> Tensor:
+            logits = self.legal(head(x), *places)
+            return token_losses(logits, targets, smoothed) * (len(targets) / count)
+
+        blocks = zip(*(part.split(rows) for part in (x, targets, order) if part is not None), strict=True)
+        again = functools.partial(checkpoint, losses, use_reentrant=False, preserve_rng_state=False)
+        return torch.stack([again(*block) for block in blocks]).sum(dim=0)
 
     def class_tokens(self, class_ids: Tensor) -> Tensor:
         """The first tokens (B, 1) of the sequences, from class ids (B,), -1 for no class."""
@@ -236,7 +270,9 @@ class Prior(nn.Module):
         width = self.lm.get_input_embeddings().weight.shape[1]
         try:
             with torch.no_grad():
-                self._logits(False, inputs_embeds=self.lm.get_input_embeddings().weight.new_zeros(1, 1, width))
+                self._pass(
+                    {"inputs_embeds": self.lm.get_input_embeddings().weight.new_zeros(1, 1, width)}, to_logits=True
+                )
         except MISFITS as error:
             name = self.lm.config.model_type
             raise InputError(
