@@ -19,7 +19,7 @@ from vqgen.settings import ConvertConfig
 from vqgen.tokenizers.files import DIFFUSERS_FILES
 from vqgen.tokenizers.interop import FAMILIES, from_checkpoint, to_diffusers
 from vqgen.tokenizers.vqmodel import load_tokenizer
-from vqgen.training.checkpoints import written_whole
+from vqgen.training.files import written_whole
 from vqgen.training.schedule import num_parameters
 
 SYNOPSIS = "python stage1/convert.py CHECKPOINT OUT --from taming|llamagen|diffusers, or RUN_DIR OUT --to diffusers"
