@@ -43,7 +43,7 @@ from vqgen.tokenizers import build_tokenizer
 from vqgen.tokenizers.latents import draw_replacements, draw_transform, smallest_latent
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
 from vqgen.training.average import WeightEMA
-from vqgen.training.launchers import refuse_compiled
+from vqgen.training.launchers import compiled_by, refuse_compiled
 from vqgen.training.means import Stopwatch
 from vqgen.training.muon import Muon, muon_groups
 from vqgen.training.origin import merged
@@ -323,7 +323,9 @@ def build(config: Stage1Config, run: Run, class_names: list[str]) -> Nets:
         with section("perturb"):
             tokenizer.quantizer.check_nearest(config.perturb.nearest)
     if config.equivariance.share > 0:
-        refuse_compiled(run.accelerator, {"equivariance.share": config.equivariance.share})
+        refuse_compiled(
+            compiled_by(run.accelerator, config.train.compile), {"equivariance.share": config.equivariance.share}
+        )
     perceptual = disc = lecam = disc_optimizer = None
     if config.loss.perceptual.name != "none":
         with section("loss.perceptual"), run.accelerator.local_main_process_first():  # which may have to fetch weights
@@ -339,6 +341,8 @@ def build(config: Stage1Config, run: Run, class_names: list[str]) -> Nets:
     else:
         optimizer = torch.optim.AdamW(groups, **adam)
     average = WeightEMA(tokenizer, config.train.ema)
+    if config.train.compile:
+        tokenizer.compile()
     return Nets(tokenizer, tokenizer, average, optimizer, perceptual, disc, disc, disc_optimizer, lecam, prior)
 
 
@@ -349,7 +353,9 @@ def build_discriminator(
     adversarial = config.loss.adversarial
     fp16 = run.accelerator.mixed_precision == "fp16"
     require(not fp16, "train.mixed_precision=fp16 is too coarse for a discriminator's gradients; use bf16 or no")
-    refuse_compiled(run.accelerator, {f"loss.adversarial.{k}": getattr(adversarial, k) for k in ("r1", "adaptive")})
+    by = compiled_by(run.accelerator, config.train.compile)
+    twice = ("adaptive",) if by == "train.compile=true" else ("r1", "adaptive")  # the setting leaves D alone
+    refuse_compiled(by, {f"loss.adversarial.{name}": getattr(adversarial, name) for name in twice})
     with section("discriminator"):
         disc = PatchDiscriminator(config.data.channels, **config.discriminator)
         disc.check_size(config.data.image_size)

@@ -229,7 +229,11 @@ def build(config: Stage2Config, run: Run, tokenizer: VQModel, tokenizer_hash: st
         optimizer = Muon(muon_groups(groups, prior.tables_and_scales), **adam)
     else:
         optimizer = torch.optim.AdamW(groups, **adam)
-    return Nets(prior, prior, WeightEMA(prior, config.train.ema), optimizer, layout.token_ranges().to(run.device))
+    average = WeightEMA(prior, config.train.ema)
+    if config.train.compile:
+        require(not run.accelerator.is_fsdp2, "train.compile=true: FSDP gathers the weights layer by layer; use false")
+        prior.compile()
+    return Nets(prior, prior, average, optimizer, layout.token_ranges().to(run.device))
 
 
 def encode(

@@ -32,6 +32,7 @@ logger = logging.getLogger("vqgen")
 FREE_SETTINGS = ["run_dir", WORKING_DIR, "tracking", "data.workers", "train.log_every", "train.checkpoint_every"]
 FREE_SETTINGS += ["train.keep_checkpoints", "train.milestone_every", "train.max_hours", "train.eval_every"]
 FREE_SETTINGS += ["train.activation_checkpointing", "train.sharded_checkpoints"]
+FREE_SETTINGS += ["train.compile"]  # changes rounding
 FREE_SETTINGS += ["train.accumulation"]  # changes rounding, and data.workers a stream; `how_resumed` says so
 # The data and the tokenizer may have moved; `check_made_from` checks that they are the same.
 FREE_SETTINGS += ["data.source", "data.val_source", "data.cache_gb", "stage1", "codes_dir"]

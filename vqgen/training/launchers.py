@@ -20,20 +20,31 @@ def refuse_other_engines() -> None:
         require(not asked, f"{engine}: is not supported; use accelerate launch --multi_gpu, or --use_fsdp for stage 2")
 
 
-def refuse_compiled(accelerator: Accelerator, settings: Mapping[str, float]) -> None:
+def compiled_by(accelerator: Accelerator, setting: bool) -> str | None:
+    """What compiles the models' backward passes, as the user has written it; None if nothing does.
+
+    Args:
+        accelerator: names the TorchDynamo backend that the launch asks for, which compiles all models.
+        setting: `train.compile`.
+    """
+    backend = accelerator.state.dynamo_plugin.backend
+    if backend not in (DynamoBackend.NO, DynamoBackend.EAGER):
+        return f"--dynamo_backend {backend.value.lower()}"
+    return "train.compile=true" if setting else None
+
+
+def refuse_compiled(by: str | None, settings: Mapping[str, float]) -> None:
     """Refuses compiled models for what they cannot do, or would compile anew at every other step.
 
     The first are losses that run a backward pass twice or differentiate it, the second transforms to many sizes.
 
     Args:
-        accelerator: names the TorchDynamo backend that the launch asks for.
+        by: what compiles them, from `compiled_by`.
         settings: settings by key that turn such a thing on unless they are 0.
 
     Raises:
-        InputError: such a thing is on, and the backend compiles backward passes.
+        InputError: such a thing is on.
     """
-    backend = accelerator.state.dynamo_plugin.backend
-    if backend not in (DynamoBackend.NO, DynamoBackend.EAGER):
-        off = [f"{key}={type(value)(0)}".lower() for key, value in settings.items() if value]
-        flag = f"--dynamo_backend {backend.value.lower()}"
-        require(not off, f"{flag}: needs {' '.join(off)}; set that, or launch with --dynamo_backend no")
+    off = [f"{key}={type(value)(0)}".lower() for key, value in settings.items() if value]
+    otherwise = "set train.compile=false" if by == "train.compile=true" else "launch with --dynamo_backend no"
+    require(by is None or not off, f"{by}: needs {' '.join(off)}; set that, or {otherwise}")
