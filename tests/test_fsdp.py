@@ -9,8 +9,8 @@ import torch
 from programs import shell, untimed_metrics
 
 FSDP = (
-    "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
-    "--num_processes 2 --main_process_port 0 tests/fsdp_on_cpu.py"
+    "accelerate launch --config_file configs/accelerate/fsdp.yaml --num_processes 2 --mixed_precision no "
+    "--main_process_port 0 tests/fsdp_on_cpu.py"
 )
 
 
