@@ -8,7 +8,7 @@
 # them, and run_dir= and the data. Options of sbatch on the command line, such as --nodes=4, replace those below.
 #SBATCH --job-name=vqgen
 #SBATCH --nodes=2                # machines
-#SBATCH --gpus-per-node=8        # GPUs of each; leave it out if they have none
+#SBATCH --gpus-per-node=8        # GPUs of each; 0 if they have none
 #SBATCH --ntasks-per-node=8      # processes of each: the same number
 #SBATCH --cpus-per-task=8        # cores of each process: more than data.workers=
 #SBATCH --time=24:00:00          # your queue's limit
@@ -17,7 +17,7 @@
 #SBATCH --open-mode=append       # or the log would start again with each start
 
 if [ $# -eq 0 ]; then
-    echo "error: no program; usage: sbatch $0 stage1/train.py [CONFIG.yaml] run_dir=RUN [KEY=VALUE ...]" >&2
+    echo "error: no program; usage: sbatch configs/accelerate/slurm.sh stage1/train.py run_dir=RUN [KEY=VALUE ...]" >&2
     exit 2
 fi
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -45,8 +45,8 @@ wait "$step"
 code=$?
 
 if [ -n "$stopped" ] && [ "$code" -eq 0 ]; then
-    echo "job $SLURM_JOB_ID: stopped by SIGUSR1; requeued, to go on from the checkpoint"
-    scontrol requeue "$SLURM_JOB_ID"
+    echo "job $SLURM_JOB_ID: stopped by SIGUSR1; requeueing it, to go on from the checkpoint"
+    scontrol requeue "$SLURM_JOB_ID" || code=$?
 else
     echo "job $SLURM_JOB_ID: ended with exit code $code; not requeued"
 fi

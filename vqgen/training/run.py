@@ -431,7 +431,7 @@ class Run:
             bad_steps = self.config.train.max_bad_steps
             self._guards[first] = FiniteGuard(bad_steps, self.say, self.device, self.stop)
         bad = self._guards[first].check(self.step, **{name: terms[name] for name in watched})
-        # torch's fused AdamW for Apple's GPUs ignored found_inf until June 2026 (pytorch pull request 186360).
+        # torch's fused AdamW for Apple's GPUs ignored found_inf at least until June 2026 (pytorch pull request 186360).
         left_out = self.device.type == "mps" and not scaled and bool(bad)
         for _, optimizer in groups.values():
             if not scaled:
