@@ -42,7 +42,7 @@ def end_training(accelerator: Accelerator) -> None:
 
 plain_end, Accelerator.end_training = Accelerator.end_training, end_training
 PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
-os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "False"}
 vqgen.priors.prior.LOGITS_AT_ONCE = 2**12
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -10,8 +10,8 @@ from programs import as_it_was, shell, untimed_metrics
 from vqgen.training.checkpoints import load_state, with_tensors
 
 FSDP = (
-    "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
-    "--num_processes 2 --main_process_port 0 tests/fsdp_on_cpu.py"
+    "accelerate launch --config_file configs/accelerate/fsdp.yaml --num_processes 2 --mixed_precision no "
+    "--main_process_port 0 tests/fsdp_on_cpu.py"
 )
 
 

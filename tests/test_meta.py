@@ -14,6 +14,7 @@ import torch
 from programs import ROOT
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vqgen.codes import CodeLayout
 from vqgen.evaluation.features import LeNet
@@ -56,6 +57,22 @@ def what_meta_lacks(monkeypatch):
         yield
 
 
+class NoFloat64(TorchDispatchMode):
+    """Refuses tensors in float64 on the device, which Apple's GPUs do not have."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for x in tree_leaves(made):
+            assert not (isinstance(x, Tensor) and x.device == META and x.dtype == torch.float64), f"{func}: float64"
+        return made
+
+
+@pytest.fixture
+def no_float64():
+    with NoFloat64():
+        yield
+
+
 def program(path: str) -> Any:
     spec = importlib.util.spec_from_file_location(path.replace("/", "_")[:-3] + "_on_meta", ROOT / path)
     module = importlib.util.module_from_spec(spec)
@@ -83,6 +100,7 @@ def stage1_step(**changes: Any) -> Step:
     return step
 
 
+@pytest.mark.usefixtures("no_float64")
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_step_of_stage_1_needs_no_value(name):
     options = {} if name in ("fsq", "lfq", "residual") else {"codebook_size": 32}
@@ -93,6 +111,7 @@ def test_a_step_of_stage_1_needs_no_value(name):
     assert step.run.means.counts["loss"] == 2
 
 
+@pytest.mark.usefixtures("no_float64")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -114,6 +133,7 @@ def test_a_step_with_each_loss_needs_no_value(changes):
     assert step.run.means.counts.get("r1_loss", 0) == ("r1" in "".join(changes))
 
 
+@pytest.mark.usefixtures("no_float64")
 @pytest.mark.parametrize(
     "changes", [{}, {"random_orders": 0.0}, {"label_smoothing": 0.1, "embedding_loss": 0.3}, {"again": True}], ids=str
 )
@@ -133,6 +153,7 @@ def test_a_step_of_stage_2_needs_no_value(model_type, changes):
     assert {p.device for p in step.nets.prior.parameters()} == {META}
 
 
+@pytest.mark.usefixtures("no_float64")
 @pytest.mark.parametrize("name", ["non_saturating", "hinge", "least_squares", "minimax"])
 def test_a_step_of_the_gan_needs_no_value(name, monkeypatch):
     gan = program("stage1/train_gan.py")
@@ -178,6 +199,7 @@ def test_sampling_needs_no_value(model_type, options):
     assert log_likelihood(prior, tokens, class_ids).shape == (3,)
 
 
+@pytest.mark.usefixtures("no_float64")
 def test_networks_of_evaluation_need_no_value(tmp_path):
     tokenizer = build_tokenizer(channels=3, widths=[16, 32], quantizer={"codebook_size": 32}).eval()
     lenet, inception = LeNet(3, 10).eval(), InceptionV3().eval()
@@ -204,6 +226,12 @@ def test_the_lookup_takes_few_launches_for_many_vectors_and_codes():
     with Counted() as counted:
         assert nearest_code(z, codebook).shape == (65_536,)
     assert counted.count < 100
+
+
+def test_float64_on_the_device_is_found(no_float64):
+    torch.zeros(1, device="cpu").double()
+    with pytest.raises(AssertionError, match="float64"):
+        torch.zeros(1, device=META).double()
 
 
 def test_what_needs_a_value_is_found():

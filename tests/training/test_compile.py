@@ -60,4 +60,4 @@ def test_what_compiled_networks_cannot_do_is_refused(program, tmp_path, settings
 
 def test_a_machine_without_a_compiler_is_told_in_one_line():
     error = RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx")
-    assert "torch finds no compiler (g++ for CPUs, triton for GPUs); install it" in explained(error)
+    assert "torch finds no compiler (CPU: g++, GPU: triton); install it" in explained(error)

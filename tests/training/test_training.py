@@ -567,6 +567,34 @@ def test_an_update_that_is_not_finite_changes_nothing(tmp_path, capsys):
     assert "step 2: loss and grad_norm not finite; the update is skipped" in capsys.readouterr().out
 
 
+class Apples(torch.optim.AdamW):
+    """Ignores `found_inf`, as torch's fused AdamW does on Apple's GPUs."""
+
+    def step(self, closure=None):
+        self.found_inf = None
+        return super().step(closure)
+
+
+def test_an_update_that_is_not_finite_changes_nothing_on_apples_gpus(tmp_path):
+    config = Stage1Config(run_dir=str(tmp_path), tracking=TrackingConfig(wandb="disabled"))
+    with next(attempts(config, lowered="", to_lower="")) as run:
+        bare = nn.Linear(2, 1)
+        model, optimizer = run.prepare(bare, Apples(bare.parameters(), fused=True))
+        started(run)._guards["grad_norm"] = FiniteGuard(3, run.say, CPU, run.stop)
+        run.device = torch.device("mps")  # the tensors stay on the CPU
+        unchanged = []
+        for factor in (1.0, torch.nan, 1.0):
+            before = bare.weight.detach().clone()
+            loss = factor * model(torch.ones(1, 2)).sum()
+            run.accelerator.backward(loss)
+            run.add({"loss": loss})
+            run.update(grad_norm=(model, optimizer))
+            unchanged.append(torch.equal(bare.weight, before))
+        run.accelerator.end_training()
+    assert unchanged == [False, True, False]
+    assert bare.weight.grad is None
+
+
 def test_what_is_not_a_divergence_is_not_kept_and_signals_are_given_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     for run in attempts(Stage1Config(run_dir=str(tmp_path)), lowered="", to_lower=""):

@@ -20,13 +20,17 @@ def make_up_for_launcher() -> None:
     This function turns that process into torch's launcher for all of them. Accelerate also sets OMP_NUM_THREADS=1 for
     each process if the user has not set it, which would leave most of the machine idle.
 
+    Other launchers start all processes, but do not tell Accelerate that they are to work together on CPUs.
+
     Raises:
-        InputError: the launch asks for several machines without GPUs.
+        InputError: the launch asks for several machines in a way in which Accelerate starts one process on each.
     """
     launcher = psutil.Process().parent()
     by_accelerate = launcher is not None and "ACCELERATE_USE_CPU" in os.environ
-    if "WORLD_SIZE" in os.environ:
-        return  # torch's launcher has started this process as one of several
+    if "WORLD_SIZE" in os.environ:  # torch's launcher or Slurm has started this process as one of several
+        if int(os.environ["WORLD_SIZE"]) > 1 and not torch.accelerator.is_available():
+            os.environ.setdefault("ACCELERATE_USE_CPU", "True")  # otherwise each process would run alone
+        return
     if torch.cuda.is_available() and not (by_accelerate and os.environ["ACCELERATE_USE_CPU"] == "True"):
         return
     count = _processes_asked_for(launcher.cmdline()) if by_accelerate and "MASTER_PORT" in os.environ else 1
@@ -68,6 +72,9 @@ def _processes_asked_for(command: list[str]) -> int:
     names = ("launch", "launch.py", "accelerate-launch")  # `accelerate launch` or python -m accelerate.commands.launch
     start = 1 + next(i for i, part in enumerate(command) if part.endswith(names))
     asked, _ = launch_command_parser().parse_known_args(command[start:])
-    if (asked.num_machines or 1) > 1:
-        raise InputError("accelerate starts no processes on several machines without GPUs; use torchrun there")
-    return asked.num_processes or load_config_from_file(asked.config_file).num_processes
+    read = asked.config_file is not None or asked.num_processes is None
+    by_file = vars(load_config_from_file(asked.config_file)) if read else {}
+    if (asked.num_machines or by_file.get("num_machines", 1)) > 1:
+        instead = "give --multi_gpu instead of --cpu, or leave out --cpu if --config_file= says MULTI_GPU"
+        raise InputError(f"accelerate launch starts no processes of several machines this way; {instead}")
+    return asked.num_processes or by_file["num_processes"]
