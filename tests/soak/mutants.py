@@ -787,8 +787,8 @@ MUTANTS = [
         "vqgen/training/fsdp.py",
         "torch.empty_like(parameters[i], dtype=x.dtype)",
         "torch.empty_like(x, device='cpu')",
-        "tests/test_fsdp.py",
-        "goes_on",
+        "tests/training/test_shards.py",
+        "moments",
     ),
     Mutant(
         "the last block of a loss counts as much as the others",

@@ -7,15 +7,22 @@ import re
 import shutil
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from programs import as_it_was, launch_two, shell, state
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from vqgen.training import shards
 from vqgen.training.checkpoints import damage, load_checkpoint, load_state, newest_checkpoint, save_checkpoint
 from vqgen.training.checkpoints import with_tensors as read
 from vqgen.training.files import HashedFile
+from vqgen.training.fsdp import moments
 from vqgen.training.shards import SMALL, BackgroundWriter, Hashing, placed, split
 
 
@@ -92,6 +99,38 @@ def test_training_may_change_the_tensors_while_they_are_written(tmp_path, monkey
     changed.set()
     writer.close()
     check_equal(read_newest(tmp_path), example(7))
+
+
+def test_each_process_copies_and_writes_a_share_of_the_tensors_that_all_have(monkeypatch):
+    tensors = {str(i): torch.zeros(n) for i, n in enumerate([5000, 4000, 3000, 3000, 2000, 1000])}
+    monkeypatch.setattr(shards, "world_size", lambda: 3)
+    written = []
+    for number in range(3):
+        monkeypatch.setattr(shards, "rank", lambda number=number: number)
+        written.append(shards.my_share(tensors))
+    assert sorted(name for share in written for name in share) == sorted(tensors)
+    assert [sum(len(x) for x in share.values()) for share in written] == [6000] * 3
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """A group of this process alone, which FSDP's tensors need."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_fsdp_reads_moments_into_shards(mesh):
+    sharded = nn.Parameter(distribute_tensor(torch.zeros(40, 50), mesh, [Shard(0)]))
+    plain = nn.Parameter(torch.zeros(3, 4))
+    optimizer = torch.optim.AdamW([sharded, plain])
+    kept = {"exp_avg": torch.empty(40, 50, device="meta"), "step": torch.tensor(1.0)}
+    found = moments(optimizer, {"state": {0: kept, 1: {"exp_avg": torch.empty(3, 4)}}})
+    assert found.keys() == {0, 1}
+    assert found[0].keys() == {"exp_avg"}
+    assert isinstance(found[0]["exp_avg"], DTensor)
+    assert found[0]["exp_avg"].placements == (Shard(0),)
+    assert type(found[1]["exp_avg"]) is torch.Tensor
 
 
 def test_split_and_placed_are_opposites():

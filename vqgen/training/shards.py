@@ -124,7 +124,7 @@ class BackgroundWriter:
             self._group = dist.new_group(backend="gloo", timeout=SLOW)
         warnings.filterwarnings("ignore", ALONE)
         writer = _Writer(folder, then)
-        writing = dcp.async_save(_my_share(tensors), storage_writer=writer, process_group=self._group)
+        writing = dcp.async_save(my_share(tensors), storage_writer=writer, process_group=self._group)
         assert isinstance(writing, Future)
         self._writing = writing
 
@@ -151,7 +151,7 @@ class BackgroundWriter:
             self._group = None
 
 
-def _my_share(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def my_share(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that this process writes: FSDP's, and of the others as many bytes as other processes."""
     written, mine = [0] * world_size(), dict[str, Tensor]()
     for name, x in sorted(tensors.items(), key=lambda item: -item[1].nbytes):
