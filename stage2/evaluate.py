@@ -11,6 +11,7 @@ from shlex import quote
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
@@ -24,7 +25,7 @@ from vqgen.data.codes import TokenStore, encode_images
 from vqgen.data.crops import Versions
 from vqgen.data.describe import describe
 from vqgen.data.images import ImageSet, load_set, some_rows
-from vqgen.distributed import all_reduce_sum, rank, world_size
+from vqgen.distributed import all_reduce_sum, reduce_to_main
 from vqgen.errors import need, require, section
 from vqgen.evaluation.features import (
     Features,
@@ -35,7 +36,7 @@ from vqgen.evaluation.features import (
     thumbnails,
 )
 from vqgen.evaluation.likelihood import CodeCounts, LogisticScales, prior_nll
-from vqgen.evaluation.metrics import nearest, share_closer
+from vqgen.evaluation.metrics import nearest, nearest_pixels, share_closer
 from vqgen.evaluation.report import (
     Report,
     cache_folder,
@@ -104,20 +105,21 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
 
     # Likelihood of the codes under the prior and under code counts, and of the images under prior and decoder.
     codes_dir = writable_codes_folder(run, cache)
+
+    def codes_of(images, mirror, versions=1):
+        return encode_images(
+            images, tokenizer, codes_dir, tokenizer_hash=tokenizer_hash, mirror=mirror, accelerator=accelerator,
+            order=prior.layout.order, crops=versions,
+        )  # fmt: skip
+
     # The likelihood is that of whole images, for any number of crops; copies are searched among the crops as well.
-    train_codes, held_out_codes, searched = (
-        encode_images(
-            images,
-            tokenizer,
-            codes_dir,
-            tokenizer_hash=tokenizer_hash,
-            mirror=mirror,
-            accelerator=accelerator,
-            order=prior.layout.order,
-            crops=versions,
-        )
-        for images, mirror, versions in ((train, flip, 1), (held_out, False, 1), (train, flip, crops))
-    )
+    train_codes, held_out_codes = codes_of(train, flip), codes_of(held_out, False)
+    stored = codes_of(train, flip, crops) if config.search != 0 else train_codes
+    searched = some_rows(len(stored), config.search)
+    if accelerator.is_main_process and len(searched) < len(stored):
+        among = f"{len(searched):,} of the {len(stored):,} training images, mirror images and crops, chosen at random"
+        none = "no figures of copies in pixels"
+        print(f"search={config.search}: {f'copies are searched among {among}' if config.search else none}", flush=True)
     count = len(held_out_codes)
     nll, train_nll = (
         prior_nll(prior, codes, count, config.batch_size, device) for codes in (held_out_codes, train_codes)
@@ -142,7 +144,10 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
         features_of(Reproduced(images, tokenizer, tokenizer_hash, device), rows, f"{name} images, reproduced", out)
         for images, rows, name in ((train, reference_rows, "training"), (held_out, held_out_rows, "held-out"))
     )
-    in_pixels = nearest_training_image([drawn, control], searched, prior, tokenizer, config.batch_size, device)
+    in_pixels = []
+    if config.search != 0:
+        queries = [drawn.thumbnails, control.thumbnails]
+        in_pixels = nearest_training_image(queries, stored, searched, prior, tokenizer, config.batch_size, device)
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
@@ -173,16 +178,19 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     centre = known.kept.mean(dim=0)
     directions = [F.normalize(part.kept - centre) for part in (drawn, control, known)]
     in_features = [nearest(queries, directions[2]) for queries in directions[:2]]
-    shares = {}
+    shares, near_copies = {}, 0.0
     how = {**protocol, "held_out": held_out.fingerprint, "held_out_images": len(held_out_rows), "mirrored": flip}
-    for space, ((distance, _), (held_out_distance, _)), more in (
-        ("pixels", in_pixels, {"searched": len(searched)}),
-        ("features", in_features, {"searched": len(known.kept), **network_protocol(network)}),
-    ):
-        shares[space] = share_closer(distance, held_out_distance)
-        report.add(f"closer_in_{space}", shares[space], {**how, **more})
-    near_copies = (in_pixels[0][0] < in_pixels[1][0].quantile(COPY_QUANTILE)).double().mean().item()
-    report.add("near_copies", near_copies, {**how, "searched": len(searched)})
+    if in_pixels:
+        (distance, place), (held_out_distance, _) = in_pixels
+        in_store = {**how, "searched": len(searched)}
+        shares["pixels"] = share_closer(distance, held_out_distance)
+        report.add("closer_in_pixels", shares["pixels"], in_store)
+    shares["features"] = share_closer(in_features[0][0], in_features[1][0])
+    in_reference = {**how, "searched": len(known.kept), **network_protocol(network)}
+    report.add("closer_in_features", shares["features"], in_reference)
+    if in_pixels:
+        near_copies = (distance < held_out_distance.quantile(COPY_QUANTILE)).double().mean().item()
+        report.add("near_copies", near_copies, in_store)
     signs, share = [], max(shares.values())
     if train_nll < MEMORISED_NLL * nll:
         signs.append(f"NLL {train_nll:.3g} on training images, {nll:.3g} on held-out ones")
@@ -192,9 +200,10 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
         signs.append(f"{near_copies:.0%} of samples are nearer to a training image than 1 % of held-out ones are")
     if signs:
         report.warnings.append(f"the prior memorises: {'; '.join(signs)}; fewer steps or more images would help")
-    stored = searched.rows[in_pixels[0][1].numpy()]
-    versions = Versions(train, crops, flip)
-    picture = closest(samples, drawn, versions, stored, in_pixels[0][0], reference_rows[known.rows], in_features[0])
+    copied = stored.rows[searched[place.numpy()]] if in_pixels else None
+    alike = reference_rows[known.rows[in_features[0][1]]]
+    nearness = (in_pixels or in_features)[0][0]
+    picture = closest(samples, drawn, Versions(train, crops, flip), nearness, copied, alike)
     picture.save(out / "closest.png")
     path = report.save(out)
     print(report.table())
@@ -298,46 +307,66 @@ def decoder_nll(
 
 @torch.no_grad()
 def nearest_training_image(
-    parts: list[Features], codes: TokenStore, prior: Prior, tokenizer: VQModel, batch_size: int, device: torch.device
+    queries: list[Tensor],
+    codes: TokenStore,
+    rows: np.ndarray,
+    prior: Prior,
+    tokenizer: VQModel,
+    batch_size: int,
+    device: torch.device,
 ) -> list[tuple[Tensor, Tensor]]:
-    """The nearest training image for each part's thumbnails: its distance (n,) and its place in the store (n,).
+    """The nearest of the stored training images `rows` for each set of thumbnails, on the main process.
 
-    Searches all versions of the training images, after reconstruction from their codes.
+    The training images are reconstructed from their codes. Of several at the same distance, the first is taken.
+
+    Args:
+        queries: sets of thumbnails, uint8 (n, P).
+        codes: the store.
+        rows: the places in the store that are searched; the processes share them.
+        prior: the prior, whose layout the codes have.
+        tokenizer: their tokenizer.
+        batch_size: images that are decoded at a time.
+        device: the tokenizer's device, where the thumbnails are compared.
+
+    Returns:
+        For each set, the distances (n,) float64 and the places in `rows` (n,), on the CPU.
     """
-    best = [
-        (torch.full((len(p.kept),), torch.inf, dtype=torch.float64), torch.zeros(len(p.kept)).long()) for p in parts
-    ]
-    for batch in my_batches(len(codes), batch_size, "searching training images"):
-        tokens = codes.__getitems__(batch)[0].to(device)
-        references = thumbnails(to_uint8(tokenizer.decode(prior.layout.unflatten(tokens)))).cpu()
-        for i, part in enumerate(parts):
-            (distance, index), (least, place) = nearest(part.thumbnails, references), best[i]
-            best[i] = torch.minimum(distance, least), torch.where(distance < least, index + batch[0], place)
-    found = []
-    for distance, index in best:  # each process has searched its share; this keeps the nearest image of all
-        rows = torch.zeros(2, world_size(), len(distance), dtype=torch.float64, device=device)
-        rows[:, rank()] = torch.stack([distance, index.double()]).nan_to_num(posinf=1e9).to(device)
-        distances, places = all_reduce_sum(rows).cpu()
-        distance, winner = distances.min(dim=0)
-        found.append((distance, places.gather(0, winner[None])[0].long()))
-    return found
+    queries = [part.to(device) for part in queries]
+    best = [torch.full((len(part),), torch.iinfo(torch.int64).max, device=device) for part in queries]
+    for batch in my_batches(len(rows), batch_size, "searching training images"):
+        tokens = codes.__getitems__(rows[batch])[0].to(device)
+        references = thumbnails(to_uint8(tokenizer.decode(prior.layout.unflatten(tokens))))
+        for i, part in enumerate(queries):
+            squares, index = nearest_pixels(part, references)
+            best[i] = torch.minimum(best[i], squares << 32 | index + int(batch[0]))  # the lower bits are the place
+    found = [reduce_to_main(part, dist.ReduceOp.MIN).cpu() for part in best]
+    return [((part >> 32).double().sqrt(), part & 0xFFFFFFFF) for part in found]
 
 
 def closest(
     samples: Samples,
     drawn: Features,
     versions: Versions,
-    stored: np.ndarray,
-    distances: Tensor,
-    known_rows: np.ndarray,
-    in_features: tuple[Tensor, Tensor],
+    nearness: Tensor,
+    copied: np.ndarray | None,
+    alike: np.ndarray,
 ) -> Image.Image:
-    """The samples nearest to a training image in pixels; below each, that image and the nearest one by features."""
-    train, order = versions.images, distances.argsort()[:10]
+    """The samples nearest to a training image; below each, that image in pixels, and the nearest one by features.
+
+    Args:
+        samples: the samples.
+        drawn: their features.
+        versions: the stored versions of the training images.
+        nearness: the distance (n,) of each sample.
+        copied: the place in the store (n,) of the image nearest in pixels; None if none was searched.
+        alike: the training image (n,) nearest by features.
+    """
+    train, order = versions.images, nearness.argsort()[:10].numpy()
     lines = [torch.cat([samples.__getitems__(drawn.rows[i : i + 1].numpy())[0].cpu() for i in order])]
-    nearest_images = [versions.read(row % len(train))[row // len(train)] for row in stored[order.numpy()]]
-    lines.append(torch.from_numpy(np.stack(nearest_images)))
-    lines.append(train.__getitems__(known_rows[in_features[1][order].numpy()])[0])
+    if copied is not None:
+        pixels = [versions.read(place % len(train))[place // len(train)] for place in copied[order]]
+        lines.append(torch.from_numpy(np.stack(pixels)))
+    lines.append(train.__getitems__(alike[order])[0])
     return image_grid(rearrange(torch.cat(lines), "n c h w -> n h w c").numpy(), columns=len(order))
 
 

@@ -187,6 +187,42 @@ def test_a_priors_figures_hang_together(evaluations, runs):
     assert Image.open(evaluations / "stage2/closest.png").width > 10 * 32
 
 
+@pytest.fixture(scope="module")
+def searches(runs, cache, tmp_path_factory) -> dict[int, tuple[Path, str]]:
+    """Evaluations whose search for copies is bounded, or off, and what they printed."""
+    found = {}
+    for search in (0, 90):
+        out = tmp_path_factory.mktemp(f"search{search}")
+        options = f"{' '.join(FEW)} {cache} search={search} out={out}"
+        found[search] = out, shell(f"python stage2/evaluate.py {runs}/stage2 {options}")
+    return found
+
+
+def test_the_search_for_copies_is_among_all_training_images_or_as_many_as_it_says(evaluations, searches, digits):
+    whole = evaluated(evaluations / "stage2")["figures"]
+    count = whole["near_copies"]["protocol"]["searched"]
+    assert count == len(digits[0])
+    out, printed = searches[90]
+    assert f"search=90: copies are searched among 90 of the {count:,} training images" in printed
+    figures = evaluated(out)["figures"]
+    assert figures["closer_in_pixels"]["protocol"]["searched"] == 90
+    assert figures.keys() == whole.keys()
+    assert figures["closer_in_features"] == whole["closer_in_features"]
+    with pytest.raises(InputError, match=rf"for closer_in_pixels, searched is 90 in one and {count} in the other"):
+        compare(out, evaluations / "stage2")
+
+
+def test_without_the_search_for_copies_its_figures_and_its_row_are_left_out(evaluations, searches):
+    out, printed = searches[0]
+    assert "search=0: no figures of copies in pixels" in printed
+    whole, figures = (evaluated(folder)["figures"] for folder in (evaluations / "stage2", out))
+    assert whole.keys() - figures.keys() == {"closer_in_pixels", "near_copies"}
+    assert figures == {name: whole[name] for name in figures}
+    three, two = (Image.open(folder / "closest.png").height for folder in (evaluations / "stage2", out))
+    assert two == pytest.approx(three * 2 / 3, abs=4)
+    assert "near_copies               only in B" in compare(out, evaluations / "stage2")
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_two_processes_measure_what_one_does(runs, evaluations, cache, tmp_path, stage):
     few = FEW[::2] if stage == "stage1" else FEW
@@ -447,6 +483,7 @@ def test_sets_of_other_sizes_and_channels_are_measured_when_told_how(program, se
         ("stage1/evaluate.py {runs}/stage1 feature_weights={runs}/x.pth", "no such file of weights"),
         ("stage1/evaluate.py {runs}/stage1 num_images=1", "num_images=1: must be 2 or more"),
         ("stage2/evaluate.py {runs}/stage2 num_reference=1", "num_reference=1: must be 2 or more"),
+        ("stage2/evaluate.py {runs}/stage2 search=-1", "search=-1: must be 0 (off) or more, or null"),
         ("stage2/evaluate.py {runs}/stage2 cfg_skale=2", "did you mean cfg_scale?"),
         ("stage2/evaluate.py {runs}/stage2 'class_ids=[12]'", "class_ids: 12 is not a class of this model"),
         ("stage2/evaluate.py {runs}/stage2 {runs}/stage1", "usage: python stage2/evaluate.py"),

@@ -46,6 +46,13 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x
 
 
+def reduce_to_main(x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """The sum of x over the processes, or another reduction, on the main process; on the others x is worthless then."""
+    if world_size() > 1:
+        dist.reduce(x, dst=0, op=op)
+    return x
+
+
 def all_gather(x: Tensor) -> Tensor:
     """The x of every process, (world_size, *x.shape)."""
     if world_size() == 1:
