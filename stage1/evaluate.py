@@ -17,7 +17,7 @@ from vqgen.cli.program import run_program
 from vqgen.cli.runs import run_images, run_tracking
 from vqgen.data.images import some_rows
 from vqgen.data.order import mixed_seed
-from vqgen.distributed import all_reduce_sum
+from vqgen.distributed import all_reduce_sum, computed_by_main
 from vqgen.errors import need, require, section
 from vqgen.evaluation.features import FeatureCollector, cached_features, load_feature_network, my_batches
 from vqgen.evaluation.metrics import CodeUsage, image_psnr, image_ssim, psnr
@@ -73,7 +73,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
         return cached_features(part, chosen, network, description=description, **options)
 
     reference = features_of(images, rows, "the reference")
-    check_varied(reference, f"the held-out images of {run}", images.channels)
+    computed_by_main(lambda: check_varied(reference, f"the held-out images of {run}", images.channels))
     real = features_of(others, some_rows(len(others), len(rows)), "other real images")
 
     names = ["psnr_per_image", "ssim"] + (["perceptual"] if perceptual else [])

@@ -25,7 +25,7 @@ from vqgen.data.codes import TokenStore, encode_images
 from vqgen.data.crops import Versions
 from vqgen.data.describe import describe
 from vqgen.data.images import ImageSet, load_set, some_rows
-from vqgen.distributed import all_reduce_sum, reduce_to_main
+from vqgen.distributed import all_reduce_sum, computed_by_main, reduce_to_main
 from vqgen.errors import need, require, section
 from vqgen.evaluation.features import (
     Features,
@@ -138,7 +138,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     reference_rows = some_rows(len(train), config.num_reference)
     held_out_rows = some_rows(len(held_out), config.num_images)
     reference = features_of(train, reference_rows, "the reference")
-    check_varied(reference, f"the training images of {run}", train.channels)
+    computed_by_main(lambda: check_varied(reference, f"the training images of {run}", train.channels))
     real = features_of(held_out, held_out_rows, "held-out images") if len(held_out) > 1 else None
     known, control = (
         features_of(Reproduced(images, tokenizer, tokenizer_hash, device), rows, f"{name} images, reproduced", out)
@@ -146,7 +146,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     )
     in_pixels = []
     if config.search != 0:
-        queries = [drawn.thumbnails, control.thumbnails]
+        queries = computed_by_main(lambda: [drawn.thumbnails, control.thumbnails])
         in_pixels = nearest_training_image(queries, stored, searched, prior, tokenizer, config.batch_size, device)
     accelerator.end_training()
     if not accelerator.is_main_process:
@@ -240,8 +240,8 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
     rows = some_rows(len(images), config.num_images)
     reference_rows = some_rows(len(reference), config.num_reference)
     measured, known = features_of(images, rows, "images"), features_of(reference, reference_rows, "the reference")
-    check_varied(measured, f"images={config.images}", images.channels)
-    check_varied(known, f"reference={config.reference}", images.channels)
+    computed_by_main(lambda: check_varied(measured, f"images={config.images}", images.channels))
+    computed_by_main(lambda: check_varied(known, f"reference={config.reference}", images.channels))
     # Other real images: the held-out part of the reference, or its images beyond num_reference.
     others = held_out or reference
     other_rows = np.arange(len(others)) if held_out else np.setdiff1d(np.arange(len(reference)), reference_rows)

@@ -53,6 +53,15 @@ def reduce_to_main(x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
+def gathered_by_main(value: T) -> list[T]:
+    """The values of all processes in their order, on the main process; an empty list on the others."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
 def all_gather(x: Tensor) -> Tensor:
     """The x of every process, (world_size, *x.shape)."""
     if world_size() == 1:

@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from vqgen.data.images import some_rows
-from vqgen.distributed import all_reduce_sum, object_from_main, rank, world_size
+from vqgen.distributed import gathered_by_main, object_from_main, rank, reduce_to_main, world_size
 from vqgen.errors import InputError, need
 from vqgen.evaluation.inception import InceptionV3
 from vqgen.evaluation.weights import fetched_file, installed_file, read_weights
@@ -273,7 +273,7 @@ class Features:
 
 
 class FeatureCollector:
-    """Collects the features of a set whose batches are divided among the processes; each process gets the whole set's.
+    """Collects the features of a set whose batches are divided among the processes; the main process gets the set's.
 
     Args:
         num_images: number of images in the whole set.
@@ -283,37 +283,39 @@ class FeatureCollector:
 
     def __init__(self, num_images: int, image_shape: tuple[int, ...], network: FeatureNetwork):
         self.network, self.device = network, next(network.parameters()).device
-        self.rows = torch.from_numpy(some_rows(num_images, KEPT))
-        self.slots = torch.full((num_images,), -1)
-        self.slots[self.rows] = torch.arange(len(self.rows))
-        example = self._take(torch.zeros(1, *image_shape, dtype=torch.uint8, device=self.device))
-        dims = example["kept"].shape[1]
+        self.is_kept = torch.zeros(num_images, dtype=torch.bool)
+        self.is_kept[some_rows(num_images, KEPT)] = True
+        none = self._take(torch.zeros(1, *image_shape, dtype=torch.uint8, device=self.device))
+        dims = none["kept"].shape[1]
         self.sums = {
             "total": torch.zeros(dims, dtype=torch.float64, device=self.device),
             "outer": torch.zeros(dims, dims, dtype=torch.float64, device=self.device),
             "count": torch.zeros(1, dtype=torch.int64, device=self.device),
         }
-        self.kept = {name: part.new_zeros(len(self.rows), *part.shape[1:]) for name, part in example.items()}
-        self.kept["class_ids"] = torch.zeros(len(self.rows), dtype=torch.int64, device=self.device)
+        none |= {name: torch.zeros(1, dtype=torch.int64, device=self.device) for name in ("rows", "class_ids")}
+        self.kept = [{name: part[:0] for name, part in none.items()}]  # of each batch
 
     @torch.inference_mode()
     def update(self, images: Tensor, class_ids: Tensor, rows: np.ndarray) -> None:
         """Adds images uint8 (B, C, H, W) with class ids (B,); `rows` are their indices in the set."""
-        batch = self._take(images.to(self.device)) | {"class_ids": class_ids.to(self.device)}
+        batch = self._take(images.to(self.device)) | {"rows": torch.from_numpy(rows), "class_ids": class_ids}
         exact = batch["kept"].double()
         self.sums["total"] += exact.sum(dim=0)
         self.sums["outer"] += exact.T @ exact
         self.sums["count"] += len(images)
-        slots = self.slots[rows]
-        chosen, slots = (slots >= 0).to(self.device), slots[slots >= 0].to(self.device)
-        for name, part in batch.items():
-            self.kept[name][slots] = part[chosen]
+        chosen = self.is_kept[rows].nonzero()[:, 0].to(self.device)
+        self.kept.append({name: part.to(self.device)[chosen] for name, part in batch.items()})
 
-    def compute(self) -> Features:
-        """The features of the whole set, from all processes."""
-        # Each process has filled in its own rows of `kept` and left the others zero, so a sum combines them.
-        parts = {name: all_reduce_sum(part).cpu() for name, part in (self.sums | self.kept).items()}
-        return Features(rows=self.rows, **parts)
+    def compute(self) -> Features | None:
+        """The features of the whole set on the main process, None on the others. All processes must call it."""
+        sums = {name: reduce_to_main(part).cpu() for name, part in self.sums.items()}
+        own = {name: torch.cat([batch[name] for batch in self.kept]).cpu() for name in self.kept[0]}
+        shares = gathered_by_main(own)
+        if not shares:
+            return None
+        kept = {name: torch.cat([share[name] for share in shares]) for name in own}
+        order = kept["rows"].argsort()
+        return Features(**sums, **{name: part[order] for name, part in kept.items()})
 
     @torch.inference_mode()
     def _take(self, images: Tensor) -> dict[str, Tensor]:
@@ -329,8 +331,8 @@ def thumbnails(images: Tensor) -> Tensor:
 
 def collect_features(
     images: Images, rows: np.ndarray, network: FeatureNetwork, batch_size: int, description: str
-) -> Features:
-    """The features of these rows of the images; the processes share the work."""
+) -> Features | None:
+    """The features of these rows of the images on the main process, None on the others, which share the work."""
     shape = tuple(images.__getitems__(rows[:1])[0].shape[1:])
     collector = FeatureCollector(len(rows), shape, network)
     for batch in my_batches(len(rows), batch_size, description):
@@ -347,7 +349,7 @@ def cached_features(
     cache: Path,
     accelerator: Accelerator,
     description: str,
-) -> Features:
+) -> Features | None:
     """Like `collect_features`, but keeps the features on disk for the next call.
 
     Args:
@@ -371,11 +373,10 @@ def cached_features(
     store, stored = Store(cache, made_from), None
     if accelerator.is_main_process and store.path() is not None:
         stored = Features(**store.load()[0])
-    stored = object_from_main(stored)
-    if stored is not None:
+    if object_from_main(stored is not None):
         return stored
     features = collect_features(images, rows, network, batch_size, description)
-    if accelerator.is_main_process:
+    if features is not None:
         store.save({f.name: getattr(features, f.name).contiguous() for f in fields(Features)})
     return features
 
