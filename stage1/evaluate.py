@@ -19,7 +19,7 @@ from vqgen.data.images import some_rows
 from vqgen.data.order import mixed_seed
 from vqgen.distributed import all_reduce_sum, computed_by_main
 from vqgen.errors import need, require, section
-from vqgen.evaluation.features import FeatureCollector, cached_features, load_feature_network, my_batches
+from vqgen.evaluation.features import FeatureCollector, cached_features, image_batches, load_feature_network
 from vqgen.evaluation.metrics import CodeUsage, image_psnr, image_ssim, psnr
 from vqgen.evaluation.perceptual import PerceptualDistance
 from vqgen.evaluation.report import (
@@ -83,8 +83,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
     nearest = max(1, round(NEAREST * model.quantizer.codebook_size))
     kinds = "rp" if 1 < model.quantizer.codebook_size <= MAX_SEARCHED else "r"  # reconstructions, from perturbed codes
     collectors = {kind: FeatureCollector(len(rows), (images.channels, *images.size), network) for kind in kinds}
-    for batch in my_batches(len(rows), config.batch_size, "reconstructing"):
-        x, class_ids = images.__getitems__(rows[batch])
+    for batch, x, class_ids in image_batches(images, rows, config.batch_size, "reconstructing"):
         x = x.to(device)  # uint8 (B, C, H, W)
         with torch.inference_mode():
             codes = model.encode(from_uint8(x))

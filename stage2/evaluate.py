@@ -31,6 +31,7 @@ from vqgen.evaluation.features import (
     Features,
     cached_features,
     collect_features,
+    image_batches,
     load_feature_network,
     my_batches,
     thumbnails,
@@ -130,9 +131,13 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
 
     # Features of samples, training images and held-out images. Samples are compared with reconstructions of the real
     # images, because the tokenizer's own errors would otherwise make a copy look unlike its original.
-    def features_of(images, rows, description, folder=cache):
-        options = {"batch_size": config.batch_size, "cache": folder, "accelerator": accelerator}
+    def features_of(images, rows, description, folder=cache, **more):
+        options = {"batch_size": config.batch_size, "cache": folder, "accelerator": accelerator, **more}
         return cached_features(images, rows, network, description=description, **options)
+
+    @torch.no_grad()
+    def reproduce(x: Tensor) -> Tensor:
+        return to_uint8(tokenizer.decode(tokenizer.encode(from_uint8(x.to(device)))))
 
     drawn = collect_features(samples, np.arange(config.num_images), network, config.batch_size, "sampling")
     reference_rows = some_rows(len(train), config.num_reference)
@@ -140,8 +145,9 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     reference = features_of(train, reference_rows, "the reference")
     computed_by_main(lambda: check_varied(reference, f"the training images of {run}", train.channels))
     real = features_of(held_out, held_out_rows, "held-out images") if len(held_out) > 1 else None
+    reproduced = {"change": reproduce, "changed": f" reproduced by {tokenizer_hash}"}
     known, control = (
-        features_of(Reproduced(images, tokenizer, tokenizer_hash, device), rows, f"{name} images, reproduced", out)
+        features_of(images, rows, f"{name} images, reproduced", out, **reproduced)
         for images, rows, name in ((train, reference_rows, "training"), (held_out, held_out_rows, "held-out"))
     )
     in_pixels = []
@@ -269,23 +275,6 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
 SAMPLING = ("seed", *PRIOR_OPTIONS, "class_ids")
 
 
-class Reproduced:
-    """The images of an `ImageSet`, reconstructed by a tokenizer."""
-
-    def __init__(self, images: ImageSet, tokenizer: VQModel, tokenizer_hash: str, device: torch.device):
-        self.images, self.tokenizer, self.device = images, tokenizer, device
-        self.crop = images.crop
-        self.fingerprint = f"{images.fingerprint} reproduced by {tokenizer_hash}"
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @torch.no_grad()
-    def __getitems__(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        x, class_ids = self.images.__getitems__(rows)
-        return to_uint8(self.tokenizer.decode(self.tokenizer.encode(from_uint8(x.to(self.device))))), class_ids
-
-
 @torch.no_grad()
 def decoder_nll(
     tokenizer: VQModel, train: ImageSet, held_out: ImageSet, batch_size: int, device: torch.device
@@ -293,8 +282,8 @@ def decoder_nll(
     """-log p(x | z) of held-out images given their codes, in nats per image, with scales from training images."""
     scales, nats = LogisticScales(tokenizer.channels, device), torch.zeros((), dtype=torch.float64, device=device)
     for images, rows in ((train, some_rows(len(train), SCALE_IMAGES)), (held_out, np.arange(len(held_out)))):
-        for batch in my_batches(len(rows), batch_size, "decoder's likelihood"):
-            x = images.__getitems__(rows[batch])[0].to(device)
+        for _, x, _ in image_batches(images, rows, batch_size, "decoder's likelihood"):
+            x = x.to(device)
             means = (tokenizer.decode(tokenizer.encode(from_uint8(x))).double() + 1) * 127.5
             if images is train:
                 scales.update(x, means)

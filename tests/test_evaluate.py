@@ -314,6 +314,24 @@ def test_any_two_sets_are_measured_the_same_way(program, cache, tmp_path, digits
     )
 
 
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_figures_of_files_are_the_same_for_any_number_of_workers(program, cache, tmp_path, digits, runs, stage):
+    pixels, class_ids = (part.numpy() for part in digits[1].__getitems__(np.arange(150)))
+    save_folder(tmp_path / "folder", pixels[:, 0], class_ids)
+    if stage == "stage1":
+        arguments = ["stage1/evaluate.py", runs / "stage1", f"data.source={tmp_path}/folder", "data.val_fraction=0.4"]
+    else:
+        arguments = ["stage2/evaluate.py", f"images={tmp_path}/folder", "reference=digits", "num_reference=100"]
+    found = {}
+    for how in ("cache_gb=1", "cache_gb=0 workers=0", "cache_gb=0 workers=2"):
+        own = [f"data.{setting}" for setting in how.split()] + [f"cache_dir={tmp_path}/{how}", f"out={tmp_path}/{how}"]
+        code, _, errors = program(*arguments, "batch_size=16", *own)
+        assert code == 0, errors
+        found[how] = evaluated(tmp_path / how)["figures"]
+    first, *others = found.values()
+    assert others == [first, first]
+
+
 def test_a_prior_that_has_learned_its_images_by_heart_is_told_on(program, cache, tmp_path, digits):
     pixels, class_ids = (part.numpy() for part in digits[0].__getitems__(np.arange(60)))
     held_out = digits[1].__getitems__(np.arange(40))

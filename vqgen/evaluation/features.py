@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from vqgen.data.images import some_rows
+from vqgen.data.order import read_batches
 from vqgen.distributed import gathered_by_main, object_from_main, rank, reduce_to_main, world_size
 from vqgen.errors import InputError, need
 from vqgen.evaluation.inception import InceptionV3
@@ -330,13 +332,22 @@ def thumbnails(images: Tensor) -> Tensor:
 
 
 def collect_features(
-    images: Images, rows: np.ndarray, network: FeatureNetwork, batch_size: int, description: str
+    images: Images,
+    rows: np.ndarray,
+    network: FeatureNetwork,
+    batch_size: int,
+    description: str,
+    change: Callable[[Tensor], Tensor] | None = None,
 ) -> Features | None:
-    """The features of these rows of the images on the main process, None on the others, which share the work."""
+    """The features of these rows of the images on the main process, None on the others, which share the work.
+
+    With `change`, those of what it makes of the images uint8 (B, C, H, W).
+    """
+    change = change or (lambda x: x)
     shape = tuple(images.__getitems__(rows[:1])[0].shape[1:])
     collector = FeatureCollector(len(rows), shape, network)
-    for batch in my_batches(len(rows), batch_size, description):
-        collector.update(*images.__getitems__(rows[batch]), batch)
+    for batch, x, class_ids in image_batches(images, rows, batch_size, description):
+        collector.update(change(x), class_ids, batch)
     return collector.compute()
 
 
@@ -349,6 +360,8 @@ def cached_features(
     cache: Path,
     accelerator: Accelerator,
     description: str,
+    change: Callable[[Tensor], Tensor] | None = None,
+    changed: str = "",
 ) -> Features | None:
     """Like `collect_features`, but keeps the features on disk for the next call.
 
@@ -360,13 +373,15 @@ def cached_features(
         cache: the folder for the features.
         accelerator: Accelerate's handle on the processes that share the work.
         description: label of the progress bar.
+        change: what is made of the images first.
+        changed: identifies `change`.
 
     Raises:
         InputError: the file on disk is damaged, or the folder cannot be written.
     """
     made_from = {
         "features": [repr(network), network.checksum, network.preprocessing, KEPT, THUMBNAIL],
-        "data": images.fingerprint,
+        "data": images.fingerprint + changed,
         "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
         **images.crop,
     }
@@ -375,7 +390,7 @@ def cached_features(
         stored = Features(**store.load()[0])
     if object_from_main(stored is not None):
         return stored
-    features = collect_features(images, rows, network, batch_size, description)
+    features = collect_features(images, rows, network, batch_size, description, change)
     if features is not None:
         store.save({f.name: getattr(features, f.name).contiguous() for f in fields(Features)})
     return features
@@ -386,6 +401,20 @@ def my_batches(num_images: int, batch_size: int, description: str) -> "tqdm[np.n
     starts = range(0, num_images, batch_size)[rank() :: world_size()]
     batches = [np.arange(start, min(start + batch_size, num_images)) for start in starts]
     return tqdm(batches, description, unit=" batches", leave=False, disable=None if rank() == 0 else True)
+
+
+def image_batches(
+    images: Images, rows: np.ndarray, batch_size: int, description: str
+) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """This process's batches of these rows of the images, as `my_batches` has them, read ahead if they are files.
+
+    Yields:
+        The places of a batch in `rows` (B,), its images uint8 (B, C, H, W) and its class ids (B,).
+    """
+    batches = my_batches(len(rows), batch_size, description)
+    read = read_batches(images, [rows[batch] for batch in batches.iterable])
+    for batch, (x, class_ids) in zip(batches, read, strict=True):
+        yield batch, x, class_ids
 
 
 class Store:
