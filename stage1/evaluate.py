@@ -52,7 +52,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
     model, checkpoint = load_tokenizer(run)
     out, cache = writable_folder("out", Path(config.out or run / "evaluation")), cache_folder(config)
     tracking = run_tracking(run, config.tracking)
-    accelerator = evaluation_device()
+    accelerator = evaluation_device(config.tf32)
     device = accelerator.device
     others, images, _ = run_images(run, config.data, model.channels)  # training images, held-out images
     with section("data"):
@@ -110,6 +110,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
 
     report = Report("tokenizer", {"run": str(run), "checkpoint": checkpoint, "seed": config.seed})
     protocol = {"reference": images.fingerprint, "images": len(rows), **images.crop}
+    protocol |= {"tf32": True} if config.tf32 else {}
     report.add("psnr", psnr(squared_errors.mean()).item(), protocol)
     for name, mean in zip(names, per_image.mean(dim=0).tolist(), strict=True):
         how = {"network": perceptual.name, "checksum": perceptual.checksum} if name == "perceptual" else {}

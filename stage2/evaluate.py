@@ -89,7 +89,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     require(not generator.is_gan, f"{run} is a GAN's run, without codes: {remedy}")
     out, cache = writable_folder("out", Path(config.out or run / "evaluation")), cache_folder(config)
     tracking = run_tracking(run, config.tracking)
-    accelerator = evaluation_device()
+    accelerator = evaluation_device(config.tf32)
     device = accelerator.device
     train, held_out, own = run_images(run, config.data, tokenizer.channels)
     require(own, "data.source: not the images that the prior was trained on; for others use --images and --reference")
@@ -122,9 +122,10 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
         none = "no figures of copies in pixels"
         print(f"search={config.search}: {f'copies are searched among {among}' if config.search else none}", flush=True)
     count = len(held_out_codes)
-    nll, train_nll = (
-        prior_nll(prior, codes, count, config.batch_size, device) for codes in (held_out_codes, train_codes)
-    )
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        nll, train_nll = (
+            prior_nll(prior, codes, count, config.batch_size, device) for codes in (held_out_codes, train_codes)
+        )
     unigram, bigram = CodeCounts(train_codes, prior.layout).nll(held_out_codes, count)
     code_nats = nll * prior.layout.num_tokens
     decoder_nats = decoder_nll(tokenizer, train, held_out, config.batch_size, device)
@@ -160,7 +161,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
 
     report = Report("samples", {"run": str(run), "checkpoint": generator.checkpoint, "tokenizer": tokenizer_hash,
                                 **{name: getattr(config, name) for name in SAMPLING}})  # fmt: skip
-    crop = train.crop
+    crop = train.crop | ({"tf32": True} if config.tf32 else {})
     protocol = {
         "reference": train.fingerprint,
         "reference_images": len(reference_rows),
@@ -171,14 +172,17 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
 
     likelihood = {"images": count, "of": held_out.fingerprint, **crop}
     tokens = {**likelihood, "tokenizer": tokenizer_hash}
+    by_prior = {"precision": config.precision} if config.precision != "no" else {}
     fitted = {"fitted_to": train.fingerprint, "mirrored": flip}
     dims = train.channels * math.prod(train.size)
-    report.add("nll_held_out", nll, tokens)
-    report.add("nll_train", train_nll, {**tokens, "of": train.fingerprint, "mirrored": flip})
+    report.add("nll_held_out", nll, {**tokens, **by_prior})
+    report.add("nll_train", train_nll, {**tokens, "of": train.fingerprint, "mirrored": flip, **by_prior})
     report.add("unigram_entropy", unigram, {**tokens, **fitted})
     report.add("bigram_entropy", bigram, {**tokens, **fitted})
-    report.add("code_bits_per_dim", code_nats / math.log(2) / dims, likelihood)
-    report.add("bound_bits_per_dim", (code_nats + decoder_nats) / math.log(2) / dims, {**likelihood, **fitted})
+    report.add("code_bits_per_dim", code_nats / math.log(2) / dims, {**likelihood, **by_prior})
+    report.add(
+        "bound_bits_per_dim", (code_nats + decoder_nats) / math.log(2) / dims, {**likelihood, **fitted, **by_prior}
+    )
 
     # Features are compared by angle, because a flat image has small features, which are at a small distance from all.
     centre = known.kept.mean(dim=0)
@@ -221,7 +225,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
 def evaluate_images(config: Stage2EvaluateConfig) -> None:
     """Compares any images with reference images."""
     out, cache = writable_folder("out", Path(config.out or "evaluation")), cache_folder(config)
-    accelerator = evaluation_device()
+    accelerator = evaluation_device(config.tf32)
     size = config.data.get("image_size")
     options = check_options(DataConfig, config.data, "data")
     data, reference_data = (DataConfig(**{**options, "source": source}) for source in (config.images, config.reference))
@@ -259,7 +263,7 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
     subject = {"images": config.images, "fingerprint": images.fingerprint, "against": config.reference}
     report = Report("images", subject)
     protocol = {"reference": reference.fingerprint, "reference_images": len(reference_rows), "images": len(rows)}
-    protocol |= reference.crop
+    protocol |= reference.crop | ({"tf32": True} if config.tf32 else {})
     if images.class_names and reference.class_names:  # maps ids by name; the last entry maps -1 (no class) to itself
         ids = {name: i for i, name in enumerate(reference.class_names)}
         measured.class_ids = torch.tensor([*(ids.get(name, -1) for name in images.class_names), -1])[measured.class_ids]

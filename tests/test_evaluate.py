@@ -223,6 +223,21 @@ def test_without_the_search_for_copies_its_figures_and_its_row_are_left_out(eval
     assert "near_copies               only in B" in compare(out, evaluations / "stage2")
 
 
+def test_bf16_computes_the_prior_and_says_so_where_it_does(evaluations, runs, program, cache, tmp_path):
+    code, _, errors = program("stage2/evaluate.py", runs / "stage2", *FEW, "precision=bf16", cache, f"out={tmp_path}")
+    assert code == 0, errors
+    whole, figures = (evaluated(folder)["figures"] for folder in (evaluations / "stage2", tmp_path))
+    by_prior = {"nll_held_out", "nll_train", "code_bits_per_dim", "bound_bits_per_dim"}
+    assert {name for name in figures if figures[name]["protocol"] != whole[name]["protocol"]} == by_prior
+    for name in by_prior:
+        assert figures[name]["protocol"] == {**whole[name]["protocol"], "precision": "bf16"}
+        assert figures[name]["value"] != whole[name]["value"]
+        assert figures[name]["value"] == pytest.approx(whole[name]["value"], abs=0.01)
+    assert figures["bigram_entropy"] == whole["bigram_entropy"]
+    with pytest.raises(InputError, match=r"for nll_held_out, precision is bf16 in one and None in the other"):
+        compare(tmp_path, evaluations / "stage2")
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_two_processes_measure_what_one_does(runs, evaluations, cache, tmp_path, stage):
     few = FEW[::2] if stage == "stage1" else FEW
@@ -501,6 +516,17 @@ def test_sets_of_other_sizes_and_channels_are_measured_when_told_how(program, se
         ("stage1/evaluate.py {runs}/stage1 feature_weights={runs}/x.pth", "no such file of weights"),
         ("stage1/evaluate.py {runs}/stage1 num_images=1", "num_images=1: must be 2 or more"),
         ("stage2/evaluate.py {runs}/stage2 num_reference=1", "num_reference=1: must be 2 or more"),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [
+                (
+                    f"{stage}/evaluate.py {{runs}}/{stage} tf32=true",
+                    "tf32=true: only a CUDA GPU has it, and none is here",
+                )
+                for stage in ("stage1", "stage2")
+            ]
+        ),
         ("stage2/evaluate.py {runs}/stage2 search=-1", "search=-1: must be 0 (off) or more, or null"),
         ("stage2/evaluate.py {runs}/stage2 cfg_skale=2", "did you mean cfg_scale?"),
         ("stage2/evaluate.py {runs}/stage2 'class_ids=[12]'", "class_ids: 12 is not a class of this model"),

@@ -666,6 +666,9 @@ class EvaluateConfig:
     """File of the feature network's weights; null takes the installed ones, downloads them, or trains them."""
     cache_dir: str | None = None
     """Folder for the features of reference sets; null means vqgen/ in the user's cache folder."""
+    tf32: bool = False
+    """On a CUDA GPU, compute all networks with TF32's 10 bits, which moves a Frechet distance in its third digit. Such
+    figures compare with their like only."""
     compare: str | None = None
     """Another run, or an evaluation.json: print both evaluations side by side without evaluating again."""
     data: dict[str, Any] = field(default_factory=dict)

@@ -385,6 +385,8 @@ def cached_features(
         "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
         **images.crop,
     }
+    if accelerator.device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        made_from["tf32"] = True
     store, stored = Store(cache, made_from), None
     if accelerator.is_main_process and store.path() is not None:
         stored = Features(**store.load()[0])
