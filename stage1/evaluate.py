@@ -17,9 +17,9 @@ from vqgen.cli.program import run_program
 from vqgen.cli.runs import run_images, run_tracking
 from vqgen.data.images import some_rows
 from vqgen.data.order import mixed_seed
-from vqgen.distributed import all_reduce_sum
+from vqgen.distributed import all_reduce_sum, computed_by_main
 from vqgen.errors import need, require, section
-from vqgen.evaluation.features import FeatureCollector, cached_features, load_feature_network, my_batches
+from vqgen.evaluation.features import FeatureCollector, cached_features, image_batches, load_feature_network
 from vqgen.evaluation.metrics import CodeUsage, image_psnr, image_ssim, psnr
 from vqgen.evaluation.perceptual import PerceptualDistance
 from vqgen.evaluation.report import (
@@ -52,7 +52,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
     model, checkpoint = load_tokenizer(run)
     out, cache = writable_folder("out", Path(config.out or run / "evaluation")), cache_folder(config)
     tracking = run_tracking(run, config.tracking)
-    accelerator = evaluation_device()
+    accelerator = evaluation_device(config.tf32)
     device = accelerator.device
     others, images, _ = run_images(run, config.data, model.channels)  # training images, held-out images
     with section("data"):
@@ -73,7 +73,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
         return cached_features(part, chosen, network, description=description, **options)
 
     reference = features_of(images, rows, "the reference")
-    check_varied(reference, f"the held-out images of {run}", images.channels)
+    computed_by_main(lambda: check_varied(reference, f"the held-out images of {run}", images.channels))
     real = features_of(others, some_rows(len(others), len(rows)), "other real images")
 
     names = ["psnr_per_image", "ssim"] + (["perceptual"] if perceptual else [])
@@ -83,8 +83,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
     nearest = max(1, round(NEAREST * model.quantizer.codebook_size))
     kinds = "rp" if 1 < model.quantizer.codebook_size <= MAX_SEARCHED else "r"  # reconstructions, from perturbed codes
     collectors = {kind: FeatureCollector(len(rows), (images.channels, *images.size), network) for kind in kinds}
-    for batch in my_batches(len(rows), config.batch_size, "reconstructing"):
-        x, class_ids = images.__getitems__(rows[batch])
+    for batch, x, class_ids in image_batches(images, rows, config.batch_size, "reconstructing"):
         x = x.to(device)  # uint8 (B, C, H, W)
         with torch.inference_mode():
             codes = model.encode(from_uint8(x))
@@ -111,6 +110,7 @@ def main(run_dir: str | None, config: Stage1EvaluateConfig) -> None:
 
     report = Report("tokenizer", {"run": str(run), "checkpoint": checkpoint, "seed": config.seed})
     protocol = {"reference": images.fingerprint, "images": len(rows), **images.crop}
+    protocol |= {"tf32": True} if config.tf32 else {}
     report.add("psnr", psnr(squared_errors.mean()).item(), protocol)
     for name, mean in zip(names, per_image.mean(dim=0).tolist(), strict=True):
         how = {"network": perceptual.name, "checksum": perceptual.checksum} if name == "perceptual" else {}

@@ -11,6 +11,7 @@ from shlex import quote
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
@@ -24,18 +25,19 @@ from vqgen.data.codes import TokenStore, encode_images
 from vqgen.data.crops import Versions
 from vqgen.data.describe import describe
 from vqgen.data.images import ImageSet, load_set, some_rows
-from vqgen.distributed import all_reduce_sum, rank, world_size
+from vqgen.distributed import all_reduce_sum, computed_by_main, reduce_to_main
 from vqgen.errors import need, require, section
 from vqgen.evaluation.features import (
     Features,
     cached_features,
     collect_features,
+    image_batches,
     load_feature_network,
     my_batches,
     thumbnails,
 )
 from vqgen.evaluation.likelihood import CodeCounts, LogisticScales, prior_nll
-from vqgen.evaluation.metrics import nearest, share_closer
+from vqgen.evaluation.metrics import nearest, nearest_pixels, share_closer
 from vqgen.evaluation.report import (
     Report,
     cache_folder,
@@ -87,7 +89,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     require(not generator.is_gan, f"{run} is a GAN's run, without codes: {remedy}")
     out, cache = writable_folder("out", Path(config.out or run / "evaluation")), cache_folder(config)
     tracking = run_tracking(run, config.tracking)
-    accelerator = evaluation_device()
+    accelerator = evaluation_device(config.tf32)
     device = accelerator.device
     train, held_out, own = run_images(run, config.data, tokenizer.channels)
     require(own, "data.source: not the images that the prior was trained on; for others use --images and --reference")
@@ -104,52 +106,62 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
 
     # Likelihood of the codes under the prior and under code counts, and of the images under prior and decoder.
     codes_dir = writable_codes_folder(run, cache)
+
+    def codes_of(images, mirror, versions=1):
+        return encode_images(
+            images, tokenizer, codes_dir, tokenizer_hash=tokenizer_hash, mirror=mirror, accelerator=accelerator,
+            order=prior.layout.order, crops=versions,
+        )  # fmt: skip
+
     # The likelihood is that of whole images, for any number of crops; copies are searched among the crops as well.
-    train_codes, held_out_codes, searched = (
-        encode_images(
-            images,
-            tokenizer,
-            codes_dir,
-            tokenizer_hash=tokenizer_hash,
-            mirror=mirror,
-            accelerator=accelerator,
-            order=prior.layout.order,
-            crops=versions,
-        )
-        for images, mirror, versions in ((train, flip, 1), (held_out, False, 1), (train, flip, crops))
-    )
+    train_codes, held_out_codes = codes_of(train, flip), codes_of(held_out, False)
+    stored = codes_of(train, flip, crops) if config.search != 0 else train_codes
+    searched = some_rows(len(stored), config.search)
+    if accelerator.is_main_process and len(searched) < len(stored):
+        among = f"{len(searched):,} of the {len(stored):,} training images, mirror images and crops, chosen at random"
+        none = "no figures of copies in pixels"
+        print(f"search={config.search}: {f'copies are searched among {among}' if config.search else none}", flush=True)
     count = len(held_out_codes)
-    nll, train_nll = (
-        prior_nll(prior, codes, count, config.batch_size, device) for codes in (held_out_codes, train_codes)
-    )
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        nll, train_nll = (
+            prior_nll(prior, codes, count, config.batch_size, device) for codes in (held_out_codes, train_codes)
+        )
     unigram, bigram = CodeCounts(train_codes, prior.layout).nll(held_out_codes, count)
     code_nats = nll * prior.layout.num_tokens
     decoder_nats = decoder_nll(tokenizer, train, held_out, config.batch_size, device)
 
     # Features of samples, training images and held-out images. Samples are compared with reconstructions of the real
     # images, because the tokenizer's own errors would otherwise make a copy look unlike its original.
-    def features_of(images, rows, description, folder=cache):
-        options = {"batch_size": config.batch_size, "cache": folder, "accelerator": accelerator}
+    def features_of(images, rows, description, folder=cache, **more):
+        options = {"batch_size": config.batch_size, "cache": folder, "accelerator": accelerator, **more}
         return cached_features(images, rows, network, description=description, **options)
+
+    @torch.no_grad()
+    def reproduce(x: Tensor) -> Tensor:
+        return to_uint8(tokenizer.decode(tokenizer.encode(from_uint8(x.to(device)))))
 
     drawn = collect_features(samples, np.arange(config.num_images), network, config.batch_size, "sampling")
     reference_rows = some_rows(len(train), config.num_reference)
     held_out_rows = some_rows(len(held_out), config.num_images)
     reference = features_of(train, reference_rows, "the reference")
-    check_varied(reference, f"the training images of {run}", train.channels)
+    computed_by_main(lambda: check_varied(reference, f"the training images of {run}", train.channels))
     real = features_of(held_out, held_out_rows, "held-out images") if len(held_out) > 1 else None
+    reproduced = {"change": reproduce, "changed": f" reproduced by {tokenizer_hash}"}
     known, control = (
-        features_of(Reproduced(images, tokenizer, tokenizer_hash, device), rows, f"{name} images, reproduced", out)
+        features_of(images, rows, f"{name} images, reproduced", out, **reproduced)
         for images, rows, name in ((train, reference_rows, "training"), (held_out, held_out_rows, "held-out"))
     )
-    in_pixels = nearest_training_image([drawn, control], searched, prior, tokenizer, config.batch_size, device)
+    in_pixels = []
+    if config.search != 0:
+        queries = computed_by_main(lambda: [drawn.thumbnails, control.thumbnails])
+        in_pixels = nearest_training_image(queries, stored, searched, prior, tokenizer, config.batch_size, device)
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
 
     report = Report("samples", {"run": str(run), "checkpoint": generator.checkpoint, "tokenizer": tokenizer_hash,
                                 **{name: getattr(config, name) for name in SAMPLING}})  # fmt: skip
-    crop = train.crop
+    crop = train.crop | ({"tf32": True} if config.tf32 else {})
     protocol = {
         "reference": train.fingerprint,
         "reference_images": len(reference_rows),
@@ -160,29 +172,35 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
 
     likelihood = {"images": count, "of": held_out.fingerprint, **crop}
     tokens = {**likelihood, "tokenizer": tokenizer_hash}
+    by_prior = {"precision": config.precision} if config.precision != "no" else {}
     fitted = {"fitted_to": train.fingerprint, "mirrored": flip}
     dims = train.channels * math.prod(train.size)
-    report.add("nll_held_out", nll, tokens)
-    report.add("nll_train", train_nll, {**tokens, "of": train.fingerprint, "mirrored": flip})
+    report.add("nll_held_out", nll, {**tokens, **by_prior})
+    report.add("nll_train", train_nll, {**tokens, "of": train.fingerprint, "mirrored": flip, **by_prior})
     report.add("unigram_entropy", unigram, {**tokens, **fitted})
     report.add("bigram_entropy", bigram, {**tokens, **fitted})
-    report.add("code_bits_per_dim", code_nats / math.log(2) / dims, likelihood)
-    report.add("bound_bits_per_dim", (code_nats + decoder_nats) / math.log(2) / dims, {**likelihood, **fitted})
+    report.add("code_bits_per_dim", code_nats / math.log(2) / dims, {**likelihood, **by_prior})
+    report.add(
+        "bound_bits_per_dim", (code_nats + decoder_nats) / math.log(2) / dims, {**likelihood, **fitted, **by_prior}
+    )
 
     # Features are compared by angle, because a flat image has small features, which are at a small distance from all.
     centre = known.kept.mean(dim=0)
     directions = [F.normalize(part.kept - centre) for part in (drawn, control, known)]
     in_features = [nearest(queries, directions[2]) for queries in directions[:2]]
-    shares = {}
+    shares, near_copies = {}, 0.0
     how = {**protocol, "held_out": held_out.fingerprint, "held_out_images": len(held_out_rows), "mirrored": flip}
-    for space, ((distance, _), (held_out_distance, _)), more in (
-        ("pixels", in_pixels, {"searched": len(searched)}),
-        ("features", in_features, {"searched": len(known.kept), **network_protocol(network)}),
-    ):
-        shares[space] = share_closer(distance, held_out_distance)
-        report.add(f"closer_in_{space}", shares[space], {**how, **more})
-    near_copies = (in_pixels[0][0] < in_pixels[1][0].quantile(COPY_QUANTILE)).double().mean().item()
-    report.add("near_copies", near_copies, {**how, "searched": len(searched)})
+    if in_pixels:
+        (distance, place), (held_out_distance, _) = in_pixels
+        in_store = {**how, "searched": len(searched)}
+        shares["pixels"] = share_closer(distance, held_out_distance)
+        report.add("closer_in_pixels", shares["pixels"], in_store)
+    shares["features"] = share_closer(in_features[0][0], in_features[1][0])
+    in_reference = {**how, "searched": len(known.kept), **network_protocol(network)}
+    report.add("closer_in_features", shares["features"], in_reference)
+    if in_pixels:
+        near_copies = (distance < held_out_distance.quantile(COPY_QUANTILE)).double().mean().item()
+        report.add("near_copies", near_copies, in_store)
     signs, share = [], max(shares.values())
     if train_nll < MEMORISED_NLL * nll:
         signs.append(f"NLL {train_nll:.3g} on training images, {nll:.3g} on held-out ones")
@@ -192,9 +210,10 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
         signs.append(f"{near_copies:.0%} of samples are nearer to a training image than 1 % of held-out ones are")
     if signs:
         report.warnings.append(f"the prior memorises: {'; '.join(signs)}; fewer steps or more images would help")
-    stored = searched.rows[in_pixels[0][1].numpy()]
-    versions = Versions(train, crops, flip)
-    picture = closest(samples, drawn, versions, stored, in_pixels[0][0], reference_rows[known.rows], in_features[0])
+    copied = stored.rows[searched[place.numpy()]] if in_pixels else None
+    alike = reference_rows[known.rows[in_features[0][1]]]
+    nearness = (in_pixels or in_features)[0][0]
+    picture = closest(samples, drawn, Versions(train, crops, flip), nearness, copied, alike)
     picture.save(out / "closest.png")
     path = report.save(out)
     print(report.table())
@@ -206,7 +225,7 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
 def evaluate_images(config: Stage2EvaluateConfig) -> None:
     """Compares any images with reference images."""
     out, cache = writable_folder("out", Path(config.out or "evaluation")), cache_folder(config)
-    accelerator = evaluation_device()
+    accelerator = evaluation_device(config.tf32)
     size = config.data.get("image_size")
     options = check_options(DataConfig, config.data, "data")
     data, reference_data = (DataConfig(**{**options, "source": source}) for source in (config.images, config.reference))
@@ -231,8 +250,8 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
     rows = some_rows(len(images), config.num_images)
     reference_rows = some_rows(len(reference), config.num_reference)
     measured, known = features_of(images, rows, "images"), features_of(reference, reference_rows, "the reference")
-    check_varied(measured, f"images={config.images}", images.channels)
-    check_varied(known, f"reference={config.reference}", images.channels)
+    computed_by_main(lambda: check_varied(measured, f"images={config.images}", images.channels))
+    computed_by_main(lambda: check_varied(known, f"reference={config.reference}", images.channels))
     # Other real images: the held-out part of the reference, or its images beyond num_reference.
     others = held_out or reference
     other_rows = np.arange(len(others)) if held_out else np.setdiff1d(np.arange(len(reference)), reference_rows)
@@ -244,7 +263,7 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
     subject = {"images": config.images, "fingerprint": images.fingerprint, "against": config.reference}
     report = Report("images", subject)
     protocol = {"reference": reference.fingerprint, "reference_images": len(reference_rows), "images": len(rows)}
-    protocol |= reference.crop
+    protocol |= reference.crop | ({"tf32": True} if config.tf32 else {})
     if images.class_names and reference.class_names:  # maps ids by name; the last entry maps -1 (no class) to itself
         ids = {name: i for i, name in enumerate(reference.class_names)}
         measured.class_ids = torch.tensor([*(ids.get(name, -1) for name in images.class_names), -1])[measured.class_ids]
@@ -260,23 +279,6 @@ def evaluate_images(config: Stage2EvaluateConfig) -> None:
 SAMPLING = ("seed", *PRIOR_OPTIONS, "class_ids")
 
 
-class Reproduced:
-    """The images of an `ImageSet`, reconstructed by a tokenizer."""
-
-    def __init__(self, images: ImageSet, tokenizer: VQModel, tokenizer_hash: str, device: torch.device):
-        self.images, self.tokenizer, self.device = images, tokenizer, device
-        self.crop = images.crop
-        self.fingerprint = f"{images.fingerprint} reproduced by {tokenizer_hash}"
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @torch.no_grad()
-    def __getitems__(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        x, class_ids = self.images.__getitems__(rows)
-        return to_uint8(self.tokenizer.decode(self.tokenizer.encode(from_uint8(x.to(self.device))))), class_ids
-
-
 @torch.no_grad()
 def decoder_nll(
     tokenizer: VQModel, train: ImageSet, held_out: ImageSet, batch_size: int, device: torch.device
@@ -284,8 +286,8 @@ def decoder_nll(
     """-log p(x | z) of held-out images given their codes, in nats per image, with scales from training images."""
     scales, nats = LogisticScales(tokenizer.channels, device), torch.zeros((), dtype=torch.float64, device=device)
     for images, rows in ((train, some_rows(len(train), SCALE_IMAGES)), (held_out, np.arange(len(held_out)))):
-        for batch in my_batches(len(rows), batch_size, "decoder's likelihood"):
-            x = images.__getitems__(rows[batch])[0].to(device)
+        for _, x, _ in image_batches(images, rows, batch_size, "decoder's likelihood"):
+            x = x.to(device)
             means = (tokenizer.decode(tokenizer.encode(from_uint8(x))).double() + 1) * 127.5
             if images is train:
                 scales.update(x, means)
@@ -298,46 +300,66 @@ def decoder_nll(
 
 @torch.no_grad()
 def nearest_training_image(
-    parts: list[Features], codes: TokenStore, prior: Prior, tokenizer: VQModel, batch_size: int, device: torch.device
+    queries: list[Tensor],
+    codes: TokenStore,
+    rows: np.ndarray,
+    prior: Prior,
+    tokenizer: VQModel,
+    batch_size: int,
+    device: torch.device,
 ) -> list[tuple[Tensor, Tensor]]:
-    """The nearest training image for each part's thumbnails: its distance (n,) and its place in the store (n,).
+    """The nearest of the stored training images `rows` for each set of thumbnails, on the main process.
 
-    Searches all versions of the training images, after reconstruction from their codes.
+    The training images are reconstructed from their codes. Of several at the same distance, the first is taken.
+
+    Args:
+        queries: sets of thumbnails, uint8 (n, P).
+        codes: the store.
+        rows: the places in the store that are searched; the processes share them.
+        prior: the prior, whose layout the codes have.
+        tokenizer: their tokenizer.
+        batch_size: images that are decoded at a time.
+        device: the tokenizer's device, where the thumbnails are compared.
+
+    Returns:
+        For each set, the distances (n,) float64 and the places in `rows` (n,), on the CPU.
     """
-    best = [
-        (torch.full((len(p.kept),), torch.inf, dtype=torch.float64), torch.zeros(len(p.kept)).long()) for p in parts
-    ]
-    for batch in my_batches(len(codes), batch_size, "searching training images"):
-        tokens = codes.__getitems__(batch)[0].to(device)
-        references = thumbnails(to_uint8(tokenizer.decode(prior.layout.unflatten(tokens)))).cpu()
-        for i, part in enumerate(parts):
-            (distance, index), (least, place) = nearest(part.thumbnails, references), best[i]
-            best[i] = torch.minimum(distance, least), torch.where(distance < least, index + batch[0], place)
-    found = []
-    for distance, index in best:  # each process has searched its share; this keeps the nearest image of all
-        rows = torch.zeros(2, world_size(), len(distance), dtype=torch.float64, device=device)
-        rows[:, rank()] = torch.stack([distance, index.double()]).nan_to_num(posinf=1e9).to(device)
-        distances, places = all_reduce_sum(rows).cpu()
-        distance, winner = distances.min(dim=0)
-        found.append((distance, places.gather(0, winner[None])[0].long()))
-    return found
+    queries = [part.to(device) for part in queries]
+    best = [torch.full((len(part),), torch.iinfo(torch.int64).max, device=device) for part in queries]
+    for batch in my_batches(len(rows), batch_size, "searching training images"):
+        tokens = codes.__getitems__(rows[batch])[0].to(device)
+        references = thumbnails(to_uint8(tokenizer.decode(prior.layout.unflatten(tokens))))
+        for i, part in enumerate(queries):
+            squares, index = nearest_pixels(part, references)
+            best[i] = torch.minimum(best[i], squares << 32 | index + int(batch[0]))  # the lower bits are the place
+    found = [reduce_to_main(part, dist.ReduceOp.MIN).cpu() for part in best]
+    return [((part >> 32).double().sqrt(), part & 0xFFFFFFFF) for part in found]
 
 
 def closest(
     samples: Samples,
     drawn: Features,
     versions: Versions,
-    stored: np.ndarray,
-    distances: Tensor,
-    known_rows: np.ndarray,
-    in_features: tuple[Tensor, Tensor],
+    nearness: Tensor,
+    copied: np.ndarray | None,
+    alike: np.ndarray,
 ) -> Image.Image:
-    """The samples nearest to a training image in pixels; below each, that image and the nearest one by features."""
-    train, order = versions.images, distances.argsort()[:10]
+    """The samples nearest to a training image; below each, that image in pixels, and the nearest one by features.
+
+    Args:
+        samples: the samples.
+        drawn: their features.
+        versions: the stored versions of the training images.
+        nearness: the distance (n,) of each sample.
+        copied: the place in the store (n,) of the image nearest in pixels; None if none was searched.
+        alike: the training image (n,) nearest by features.
+    """
+    train, order = versions.images, nearness.argsort()[:10].numpy()
     lines = [torch.cat([samples.__getitems__(drawn.rows[i : i + 1].numpy())[0].cpu() for i in order])]
-    nearest_images = [versions.read(row % len(train))[row // len(train)] for row in stored[order.numpy()]]
-    lines.append(torch.from_numpy(np.stack(nearest_images)))
-    lines.append(train.__getitems__(known_rows[in_features[1][order].numpy()])[0])
+    if copied is not None:
+        pixels = [versions.read(place % len(train))[place // len(train)] for place in copied[order]]
+        lines.append(torch.from_numpy(np.stack(pixels)))
+    lines.append(train.__getitems__(alike[order])[0])
     return image_grid(rearrange(torch.cat(lines), "n c h w -> n h w c").numpy(), columns=len(order))
 
 

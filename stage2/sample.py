@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
@@ -26,6 +26,7 @@ from vqgen.data.describe import SHOWN_CLASSES, short_name
 from vqgen.data.images import some_rows
 from vqgen.data.pixels import read_picture
 from vqgen.data.samples import check_free, save_samples, save_single_files
+from vqgen.distributed import computed_by_main, gathered_by_main
 from vqgen.errors import InputError, need, require
 from vqgen.evaluation.features import Features, cached_features, collect_features, load_feature_network
 from vqgen.evaluation.guidance import figures_of_scales
@@ -65,18 +66,21 @@ def main(run_dir: str, config: SampleFilesConfig) -> None:
         drawn_codes, all_codes = int((each["known"][0] < 0).sum()), each["known"].shape[1]
         seen = "all that stay and those drawn before" if generator.model.random_orders else "those before it"
         print(f"{drawn_codes} of the image's {all_codes} codes are drawn, each from {seen}")
-    starts = range(0, config.num_images, config.batch_size)[state.process_index :: state.num_processes]
-    drawn = []
-    for start in tqdm(starts, desc="sampling", unit=" batches", disable=None if state.is_main_process else True):
+    rounds = range(0, config.num_images, config.batch_size * state.num_processes)  # of a batch of each process
+    file = TemporaryFile(dir=out)  # noqa: SIM115  # on the disk, as the images may not fit in the memory; it has no name
+    for first in tqdm(rounds, desc="sampling", unit=" batches", disable=None if state.is_main_process else True):
+        start, images = first + state.process_index * config.batch_size, np.empty(0, np.uint8)
         rows = slice(start, start + config.batch_size)
-        here = {name: tensor[rows] for name, tensor in each.items()}
-        images = generator.draw(class_ids[rows].to(device), seed=config.seed, first=start, each=here, **options)
-        drawn.append((start, rearrange(images, "n c h w -> n h w c").cpu().numpy()))
-    drawn = gather_object(drawn)
+        if start < config.num_images:
+            here = {name: tensor[rows] for name, tensor in each.items()}
+            drawn = generator.draw(class_ids[rows].to(device), seed=config.seed, first=start, each=here, **options)
+            images = rearrange(drawn, "n c h w -> n h w c").contiguous().cpu().numpy()
+        for part in gathered_by_main(images):
+            file.write(part)
     state.end_training()  # otherwise a process may abort if it exits while another still sends data to it
     if not state.is_main_process:
         return
-    array = np.concatenate([images for _, images in sorted(drawn, key=lambda part: part[0])])
+    array = np.memmap(file, np.uint8, "r", shape=(config.num_images, *images.shape[1:]))
     save_samples(out / "samples.npz", array, class_ids.numpy())
     print(f"{config.num_images} images by {state.num_processes} x {device.type}: {out / 'samples.npz'}")
     with_classes = config.png and save_single_files(out, array, class_ids.numpy(), generator.class_names)
@@ -117,11 +121,12 @@ def measured(
         need("torchmetrics", "evaluation", what)
         network = load_feature_network(config.features, None, train, seed=0, **shared)
 
-    def features_of(chosen: np.ndarray) -> Features:
+    def features_of(chosen: np.ndarray) -> Features | None:
         return cached_features(train, chosen, network, batch_size=batch, description="training images", **shared)
 
     if judged:
-        probe = ClassProbe(features_of(rows), len(generator.class_names))
+        known_features = features_of(rows)
+        probe = computed_by_main(lambda: ClassProbe(known_features, len(generator.class_names)))
 
         def judge(images: Tensor, class_ids: Tensor) -> Tensor:
             log_p = probe.log_p(network(images)[0].cpu()).to(class_ids.device)
@@ -142,9 +147,10 @@ def measured(
             scales = guidance(scale, config.cfg_power, config.cfg_start, prior.layout.num_tokens)
             return prior_nll(prior, codes, len(codes), batch, accelerator.device, scales)
     else:
-        reference = features_of(rows[np.isin(train.class_ids[rows], choices)] if config.class_ids else rows)
-        few = config.tune_images <= len(reference.total)
-        title = f"{network.frechet_name} of {config.tune_images:,} samples against {int(reference.count):,} images"
+        chosen = rows[np.isin(train.class_ids[rows], choices)] if config.class_ids else rows
+        reference = features_of(chosen)
+        few = computed_by_main(lambda: config.tune_images <= len(reference.total))
+        title = f"{network.frechet_name} of {config.tune_images:,} samples against {len(chosen):,} images"
         title += "; too large, as there are no more samples than features" if few else ""
 
         def figure(scale: float) -> float:
@@ -152,7 +158,7 @@ def measured(
             drawn = replace(config, cfg_scale=scale, num_images=config.tune_images, seed=config.seed + 1)
             samples = Samples(generator, drawn, **found)
             features = collect_features(samples, np.arange(len(samples)), network, batch, f"cfg_scale={scale:g}")
-            return frechet_distance(features, reference)
+            return computed_by_main(lambda: frechet_distance(features, reference))
 
     figures = figures_of_scales(figure)
     best = min(figures, key=lambda scale: figures[scale])

@@ -187,6 +187,57 @@ def test_a_priors_figures_hang_together(evaluations, runs):
     assert Image.open(evaluations / "stage2/closest.png").width > 10 * 32
 
 
+@pytest.fixture(scope="module")
+def searches(runs, cache, tmp_path_factory) -> dict[int, tuple[Path, str]]:
+    """Evaluations whose search for copies is bounded, or off, and what they printed."""
+    found = {}
+    for search in (0, 90):
+        out = tmp_path_factory.mktemp(f"search{search}")
+        options = f"{' '.join(FEW)} {cache} search={search} out={out}"
+        found[search] = out, shell(f"python stage2/evaluate.py {runs}/stage2 {options}")
+    return found
+
+
+def test_the_search_for_copies_is_among_all_training_images_or_as_many_as_it_says(evaluations, searches, digits):
+    whole = evaluated(evaluations / "stage2")["figures"]
+    count = whole["near_copies"]["protocol"]["searched"]
+    assert count == len(digits[0])
+    out, printed = searches[90]
+    assert f"search=90: copies are searched among 90 of the {count:,} training images" in printed
+    figures = evaluated(out)["figures"]
+    assert figures["closer_in_pixels"]["protocol"]["searched"] == 90
+    assert figures.keys() == whole.keys()
+    assert figures["closer_in_features"] == whole["closer_in_features"]
+    with pytest.raises(InputError, match=rf"for closer_in_pixels, searched is 90 in one and {count} in the other"):
+        compare(out, evaluations / "stage2")
+
+
+def test_without_the_search_for_copies_its_figures_and_its_row_are_left_out(evaluations, searches):
+    out, printed = searches[0]
+    assert "search=0: no figures of copies in pixels" in printed
+    whole, figures = (evaluated(folder)["figures"] for folder in (evaluations / "stage2", out))
+    assert whole.keys() - figures.keys() == {"closer_in_pixels", "near_copies"}
+    assert figures == {name: whole[name] for name in figures}
+    three, two = (Image.open(folder / "closest.png").height for folder in (evaluations / "stage2", out))
+    assert two == pytest.approx(three * 2 / 3, abs=4)
+    assert "near_copies               only in B" in compare(out, evaluations / "stage2")
+
+
+def test_bf16_computes_the_prior_and_says_so_where_it_does(evaluations, runs, program, cache, tmp_path):
+    code, _, errors = program("stage2/evaluate.py", runs / "stage2", *FEW, "precision=bf16", cache, f"out={tmp_path}")
+    assert code == 0, errors
+    whole, figures = (evaluated(folder)["figures"] for folder in (evaluations / "stage2", tmp_path))
+    by_prior = {"nll_held_out", "nll_train", "code_bits_per_dim", "bound_bits_per_dim"}
+    assert {name for name in figures if figures[name]["protocol"] != whole[name]["protocol"]} == by_prior
+    for name in by_prior:
+        assert figures[name]["protocol"] == {**whole[name]["protocol"], "precision": "bf16"}
+        assert figures[name]["value"] != whole[name]["value"]
+        assert figures[name]["value"] == pytest.approx(whole[name]["value"], abs=0.01)
+    assert figures["bigram_entropy"] == whole["bigram_entropy"]
+    with pytest.raises(InputError, match=r"for nll_held_out, precision is bf16 in one and None in the other"):
+        compare(tmp_path, evaluations / "stage2")
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_two_processes_measure_what_one_does(runs, evaluations, cache, tmp_path, stage):
     few = FEW[::2] if stage == "stage1" else FEW
@@ -276,6 +327,24 @@ def test_any_two_sets_are_measured_the_same_way(program, cache, tmp_path, digits
     assert float(line.split()[3].replace(",", "")) == pytest.approx(
         noisy["FD-EffLite0"] - same["FD-EffLite0"], rel=1e-3
     )
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_figures_of_files_are_the_same_for_any_number_of_workers(program, cache, tmp_path, digits, runs, stage):
+    pixels, class_ids = (part.numpy() for part in digits[1].__getitems__(np.arange(150)))
+    save_folder(tmp_path / "folder", pixels[:, 0], class_ids)
+    if stage == "stage1":
+        arguments = ["stage1/evaluate.py", runs / "stage1", f"data.source={tmp_path}/folder", "data.val_fraction=0.4"]
+    else:
+        arguments = ["stage2/evaluate.py", f"images={tmp_path}/folder", "reference=digits", "num_reference=100"]
+    found = {}
+    for how in ("cache_gb=1", "cache_gb=0 workers=0", "cache_gb=0 workers=2"):
+        own = [f"data.{setting}" for setting in how.split()] + [f"cache_dir={tmp_path}/{how}", f"out={tmp_path}/{how}"]
+        code, _, errors = program(*arguments, "batch_size=16", *own)
+        assert code == 0, errors
+        found[how] = evaluated(tmp_path / how)["figures"]
+    first, *others = found.values()
+    assert others == [first, first]
 
 
 def test_a_prior_that_has_learned_its_images_by_heart_is_told_on(program, cache, tmp_path, digits):
@@ -447,6 +516,18 @@ def test_sets_of_other_sizes_and_channels_are_measured_when_told_how(program, se
         ("stage1/evaluate.py {runs}/stage1 feature_weights={runs}/x.pth", "no such file of weights"),
         ("stage1/evaluate.py {runs}/stage1 num_images=1", "num_images=1: must be 2 or more"),
         ("stage2/evaluate.py {runs}/stage2 num_reference=1", "num_reference=1: must be 2 or more"),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [
+                (
+                    f"{stage}/evaluate.py {{runs}}/{stage} tf32=true",
+                    "tf32=true: only a CUDA GPU has it, and none is here",
+                )
+                for stage in ("stage1", "stage2")
+            ]
+        ),
+        ("stage2/evaluate.py {runs}/stage2 search=-1", "search=-1: must be 0 (off) or more, or null"),
         ("stage2/evaluate.py {runs}/stage2 cfg_skale=2", "did you mean cfg_scale?"),
         ("stage2/evaluate.py {runs}/stage2 'class_ids=[12]'", "class_ids: 12 is not a class of this model"),
         ("stage2/evaluate.py {runs}/stage2 {runs}/stage1", "usage: python stage2/evaluate.py"),

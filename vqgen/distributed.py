@@ -46,6 +46,22 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x
 
 
+def reduce_to_main(x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """The sum of x over the processes, or another reduction, on the main process; on the others x is worthless then."""
+    if world_size() > 1:
+        dist.reduce(x, dst=0, op=op)
+    return x
+
+
+def gathered_by_main(value: T) -> list[T]:
+    """The values of all processes in their order, on the main process; an empty list on the others."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
 def all_gather(x: Tensor) -> Tensor:
     """The x of every process, (world_size, *x.shape)."""
     if world_size() == 1:

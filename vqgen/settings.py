@@ -674,6 +674,9 @@ class EvaluateConfig:
     """File of the feature network's weights; null takes the installed ones, downloads them, or trains them."""
     cache_dir: str | None = None
     """Folder for the features of reference sets; null means vqgen/ in the user's cache folder."""
+    tf32: bool = False
+    """On a CUDA GPU, compute all networks with TF32's 10 bits, which moves a Frechet distance in its third digit. Such
+    figures compare with their like only."""
     compare: str | None = None
     """Another run, or an evaluation.json: print both evaluations side by side without evaluating again."""
     data: dict[str, Any] = field(default_factory=dict)
@@ -721,6 +724,9 @@ class Stage2EvaluateConfig(EvaluateConfig, SampleConfig):
     """Number of images to draw; with `images`, the largest number of them to measure."""
     num_reference: int | None = 10000
     """Largest number of training images, or of images in `reference`, to compare with; null means all."""
+    search: int | None = 100_000
+    """Largest number of training images, counted with their mirror images and crops, that are searched for copies; 0
+    leaves that search out, null searches all."""
     images: str | None = None
     """Existing images to measure instead of a run's samples, in any of the forms of data.source."""
     reference: str | None = None
@@ -733,6 +739,7 @@ class Stage2EvaluateConfig(EvaluateConfig, SampleConfig):
         require(self.num_images > 1, f"num_images={self.num_images}: must be 2 or more")
         few = self.num_reference is not None and self.num_reference < 2
         require(not few, f"num_reference={self.num_reference}: must be 2 or more, or null for all")
+        require(self.search is None or self.search >= 0, f"search={self.search}: must be 0 (off) or more, or null")
 
 
 @dataclass

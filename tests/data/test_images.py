@@ -1,6 +1,7 @@
 """Sets of images: channels, held-out images, caching, broken images, and settings that are refused."""
 
 import logging
+import multiprocessing
 import pickle
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from vqgen.data import images as images_module
 from vqgen.data.images import load_images, load_set, some_rows
+from vqgen.data.order import read_batches
 from vqgen.data.skipped import count_skipped, one_line, read_skipped
 from vqgen.errors import InputError
 from vqgen.settings import DataConfig
@@ -187,6 +189,22 @@ def test_lazy_and_in_memory_agree_and_serve_a_data_loader(folder, workers):
         assert torch.equal(class_ids, lazy_class_ids)
         assert lazy_x.is_contiguous()
     assert torch.equal(cached[[1, 2]][0], lazy[np.array([1, 2])][0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_files_are_read_ahead_in_order_and_leave_torch_s_random_state(folder, workers):
+    images, _ = load(folder, cache_gb=0, workers=workers)
+    rows = [np.array([1, 0]), np.array([2]), np.array([0, 2, 1]), np.array([2, 2])]
+    before = torch.get_rng_state()
+    read = read_batches(images, rows)
+    found = [next(read)]
+    assert len(multiprocessing.active_children()) == workers
+    found += read
+    assert torch.equal(torch.get_rng_state(), before)
+    for (x, class_ids), batch in zip(found, rows, strict=True):
+        expected = images.__getitems__(batch)
+        assert torch.equal(x, expected[0])
+        assert torch.equal(class_ids, expected[1])
 
 
 def test_cache_is_used_up_to_its_size(folder, tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from data.test_processes import in_two
 from torch import nn
 
 import vqgen.evaluation.features
@@ -198,6 +199,19 @@ def test_of_a_large_set_some_features_are_kept_and_all_counted(monkeypatch):
     assert features.count.item() == 30
     assert len(set(features.rows.tolist())) == 4
     assert torch.equal(features.kept, noise.images[features.rows].float().flatten(1))
+
+
+def test_only_the_main_process_gets_the_features_of_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(vqgen.evaluation.features, "KEPT", 12)
+    alone = collect_features(Noise(), np.arange(30), Pixels(), 4, "")
+
+    def work(rank):
+        features = collect_features(Noise(), np.arange(30), Pixels(), 4, "")  # 8 batches of 4, the last of 2
+        return features and {name: part.tolist() for name, part in vars(features).items()}
+
+    main, other = in_two(tmp_path, work)
+    assert other is None
+    assert main == {name: part.tolist() for name, part in vars(alone).items()}
 
 
 def cached(noise, cache, rows=30, network=None, image_size=8):

@@ -22,6 +22,7 @@ from vqgen.evaluation.metrics import (
     kernel_distance,
     manifold_figures,
     nearest,
+    nearest_pixels,
     psnr,
     share_closer,
 )
@@ -243,6 +244,26 @@ def test_nearest_finds_the_nearest_and_copies_at_distance_0():
     distance, index = nearest(torch.cat([references[[5, 600]], references[[7]] + 0.01]), references)
     assert index.tolist() == [5, 600, 7]
     assert distance.tolist() == pytest.approx([0, 0, 0.01 * 8**0.5], abs=1e-4)
+
+
+@pytest.mark.parametrize(("width", "brightest"), [(5, 255), (1024, 255), (3072, 255), (3072, 50)])
+def test_nearest_pixels_is_exact_and_takes_the_first_of_equals(width, brightest):
+    """Of dark images the sum of 3,072 products is above 2^24, where float32 has no odd numbers."""
+    generator = torch.Generator().manual_seed(0)
+    queries, references = (
+        torch.randint(0, brightest + 1, (count, width), dtype=torch.uint8, generator=generator) for count in (600, 40)
+    )
+    references[:2] = torch.tensor([[0], [255]])  # white from black is the largest distance there is
+    references[5] = references[4]
+    queries[:2], queries[2] = 255 - references[:2], references[4]
+    queries[3] = references[4]
+    queries[3, 0] ^= 1
+    brute = (queries.numpy().astype(np.int64)[:, None] - references.numpy().astype(np.int64)[None]) ** 2
+    squares, indices = nearest_pixels(queries, references)
+    assert squares.tolist() == brute.sum(axis=2).min(axis=1).tolist()
+    assert indices.tolist() == brute.sum(axis=2).argmin(axis=1).tolist()
+    assert (squares[2:4].tolist(), indices[2:4].tolist()) == ([0, 1], [4, 4])
+    assert nearest_pixels(queries[:1], 255 - queries[:1])[0].tolist() == [width * 255**2]
 
 
 def test_share_closer_is_the_share_of_pairs():

@@ -1,6 +1,7 @@
 """Drawing tokens against brute force; and images that depend only on seed, number and class."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +11,15 @@ from torch import Tensor
 from vqgen.adversarial.dcgan import DCGANGenerator
 from vqgen.codes import CodeLayout
 from vqgen.data.order import mixed_seed
-from vqgen.priors.decoder import LlamaDecoder
+from vqgen.priors import sampling
+from vqgen.priors.decoder import LlamaDecoder, cache_bytes, decoder_of
 from vqgen.priors.prior import Prior
 from vqgen.priors.sampling import (
+    ROWS,
     classes_in_turn,
     decoded_together,
     draw,
+    drawn_together,
     generate_images,
     guidance,
     image_generators,
@@ -434,6 +438,57 @@ def test_of_large_images_few_are_decoded_at_a_time_and_always_as_many(tokenizer,
     assert torch.equal(whole[:3], few)
     expected = {16: 32, 32: 32, 45: 16, 64: 8, 256: 1, 1024: 1}
     assert {side: decoded_together(side**2, 32**2) for side in expected} == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 2.0, "best_of": 2}, {"toward": True}], ids=str)
+def test_a_bound_on_the_cache_changes_no_bit(tokenizer, monkeypatch, options):
+    prior, class_ids, batches = small(), classes_in_turn(150, range(3)), []
+    with torch.no_grad():
+        prior.lm.lm_head.weight += 1e5  # as above
+    each = {}
+    if options.get("toward"):
+        each = {"toward": class_ids.flip(0), "blend": torch.linspace(0, 1, 150)}
+    options = {name: value for name, value in options.items() if name != "toward"}
+
+    def recorded(lm: Any, batch: int, *args: Any, **more: Any) -> Any:
+        decoder = decoder_of(lm, batch, *args, **more)
+        assert decoder.cache.nbytes <= sampling.CACHE_BYTES
+        batches.append(batch)
+        return decoder
+
+    monkeypatch.setattr(sampling, "decoder_of", recorded)
+    whole = sample_images(prior, tokenizer, class_ids, seed=0, each=each, **options)
+    assert set(batches) == {160}
+    batches.clear()
+    groups = 2 if each or "cfg_scale" in options else 1
+    monkeypatch.setattr(sampling, "CACHE_BYTES", 70 * groups * cache_bytes(prior.lm, 16, torch.float32))
+    parts = sample_images(prior, tokenizer, class_ids, seed=0, each=each, **options)
+    assert batches == [64, 64, 32] * options.get("best_of", 1)
+    assert torch.equal(parts, whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2"])
+def test_the_bytes_of_a_cache_are_those_it_has(model_type):
+    prior = Prior(PLAIN, ["a"], model_type, hidden_size=32, num_hidden_layers=3, num_attention_heads=4).eval()
+    decoder = decoder_of(prior.lm, 5, 16)
+    decoder(torch.zeros(5, 16, dtype=torch.int64), slice(0, 5), slice(0, 16))
+    if model_type == "gpt2":
+        held = sum(x.nbytes for layer in decoder.caches[0].layers for x in (layer.keys, layer.values))
+    else:
+        held = decoder.cache.nbytes
+    assert 5 * cache_bytes(prior.lm, 16, torch.float32) == held
+
+
+def test_the_cache_of_a_usual_prior_is_not_bounded_and_that_of_a_large_one_is():
+    usual = Prior(CodeLayout(((1, 4, 4),), (512,)), ["a"])
+    assert drawn_together(usual, 2, "no") >= 1024
+    with torch.device("meta"):
+        large = Prior(CodeLayout(((1, 16, 16),), (16,)), ["a"], hidden_size=1280, num_hidden_layers=36,
+                      num_attention_heads=20)  # fmt: skip
+    each = 36 * 2 * 1280 * 256 * 4
+    assert [drawn_together(large, groups, "no") for groups in (1, 2)] == [ROWS, ROWS]  # the fewest there are
+    assert (2 << 30) < 2 * ROWS * each < 256 * 2 * each
 
 
 def test_fewer_images_are_the_first_of_more(tokenizer):

@@ -2,7 +2,7 @@
 
 import itertools
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,6 +111,24 @@ def endless_batches(
         num_workers=workers,
         worker_init_fn=_ignore_signals,
         pin_memory=device.type == "cuda",
+    )
+    return iter(loader)
+
+
+def read_batches(images: Any, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images uint8 (B, C, H, W) and the class ids (B,) of these rows, batch by batch.
+
+    `data.workers` processes decode those of an `ImageSet` ahead, unless they are in memory.
+    """
+    if not isinstance(images, ImageSet) or images.in_memory:
+        return map(images.__getitems__, batches)
+    loader: DataLoader[Any] = DataLoader(
+        images,  # type: ignore[arg-type]  # as above
+        batch_sampler=[batch.tolist() for batch in batches],
+        collate_fn=_as_is,
+        num_workers=min(images.data.workers, len(batches)),
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # otherwise a loader that starts draws a number from torch's own
     )
     return iter(loader)
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from vqgen.data.images import some_rows
-from vqgen.distributed import all_reduce_sum, object_from_main, rank, world_size
+from vqgen.data.order import read_batches
+from vqgen.distributed import gathered_by_main, object_from_main, rank, reduce_to_main, world_size
 from vqgen.errors import InputError, need
 from vqgen.evaluation.inception import InceptionV3
 from vqgen.evaluation.weights import fetched_file, installed_file, read_weights
@@ -273,7 +275,7 @@ class Features:
 
 
 class FeatureCollector:
-    """Collects the features of a set whose batches are divided among the processes; each process gets the whole set's.
+    """Collects the features of a set whose batches are divided among the processes; the main process gets the set's.
 
     Args:
         num_images: number of images in the whole set.
@@ -283,37 +285,39 @@ class FeatureCollector:
 
     def __init__(self, num_images: int, image_shape: tuple[int, ...], network: FeatureNetwork):
         self.network, self.device = network, next(network.parameters()).device
-        self.rows = torch.from_numpy(some_rows(num_images, KEPT))
-        self.slots = torch.full((num_images,), -1)
-        self.slots[self.rows] = torch.arange(len(self.rows))
-        example = self._take(torch.zeros(1, *image_shape, dtype=torch.uint8, device=self.device))
-        dims = example["kept"].shape[1]
+        self.is_kept = torch.zeros(num_images, dtype=torch.bool)
+        self.is_kept[some_rows(num_images, KEPT)] = True
+        none = self._take(torch.zeros(1, *image_shape, dtype=torch.uint8, device=self.device))
+        dims = none["kept"].shape[1]
         self.sums = {
             "total": torch.zeros(dims, dtype=torch.float64, device=self.device),
             "outer": torch.zeros(dims, dims, dtype=torch.float64, device=self.device),
             "count": torch.zeros(1, dtype=torch.int64, device=self.device),
         }
-        self.kept = {name: part.new_zeros(len(self.rows), *part.shape[1:]) for name, part in example.items()}
-        self.kept["class_ids"] = torch.zeros(len(self.rows), dtype=torch.int64, device=self.device)
+        none |= {name: torch.zeros(1, dtype=torch.int64, device=self.device) for name in ("rows", "class_ids")}
+        self.kept = [{name: part[:0] for name, part in none.items()}]  # of each batch
 
     @torch.inference_mode()
     def update(self, images: Tensor, class_ids: Tensor, rows: np.ndarray) -> None:
         """Adds images uint8 (B, C, H, W) with class ids (B,); `rows` are their indices in the set."""
-        batch = self._take(images.to(self.device)) | {"class_ids": class_ids.to(self.device)}
+        batch = self._take(images.to(self.device)) | {"rows": torch.from_numpy(rows), "class_ids": class_ids}
         exact = batch["kept"].double()
         self.sums["total"] += exact.sum(dim=0)
         self.sums["outer"] += exact.T @ exact
         self.sums["count"] += len(images)
-        slots = self.slots[rows]
-        chosen, slots = (slots >= 0).to(self.device), slots[slots >= 0].to(self.device)
-        for name, part in batch.items():
-            self.kept[name][slots] = part[chosen]
+        chosen = self.is_kept[rows].nonzero()[:, 0].to(self.device)
+        self.kept.append({name: part.to(self.device)[chosen] for name, part in batch.items()})
 
-    def compute(self) -> Features:
-        """The features of the whole set, from all processes."""
-        # Each process has filled in its own rows of `kept` and left the others zero, so a sum combines them.
-        parts = {name: all_reduce_sum(part).cpu() for name, part in (self.sums | self.kept).items()}
-        return Features(rows=self.rows, **parts)
+    def compute(self) -> Features | None:
+        """The features of the whole set on the main process, None on the others. All processes must call it."""
+        sums = {name: reduce_to_main(part).cpu() for name, part in self.sums.items()}
+        own = {name: torch.cat([batch[name] for batch in self.kept]).cpu() for name in self.kept[0]}
+        shares = gathered_by_main(own)
+        if not shares:
+            return None
+        kept = {name: torch.cat([share[name] for share in shares]) for name in own}
+        order = kept["rows"].argsort()
+        return Features(**sums, **{name: part[order] for name, part in kept.items()})
 
     @torch.inference_mode()
     def _take(self, images: Tensor) -> dict[str, Tensor]:
@@ -328,13 +332,22 @@ def thumbnails(images: Tensor) -> Tensor:
 
 
 def collect_features(
-    images: Images, rows: np.ndarray, network: FeatureNetwork, batch_size: int, description: str
-) -> Features:
-    """The features of these rows of the images; the processes share the work."""
+    images: Images,
+    rows: np.ndarray,
+    network: FeatureNetwork,
+    batch_size: int,
+    description: str,
+    change: Callable[[Tensor], Tensor] | None = None,
+) -> Features | None:
+    """The features of these rows of the images on the main process, None on the others, which share the work.
+
+    With `change`, those of what it makes of the images uint8 (B, C, H, W).
+    """
+    change = change or (lambda x: x)
     shape = tuple(images.__getitems__(rows[:1])[0].shape[1:])
     collector = FeatureCollector(len(rows), shape, network)
-    for batch in my_batches(len(rows), batch_size, description):
-        collector.update(*images.__getitems__(rows[batch]), batch)
+    for batch, x, class_ids in image_batches(images, rows, batch_size, description):
+        collector.update(change(x), class_ids, batch)
     return collector.compute()
 
 
@@ -347,7 +360,9 @@ def cached_features(
     cache: Path,
     accelerator: Accelerator,
     description: str,
-) -> Features:
+    change: Callable[[Tensor], Tensor] | None = None,
+    changed: str = "",
+) -> Features | None:
     """Like `collect_features`, but keeps the features on disk for the next call.
 
     Args:
@@ -358,24 +373,27 @@ def cached_features(
         cache: the folder for the features.
         accelerator: Accelerate's handle on the processes that share the work.
         description: label of the progress bar.
+        change: what is made of the images first.
+        changed: identifies `change`.
 
     Raises:
         InputError: the file on disk is damaged, or the folder cannot be written.
     """
     made_from = {
         "features": [repr(network), network.checksum, network.preprocessing, KEPT, THUMBNAIL],
-        "data": images.fingerprint,
+        "data": images.fingerprint + changed,
         "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
         **images.crop,
     }
+    if accelerator.device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        made_from["tf32"] = True
     store, stored = Store(cache, made_from), None
     if accelerator.is_main_process and store.path() is not None:
         stored = Features(**store.load()[0])
-    stored = object_from_main(stored)
-    if stored is not None:
+    if object_from_main(stored is not None):
         return stored
-    features = collect_features(images, rows, network, batch_size, description)
-    if accelerator.is_main_process:
+    features = collect_features(images, rows, network, batch_size, description, change)
+    if features is not None:
         store.save({f.name: getattr(features, f.name).contiguous() for f in fields(Features)})
     return features
 
@@ -385,6 +403,20 @@ def my_batches(num_images: int, batch_size: int, description: str) -> "tqdm[np.n
     starts = range(0, num_images, batch_size)[rank() :: world_size()]
     batches = [np.arange(start, min(start + batch_size, num_images)) for start in starts]
     return tqdm(batches, description, unit=" batches", leave=False, disable=None if rank() == 0 else True)
+
+
+def image_batches(
+    images: Images, rows: np.ndarray, batch_size: int, description: str
+) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """This process's batches of these rows of the images, as `my_batches` has them, read ahead if they are files.
+
+    Yields:
+        The places of a batch in `rows` (B,), its images uint8 (B, C, H, W) and its class ids (B,).
+    """
+    batches = my_batches(len(rows), batch_size, description)
+    read = read_batches(images, [rows[batch] for batch in batches.iterable])
+    for batch, (x, class_ids) in zip(batches, read, strict=True):
+        yield batch, x, class_ids
 
 
 class Store:

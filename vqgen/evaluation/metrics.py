@@ -16,6 +16,8 @@ from vqgen.evaluation.features import Features
 EXTRA = "evaluation"  # the extra of vqgen that installs torchmetrics, which training does not need
 KID_SUBSETS, KID_SUBSET_SIZE = 50, 1000
 BLOCK = 512  # rows of a distance matrix that are in memory at a time
+# So many products of numbers from -128 to 127 come to at most 2^24, and float32 has all integers up to there.
+EXACT = 1024
 
 
 def psnr(mse: Tensor) -> Tensor:
@@ -175,6 +177,32 @@ def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([block.values for block in found]), torch.cat([block.indices for block in found])
 
 
+def nearest_pixels(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    """The squared distance (n,) int64 of each query from its nearest reference, and the first such reference (n,).
+
+    The distances are exact on every device: EXACT products at a time are summed in float32, in whatever order, and
+    these sums as integers. Float64 takes twice as long on a CPU, and longer on GPUs that compute little in it.
+
+    Args:
+        queries: uint8 (n, P), on the device to compute on, with P at most 10,000.
+        references: uint8 (m, P), on the same device.
+    """
+    references = references.float() - 128
+    columns = [part.T.contiguous() for part in references.split(EXACT, dim=1)]
+    lengths = references.double().square().sum(dim=1)
+    squares, indices = [], []
+    with _whole_products():
+        for block in queries.split(BLOCK):
+            block = block.float() - 128
+            products = torch.zeros(len(block), len(references), dtype=torch.int32, device=block.device)
+            for part, other in zip(block.split(EXACT, dim=1), columns, strict=True):
+                products += (part @ other).int()
+            least = torch.sub(lengths.int(), products, alpha=2).min(dim=1)  # |r|^2 - 2 q r
+            squares.append(least.values + block.double().square().sum(dim=1).long())
+            indices.append(least.indices)
+    return torch.cat(squares), torch.cat(indices)
+
+
 def share_closer(a: Tensor, b: Tensor) -> float:
     """The probability that a random value of a is below a random value of b; ties count half (Mann and Whitney's U)."""
     b = b.sort().values
@@ -223,6 +251,17 @@ class ClassProbe:
 def _radii(x: Tensor, k: int) -> Tensor:
     """Distances (n, k) of each vector in x (n, D) from its 1st, ..., k-th neighbour."""
     return torch.cat([torch.cdist(block, x).topk(k + 1, largest=False).values[:, 1:] for block in x.split(BLOCK)])
+
+
+@contextmanager
+def _whole_products() -> Iterator[None]:
+    """Computes products of float32 numbers in float32, and not in TF32, whose sums need not be exact."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class _AsTheyAre(nn.Module):

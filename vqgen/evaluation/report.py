@@ -347,12 +347,18 @@ def writable_folder(key: str, path: Path) -> Path:
     return path
 
 
-def evaluation_device() -> Accelerator:
+def evaluation_device(tf32: bool = False) -> Accelerator:
     """The processes and the device to evaluate on: GPUs with float64 (Apple's have none), or the CPU.
 
-    Convolutions use full float32. Ampere's default of 10 mantissa bits changes a Frechet distance in its third digit.
+    Convolutions use full float32, unless `tf32` asks for 10 mantissa bits in all products. Ampere's default, 10 bits in
+    convolutions, changes a Frechet distance in its third digit.
+
+    Raises:
+        InputError: `tf32` is asked for, and there is no CUDA GPU.
     """
-    torch.backends.cudnn.allow_tf32 = False
+    require(not tf32 or torch.cuda.is_available(), "tf32=true: only a CUDA GPU has it, and none is here; leave it out")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     return Accelerator(cpu=not torch.cuda.is_available())
 
 

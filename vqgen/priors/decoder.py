@@ -64,6 +64,15 @@ def is_plain(lm: Any) -> bool:
     )
 
 
+def cache_bytes(lm: Any, length: int, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of a sequence of so many tokens; of any model, as if all its layers had some."""
+    config = lm.config
+    heads = getattr(config, "num_attention_heads", 1)
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width *= getattr(config, "num_key_value_heads", None) or heads
+    return config.num_hidden_layers * 2 * width * length * dtype.itemsize
+
+
 class AnyDecoder:
     """The model's own pass in transformers, one for each group of sequences."""
 

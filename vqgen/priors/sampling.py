@@ -13,11 +13,13 @@ from torch import Tensor
 
 from vqgen.adversarial.dcgan import DCGANGenerator
 from vqgen.data.order import mixed_seed
-from vqgen.priors.decoder import Places, decoder_of, is_plain
+from vqgen.priors.decoder import Places, cache_bytes, decoder_of, is_plain
 from vqgen.priors.prior import Prior
 from vqgen.tokenizers.vqmodel import VQModel, to_uint8
 
 Judge = Callable[[Tensor, Tensor], Tensor]
+CACHE_BYTES = 2 << 30  # on a CPU, the largest cache of keys and values, if it has more than ROWS sequences
+FREE_SHARE = 0.5  # on a GPU, the share of the free memory that it may take
 ROWS = 32  # batches are padded to a multiple of this, because matrix products of few rows round differently
 
 
@@ -214,7 +216,8 @@ def sample_images(
 ) -> Tensor:
     """Draws images uint8 (B, C, H, W) for class ids (B,).
 
-    Image i depends only on the seed, on first + i, on its class, and on its part of `each`.
+    Image i depends only on the seed, on first + i, on its class, and on its part of `each`. The tokens of
+    `drawn_together` images are drawn at a time.
 
     Args:
         prior: the prior, in eval mode.
@@ -243,15 +246,40 @@ def sample_images(
         asked = prior.layout.flatten(maps) if judge is None else pictures(maps, len(padded))
         return torch.cat([score(*part) for part in zip(asked.split(ROWS), class_ids.split(ROWS), strict=True)])
 
+    groups = 1 + ("toward" in each) + (options.get("cfg_scale", 1) != 1)
+    together = drawn_together(prior, groups, options.get("precision", "no"))
     drawn = []  # the maps of each attempt
     for attempt in range(best_of):
         generator = image_generators(seed, first, len(padded), attempt)
-        drawn.append(sample_maps(prior, class_ids, generator=generator, **each, **options))
+        parts = []
+        for part in (slice(i, i + together) for i in range(0, len(padded), together)):
+            here = {name: tensor[part] for name, tensor in each.items()}
+            parts.append(sample_maps(prior, class_ids[part], generator=generator[part], **here, **options))
+        drawn.append([torch.cat(codes) for codes in zip(*parts, strict=True)])
     if best_of == 1:
         return pictures(drawn[0], count)
     best = torch.stack([scores(maps) for maps in drawn]).argmax(dim=0)
     rows = torch.arange(len(padded), device=class_ids.device)
     return pictures([torch.stack(codes)[best, rows] for codes in zip(*drawn, strict=True)], count)
+
+
+def drawn_together(prior: Prior, groups: int, precision: str) -> int:
+    """The number of images whose tokens are drawn at a time: a multiple of ROWS, so that a CPU gives the same images.
+
+    Their keys and values have at most CACHE_BYTES, or FREE_SHARE of a GPU's free memory, unless ROWS images have more.
+
+    Args:
+        prior: the prior, on its device.
+        groups: sequences of an image: 1, and one each for a second class and for guidance.
+        precision: that of `sample_tokens`.
+    """
+    device, room = next(prior.parameters()).device, CACHE_BYTES
+    if device.type == "cuda":  # these numbers are the driver's and torch's own: no kernel is waited for
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        room = int(FREE_SHARE * (torch.cuda.mem_get_info(device)[0] + unused))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    each = groups * cache_bytes(prior.lm, prior.layout.num_tokens, dtype)
+    return max(1, room // (ROWS * each)) * ROWS
 
 
 def decoded_together(pixels: int, usual: int) -> int:
