@@ -43,7 +43,7 @@ from vqgen.tokenizers import build_tokenizer
 from vqgen.tokenizers.latents import draw_replacements, draw_transform, smallest_latent
 from vqgen.tokenizers.vqmodel import VQModel, from_uint8, load_tokenizer, to_uint8
 from vqgen.training.average import WeightEMA
-from vqgen.training.launchers import compiled_by, refuse_compiled
+from vqgen.training.launchers import compile_in_place, compiled_by, refuse_compiled
 from vqgen.training.means import Stopwatch
 from vqgen.training.muon import Muon, muon_groups
 from vqgen.training.origin import merged
@@ -342,7 +342,7 @@ def build(config: Stage1Config, run: Run, class_names: list[str]) -> Nets:
         optimizer = torch.optim.AdamW(groups, **adam)
     average = WeightEMA(tokenizer, config.train.ema)
     if config.train.compile:
-        tokenizer.compile()
+        compile_in_place(tokenizer)
     return Nets(tokenizer, tokenizer, average, optimizer, perceptual, disc, disc, disc_optimizer, lecam, prior)
 
 

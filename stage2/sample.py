@@ -75,8 +75,8 @@ def main(run_dir: str, config: SampleFilesConfig) -> None:
             here = {name: tensor[rows] for name, tensor in each.items()}
             drawn = generator.draw(class_ids[rows].to(device), seed=config.seed, first=start, each=here, **options)
             images = rearrange(drawn, "n c h w -> n h w c").contiguous().cpu().numpy()
-        for part in gathered_by_main(images):
-            file.write(part)
+        parts = gathered_by_main(images)
+        computed_by_main(lambda parts=parts: sum(map(file.write, parts)))  # so a full disk ends all processes
     state.end_training()  # otherwise a process may abort if it exits while another still sends data to it
     if not state.is_main_process:
         return

@@ -31,6 +31,7 @@ from vqgen.settings import DataConfig, SampleConfig, Stage2Config
 from vqgen.tokenizers.vqmodel import VQModel, load_tokenizer
 from vqgen.training.average import WeightEMA
 from vqgen.training.best import Best
+from vqgen.training.launchers import compile_in_place
 from vqgen.training.muon import Muon, muon_groups
 from vqgen.training.origin import differing
 from vqgen.training.run import Run, attempts
@@ -232,7 +233,7 @@ def build(config: Stage2Config, run: Run, tokenizer: VQModel, tokenizer_hash: st
     average = WeightEMA(prior, config.train.ema)
     if config.train.compile:
         require(not run.accelerator.is_fsdp2, "train.compile=true: FSDP gathers the weights layer by layer; use false")
-        prior.compile()
+        compile_in_place(prior)
     return Nets(prior, prior, average, optimizer, layout.token_ranges().to(run.device))
 
 

@@ -59,6 +59,15 @@ def test_fsdp_goes_on_with_a_run_of_one_process_and_one_process_goes_on_with_tha
     check_same(plain, alone)
 
 
+def test_fsdp_in_bf16_has_its_loss_in_float32(runs, tmp_path):
+    settings = f"configs/debug/stage2.yaml stage1={runs}/stage1 tracking.wandb=disabled run_dir={tmp_path}/run"
+    settings += " optim.name=adamw train.max_steps=3 train.log_every=1 train.eval_every=9 train.mixed_precision=bf16"
+    shell(f"{FSDP.replace('--num', '--mixed_precision bf16 --num', 1)} stage2/train.py {settings}")
+    losses = torch.tensor([line["train/loss"] for line in untimed_metrics(tmp_path / "run") if "train/loss" in line])
+    assert len(losses) == 3
+    assert not torch.equal(losses, losses.bfloat16().float())
+
+
 def test_fsdp_that_accelerate_does_not_do_is_refused(program, runs, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")

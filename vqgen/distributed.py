@@ -93,7 +93,8 @@ def computed_by_main(compute: Callable[[], T]) -> T:
     """The result of compute() on the main process, on all processes. All processes must call it.
 
     Raises:
-        InputError, OSError: compute() raised it on the main process.
+        Exception: compute() raised it on the main process. Others than InputError and OSError, which may not be sent,
+            are RuntimeErrors on the other processes.
     """
     if world_size() == 1:
         return compute()
@@ -103,6 +104,9 @@ def computed_by_main(compute: Callable[[], T]) -> T:
             value = compute()
         except (InputError, OSError) as raised:  # sent on, because the other processes wait for a value
             error = raised
+        except Exception as raised:
+            object_from_main((None, RuntimeError(f"the main process failed: {raised}")))
+            raise
     value, error = object_from_main((value, error))
     if error is not None:
         raise error

@@ -316,7 +316,7 @@ class TrainConfig:
     """The first checkpoint at or after each multiple of this number of steps stays for good; null keeps none."""
     sharded_checkpoints: bool | None = None
     """Each process writes its share of a checkpoint, while training goes on; `run_dir` must then be on a disk that all
-    processes see. null does so under FSDP, and from 1 GB on."""
+    processes see. null does so under FSDP, and from 1 GB on, if they do."""
     max_hours: float | None = None
     """Save and end after this many hours by the clock, start-up included; the same command then goes on."""
     max_bad_steps: int = 10
@@ -342,8 +342,8 @@ class Stage1TrainConfig(TrainConfig):
     """Compute the activations inside the tokenizer's blocks again in the backward pass instead of keeping them: larger
     batches fit, and a step computes about an eighth more. The result is the same."""
     compile: bool = False
-    """Compile the tokenizer with torch.compile, but not the discriminator: faster steps after some minutes, with other
-    rounding."""
+    """Compile the tokenizer with torch.compile, but not the discriminator: after some minutes steps may be faster, with
+    other rounding."""
 
 
 @dataclass
@@ -357,7 +357,7 @@ class Stage2TrainConfig(TrainConfig):
     """Compute the activations inside the prior's layers again in the backward pass instead of keeping them: larger
     batches fit, and a step computes about a quarter more. The result is the same."""
     compile: bool = False
-    """Compile the prior with torch.compile: faster steps after some minutes, with other rounding."""
+    """Compile the prior with torch.compile: after some minutes steps may be faster, with other rounding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

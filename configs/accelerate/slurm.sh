@@ -33,8 +33,11 @@ echo "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}:" \
 
 # Slurm signals only the processes that it starts itself, so these are the training processes: `accelerate launch` in
 # between would take SIGUSR1, end, and take the training processes with it before they have saved.
+# Each task is bound to its own cores, so it counts as alone on them.
+export LOCAL_WORLD_SIZE=1
 # shellcheck disable=SC2016  # the task's shell expands the variables
-srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python "$@"' bash "$@" &
+srun --cpu-bind=cores --kill-on-bad-exit=1 \
+    bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python "$@"' bash "$@" &
 step=$!
 stopped=
 trap 'stopped=yes; kill -USR1 "$step"' USR1  # srun passes it on

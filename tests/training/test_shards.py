@@ -3,26 +3,31 @@
 import errno
 import os
 import pickle
+import pickletools
 import re
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from data.test_processes import in_two
 from programs import as_it_was, launch_two, shell, state
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from vqgen.errors import InputError
 from vqgen.training import shards
 from vqgen.training.checkpoints import damage, load_checkpoint, load_state, newest_checkpoint, save_checkpoint
 from vqgen.training.checkpoints import with_tensors as read
 from vqgen.training.files import HashedFile
 from vqgen.training.fsdp import moments
+from vqgen.training.run import Now, Run
 from vqgen.training.shards import SMALL, BackgroundWriter, Hashing, placed, split
 
 
@@ -227,6 +232,72 @@ def test_a_disk_that_is_full_is_said_at_the_next_save_and_leaves_the_one_before(
     writer.close()
     check_equal(read_newest(tmp_path), example(3))
     assert damage(tmp_path / "checkpoints/step_00000001") is None
+
+
+def fails_on_the_other(folder: Path, rank: int) -> tuple[str, int]:
+    """Saves twice by two processes, of which the second cannot write the second time; what is said, and kept."""
+    writer = BackgroundWriter()
+    save(folder, example(1), writer)
+    writer.wait()
+    if rank == 1:
+        HashedFile.write = lambda *_: full_disk()  # of this process alone
+    save(folder, example(2), writer)
+    try:
+        writer.wait()
+    except OSError as error:
+        return str(error), load_checkpoint(folder)["step"]
+    return "nothing", load_checkpoint(folder)["step"]
+
+
+def full_disk() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_process_that_cannot_write_is_heard_of_by_all(tmp_path):
+    found = in_two(tmp_path, lambda rank: fails_on_the_other(tmp_path / "run", rank))
+    assert found == [["[Errno 28] No space left on device", 1]] * 2
+
+
+def test_no_class_of_pythons_own_is_in_the_metadata(tmp_path):
+    """Their names depend on Python's version."""
+    metadata = (newest_checkpoint(saved(tmp_path, 1)) / "shards/.metadata").read_bytes()
+    strings = [text for _, text, _ in pickletools.genops(metadata) if isinstance(text, str)]
+    assert "MetadataIndex" in strings
+    assert not [text for text in strings if "pathlib" in text or str(tmp_path) in text]
+
+
+def test_a_checkpoint_that_is_being_written_outlives_an_error_of_the_run(program, tmp_path, monkeypatch):
+    begun, may_end = threading.Event(), threading.Event()
+    create = Hashing.create_stream
+
+    def slowly(*given):
+        begun.set()
+        may_end.wait(60)
+        return create(*given)
+
+    def fails(run: Run, now: Now, *_: object, **__: object) -> None:
+        if now.step == 6:
+            assert begun.wait(60)
+            threading.Timer(0.5, may_end.set).start()  # while the run ends
+            raise InputError("something else is wrong")
+
+    monkeypatch.setattr(Hashing, "create_stream", slowly)
+    monkeypatch.setattr(Run, "log", fails)
+    settings = ["train.sharded_checkpoints=true", "train.checkpoint_every=5", "train.log_every=1", "train.max_steps=20"]
+    given = ["configs/debug/stage1.yaml", f"run_dir={tmp_path}/run", "tracking.wandb=disabled", *settings]
+    code, _, said = program("stage1/train.py", *given)
+    assert (code, said) == (2, "error: something else is wrong\n")
+    assert load_checkpoint(tmp_path / "run")["step"] == 5
+
+
+def test_a_failed_writing_is_told_once(tmp_path, monkeypatch):
+    writer = BackgroundWriter()
+    monkeypatch.setattr(Hashing, "create_stream", lambda *_: full_disk())
+    save(tmp_path, example(1), writer)
+    while (fault := writer.new_fault()) is None:
+        time.sleep(0.01)
+    assert str(fault) == "[Errno 28] No space left on device"
+    assert writer.new_fault() is None
 
 
 def test_two_processes_write_a_share_each_and_any_number_goes_on(program, tmp_path):

@@ -208,10 +208,8 @@ def prior_cost(program: ModuleType, config: Stage2Config, tokenizer: VQModel, cl
     most, flops = {}, 0
     with without_memory(DTYPES.get(config.train.mixed_precision or "no", torch.float32)):
         layout = tokenizer.code_layout(config.data["image_size"])
-        small = (
-            LOGITS_AT_ONCE // (layout.num_tokens * layout.vocab_size) + 1
-        )  # the smallest batch with a loss in blocks
-        small = small if LEAST < small < USUAL else LEAST
+        in_blocks = LOGITS_AT_ONCE // (layout.num_tokens * layout.vocab_size) + 1  # the smallest such batch
+        small = in_blocks if LEAST < in_blocks < USUAL else LEAST
         for batch in (small, 2 * small):
             step = PriorStep(program, config, tokenizer, class_names, batch, META)
             step.backward()

@@ -188,7 +188,8 @@ class Prior(nn.Module):
             tokens: (B, N).
             class_ids: (B,).
             order: (B, N), the place of each of the tokens in the layout's order, if they come in another one.
-            targets: (B, N); return their losses, (1,) or (2,), instead of logits, which are never all in memory.
+            targets: (B, N); return their losses, (1,) or (2,), instead of logits. Logits that are more than
+                LOGITS_AT_ONCE are then never all in memory, if the model is one of LINEAR_HEADS.
             smoothed: the second loss is `uniform_loss`.
             with_states: return also the hidden states (B, N, width) after the first layer, and after three quarters of
                 the layers.

@@ -19,7 +19,7 @@ from vqgen.tokenizers.vqmodel import VQModel, to_uint8
 
 Judge = Callable[[Tensor, Tensor], Tensor]
 CACHE_BYTES = 2 << 30  # on a CPU, the largest cache of keys and values, if it has more than ROWS sequences
-FREE_SHARE = 0.5  # on a GPU, the share of the free memory that it may take
+GPU_SHARE = 0.25  # on a GPU, its share of the memory; of all of it, as what is free changes, and the images with it
 ROWS = 32  # batches are padded to a multiple of this, because matrix products of few rows round differently
 
 
@@ -216,8 +216,8 @@ def sample_images(
 ) -> Tensor:
     """Draws images uint8 (B, C, H, W) for class ids (B,).
 
-    Image i depends only on the seed, on first + i, on its class, and on its part of `each`. The tokens of
-    `drawn_together` images are drawn at a time.
+    Image i depends only on the seed, on first + i, on its class, and on its part of `each`; on a GPU also, by rounding,
+    on how many are drawn at a time. That is all of them, up to `drawn_together`.
 
     Args:
         prior: the prior, in eval mode.
@@ -266,7 +266,7 @@ def sample_images(
 def drawn_together(prior: Prior, groups: int, precision: str) -> int:
     """The number of images whose tokens are drawn at a time: a multiple of ROWS, so that a CPU gives the same images.
 
-    Their keys and values have at most CACHE_BYTES, or FREE_SHARE of a GPU's free memory, unless ROWS images have more.
+    Their keys and values have at most CACHE_BYTES, or GPU_SHARE of a GPU's memory, unless ROWS images have more.
 
     Args:
         prior: the prior, on its device.
@@ -274,9 +274,8 @@ def drawn_together(prior: Prior, groups: int, precision: str) -> int:
         precision: that of `sample_tokens`.
     """
     device, room = next(prior.parameters()).device, CACHE_BYTES
-    if device.type == "cuda":  # these numbers are the driver's and torch's own: no kernel is waited for
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        room = int(FREE_SHARE * (torch.cuda.mem_get_info(device)[0] + unused))
+    if device.type == "cuda":
+        room = int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     each = groups * cache_bytes(prior.lm, prior.layout.num_tokens, dtype)
     return max(1, room // (ROWS * each)) * ROWS

@@ -20,7 +20,7 @@ except ImportError:  # Windows: nothing keeps a second run out of a run's folder
 import torch
 from torch import Tensor
 
-from vqgen.distributed import object_from_main, rank, world_size
+from vqgen.distributed import computed_by_main, object_from_main, rank, world_size
 from vqgen.errors import InputError
 from vqgen.training.files import CHECKSUMS, HashedFile, begun, beside, old, put_in_place, sha256
 from vqgen.training.shards import BackgroundWriter, placed, read_shards, split
@@ -242,13 +242,18 @@ def save_checkpoint(
         put_in_place(folder)
         _remove_others(folder, keep, milestone_every)
 
-    writer.wait()  # for the one before, which may be this step's
-    tensors: dict[str, Tensor] = {}
-    numbers = split(state, tensors)
-    if rank() == 0:
+    def begin() -> None:
         with begun(folder) as new:
             _write_state(new, numbers)
             (new / SHARDS).mkdir()
+
+    try:
+        writer.wait()
+    except OSError as error:  # the disk may have room again
+        logger.warning(f"{error}: the checkpoint before step {step} was not written; this one is tried")
+    tensors: dict[str, Tensor] = {}
+    numbers = split(state, tensors)
+    computed_by_main(begin)  # and all wait for it
     writer.write(beside(folder) / SHARDS, tensors, then=end)
 
 

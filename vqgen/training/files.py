@@ -59,14 +59,19 @@ def begun(folder: Path) -> Iterator[Path]:
 
 
 def put_in_place(folder: Path) -> None:
-    """Puts the folder that was `begun` in place of `folder`, once everything in it is on the disk."""
+    """Puts the folder that was `begun` in place of `folder`, once all of it is on the disk, or changes nothing."""
     new, before = beside(folder), old(folder)
     for path in [*new.rglob("*"), new]:
         _to_disk(path)
     shutil.rmtree(before, ignore_errors=True)
     if folder.exists():
         folder.rename(before)  # the old folder stays until the new one is in place
-    new.rename(folder)
+    try:
+        new.rename(folder)
+    except BaseException:
+        if before.exists():
+            before.rename(folder)
+        raise
     _to_disk(folder.parent)
     shutil.rmtree(before, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ def check_fsdp(accelerator: Accelerator) -> None:
         require(accelerator.is_fsdp2, "FSDP: needs fsdp_version 2, and a GPU for each process")
         # Every process has the weights already. Sending them out from the main process would separate tied weights.
         accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+        if (policy := accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
+            # Accelerate would round what the module returns, its losses, to bf16.
+            accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module.*returned a view")  # no code changes the view in place
 
 

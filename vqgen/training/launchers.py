@@ -3,8 +3,11 @@
 import os
 from collections.abc import Mapping
 
+import torch
+import torch._dynamo
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
+from torch import nn
 
 from vqgen.errors import require
 
@@ -31,6 +34,12 @@ def compiled_by(accelerator: Accelerator, setting: bool) -> str | None:
     if backend not in (DynamoBackend.NO, DynamoBackend.EAGER):
         return f"--dynamo_backend {backend.value.lower()}"
     return "train.compile=true" if setting else None
+
+
+def compile_in_place(model: nn.Module) -> None:
+    """Makes torch compile a model when it first runs; its weights and their names stay."""
+    torch._dynamo.config.optimize_ddp = False  # DDP's own way to compile refused checkpointing in older versions
+    model.compile()
 
 
 def refuse_compiled(by: str | None, settings: Mapping[str, float]) -> None:

@@ -70,9 +70,8 @@ class Origin:
             remedy = "give one of a run of the same program"
             require(not named, f"init_from={self.path}: is a checkpoint of another kind of model; {remedy}")
             return {}
-        state = with_tensors(
-            checkpoint, {key: x for key, x in state.items() if not key.endswith(("model", "optimizer"))}
-        )
+        needed = {key: x for key, x in state.items() if not isinstance(x, dict) or key in ("ema", "disc", "lecam")}
+        state = with_tensors(checkpoint, needed)
         self.model.load_state_dict(state["ema"])
         return state
 

@@ -4,6 +4,7 @@ A loop calls its `Run`; a `Run` never calls a loop's code, and knows no model an
 """
 
 import gc
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,7 @@ from vqgen.data.images import ImageSet
 from vqgen.data.order import Place, seed_step
 from vqgen.data.skipped import count_skipped
 from vqgen.data.stream import ImageStream
-from vqgen.distributed import keep_group, object_from_main, rank, world_size
+from vqgen.distributed import all_agree, keep_group, object_from_main, rank, world_size
 from vqgen.errors import InputError
 from vqgen.training.average import WeightEMA
 from vqgen.training.card import model_card
@@ -54,6 +55,7 @@ from vqgen.training.stop import Stop, explained
 from vqgen.training.tracking import Tracker
 from vqgen.yaml_file import read_yaml
 
+logger = logging.getLogger("vqgen")
 MAX_ROLLBACKS = 5  # the settings are then at 1/32; a run that still diverges has another fault
 T = TypeVar("T")
 
@@ -182,6 +184,7 @@ class Run:
         self._threads = ""
         self._open = ExitStack()
         self._writer = BackgroundWriter()
+        self._share_disk = True
         self._tracker: Tracker | None = None
 
     def __enter__(self) -> "Run":
@@ -191,9 +194,14 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
+        try:
+            self._writer.close()  # the run's lock is still held; the newest checkpoint must not end with the run
+        except Exception as fault:
+            if error is None:
+                raise
+            logger.warning(f"the newest checkpoint was not written ({fault})")
         if isinstance(error, Diverged):
             self.diverged = error.with_traceback(None)  # a traceback would keep this attempt's models in memory
-            self._open.callback(self._writer.close)  # the next attempt starts from what is written
             self._open.callback(self.accelerator.free_memory)
             self._open.callback(self.tracker.close)  # the next attempt opens it again
         self._open.close()
@@ -258,6 +266,7 @@ class Run:
         if self.is_main:
             self._open.enter_context(open_run(self.config))
         self.accelerator.wait_for_everyone()
+        self._share_disk = all_agree((self.dir / "config.yaml").is_file())
         for images in image_sets:
             images.report_skipped(self.dir / "skipped.txt")
 
@@ -457,6 +466,8 @@ class Run:
             shown: names of the figures that the screen shows.
         """
         step, seconds = now.step + 1, self.seconds_of_window
+        if (fault := self._writer.new_fault()) is not None:
+            self.say(f"step {step}: the checkpoint of step {self.saved} was not written ({fault}); the next is tried")
         speed = (step - self._window_step) * self.config.train.batch_size / seconds
         figures = {**figures, "images_per_second": speed, "data_time": self._waited / seconds}
         self._waited = 0.0
@@ -534,7 +545,8 @@ class Run:
                         (folder / "README.md").write_text(card, "utf-8")
                 saved["logged"] = self.tracker.flush()
         how = (train.keep_checkpoints, train.milestone_every)
-        if is_large(saved) if train.sharded_checkpoints is None else train.sharded_checkpoints:
+        in_shards = train.sharded_checkpoints
+        if in_shards or (in_shards is None and self._share_disk and is_large(saved)):
             save_checkpoint(self.dir, now.step, saved, *how, self._writer)
         else:
             complete = whole(saved)

@@ -3,8 +3,10 @@
 The files are those of torch.distributed.checkpoint. One process can read what many have written, and the other way.
 """
 
+import errno
 import io
 import json
+import os
 import pickle
 import shutil
 import warnings
@@ -22,10 +24,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from vqgen.distributed import rank, world_size
+from vqgen.errors import InputError
 from vqgen.training.files import HashedFile, sha256
 
 SMALL = 1024  # elements; a smaller tensor stays among the numbers
@@ -107,12 +110,13 @@ class BackgroundWriter:
         self._writing: Future[Any] | None = None
         self._folder = Path()
         self._group: Any = None  # whose messages do not mix with those of training
+        self._told = False
 
     def write(self, folder: Path, tensors: Mapping[str, Tensor], then: Callable[[dict[str, str]], None]) -> None:
         """Copies the tensors, and writes the copies to a folder while the caller goes on.
 
         Args:
-            folder: a new folder, which the main process has made, on a disk that all processes see.
+            folder: a new folder, which is there, on a disk that all processes see.
             tensors: tensors by name. FSDP's are written by the processes that have them; of the others, which all
                 processes have, each writes a share.
             then: called on the main process, in the background, when all processes have written; it gets the SHA-256
@@ -120,28 +124,36 @@ class BackgroundWriter:
         """
         self.wait()
         self._folder = folder
-        if world_size() > 1 and self._group is None:
+        if dist.is_initialized() and self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=SLOW)
         warnings.filterwarnings("ignore", ALONE)
         writer = _Writer(folder, then)
         writing = dcp.async_save(my_share(tensors), storage_writer=writer, process_group=self._group)
         assert isinstance(writing, Future)
-        self._writing = writing
+        self._writing, self._told = writing, False
 
     def wait(self) -> None:
         """Waits until all is written.
 
         Raises:
-            OSError: a process could not write; so does each of the others.
+            InputError: a process does not see the folder.
+            Exception: what a process could not write for, mostly an OSError; so do the other processes.
         """
         writing, self._writing = self._writing, None
-        error = None if writing is None else writing.exception()
-        if isinstance(error, CheckpointException):
+        if writing is not None and (error := _reason(writing)) is not None:
             if rank() == 0:
                 shutil.rmtree(self._folder, ignore_errors=True)  # it may have filled the disk
-            error = next(iter(error.failures.values()))[0]
-        if error is not None:
+            if isinstance(error, FileNotFoundError):
+                remedy = "run_dir= must be on a disk that they share, or set train.sharded_checkpoints=false"
+                raise InputError(f"{self._folder}: not all processes see this folder; {remedy}") from error
             raise error
+
+    def new_fault(self) -> BaseException | None:
+        """Why the last writing has failed, once; None if it has not, or not yet. `wait` raises it all the same."""
+        if self._told or self._writing is None or not self._writing.done():
+            return None
+        self._told = True
+        return _reason(self._writing)
 
     def close(self) -> None:
         """Waits until all is written, and ends the processes' group."""
@@ -149,6 +161,12 @@ class BackgroundWriter:
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
+
+
+def _reason(writing: Future[Any]) -> BaseException | None:
+    """Why a writing has failed, which it waits for, by the first process that failed; None if it has not."""
+    error = writing.exception()
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def my_share(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -166,13 +184,10 @@ def my_share(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Hashing(FileSystem):
-    """A file system that keeps the SHA-256 of each file that is written, and makes no folders."""
+    """A file system that keeps the SHA-256 of each file that is written."""
 
     def __init__(self) -> None:
         self.sums: dict[str, str] = {}  # by the file's name
-
-    def mkdir(self, path: Any) -> None:
-        """Does nothing: another process that makes the folder could disturb the main process, which prepares it."""
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
@@ -205,7 +220,13 @@ class _Writer(FileSystemWriter):
         for part in self.folder.glob("*.sums"):
             sums |= json.loads(part.read_text())
             part.unlink()
+        if unseen := {file.relative_path for file in metadata.storage_data.values()} - sums.keys():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.folder / min(unseen)))
         self.then(sums)
+
+    def storage_meta(self) -> StorageMeta:
+        """Nothing: torch would keep the folder's path, of a class that depends on Python's version."""
+        return StorageMeta()
 
 
 class _Reader(FileSystemReader):
@@ -222,7 +243,6 @@ class _Plain(pickle.Unpickler):
         plain = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
         plain = plain and (name in METADATA)
         plain = plain or (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout"))
-        plain = plain or (module == "pathlib" and name.endswith("Path"))
         plain = plain or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
         if not plain:
             raise RuntimeError(f"the metadata of its shards name {module}.{name}")

@@ -184,7 +184,7 @@ def explained(error: BaseException, config: Any = None) -> str | None:
             remedy = "make room" if number in FULL else "correct that"
             return f"{where}: {os.strerror(number)}; {remedy}, and {GOES_ON}"
         if re.search("No working C\\+\\+ compiler|Cannot find a working triton", text):
-            return "train.compile=true: torch finds no compiler (CPU: g++, GPU: triton); install it, or set false"
+            return "torch finds no compiler (CPU: g++, GPU: triton); install it, or leave out what compiles the model"
         died = re.search(r"DataLoader worker \(pid|Pin memory thread exited", text) is not None
         if died or (isinstance(link, ConnectionError | EOFError) and _is_of_a_pipe(link)):
             remedy = "if memory ran out, lower data.workers= or data.cache_gb="
