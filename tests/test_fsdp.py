@@ -65,7 +65,7 @@ def test_fsdp_in_bf16_has_its_loss_in_float32(runs, tmp_path):
     shell(f"{FSDP.replace('--num', '--mixed_precision bf16 --num', 1)} stage2/train.py {settings}")
     losses = torch.tensor([line["train/loss"] for line in untimed_metrics(tmp_path / "run") if "train/loss" in line])
     assert len(losses) == 3
-    assert not torch.equal(losses, losses.bfloat16().float())
+    assert (losses * 128 % 1 != 0).any()  # unlike means of two bf16 numbers from 2 to 8
 
 
 def test_fsdp_that_accelerate_does_not_do_is_refused(program, runs, tmp_path, monkeypatch):
