@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping
 
 import torch
-import torch._dynamo
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from torch import nn
