@@ -12,6 +12,7 @@ from vqgen.adversarial.dcgan import DCGANGenerator
 from vqgen.cli.runs import run_images
 from vqgen.codes import CodeLayout
 from vqgen.errors import InputError
+from vqgen.evaluation import features
 from vqgen.evaluation.features import load_feature_network
 from vqgen.evaluation.report import evaluation_device
 from vqgen.generator import Generator
@@ -388,7 +389,8 @@ def test_the_best_by_a_judge_is_kept(small, monkeypatch):
     assert all(np.asarray(a).mean() <= np.asarray(b).mean() for a, b in zip(images, plain, strict=True))
 
 
-def test_sample_py_keeps_the_images_that_a_classifier_recognises(runs, program, tmp_path):
+def test_sample_py_keeps_the_images_that_a_classifier_recognises(runs, program, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "LENET_STEPS", 100)
     arguments = ["stage2/sample.py", runs / "stage2", "num_images=40"]
     judged = ["best_by=class", f"cache_dir={runs}/features", "features=lenet"]
     log_p = {}  # what LeNet's own last layer says of the classes
