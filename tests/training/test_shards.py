@@ -290,6 +290,17 @@ def test_a_checkpoint_that_is_being_written_outlives_an_error_of_the_run(program
     assert load_checkpoint(tmp_path / "run")["step"] == 5
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_large_runs_write_shards_if_all_processes_see_the_folder(program, tmp_path, monkeypatch, shared):
+    monkeypatch.setattr("vqgen.training.state.LARGE", 100_000)  # bytes
+    monkeypatch.setattr("vqgen.training.run.all_agree", lambda value: value and shared)
+    given = ["configs/debug/stage1.yaml", f"run_dir={tmp_path}/run", "tracking.wandb=disabled", "train.max_steps=2"]
+    code, said, _ = program("stage1/train.py", *given, "train.eval_every=9")
+    assert code == 0
+    assert (tmp_path / "run/checkpoints/step_00000002/shards").is_dir() == shared
+    assert ("not all processes see it, so the main process alone writes checkpoints" in said) == (not shared)
+
+
 def test_a_failed_writing_is_told_once(tmp_path, monkeypatch):
     writer = BackgroundWriter()
     monkeypatch.setattr(Hashing, "create_stream", lambda *_: full_disk())
