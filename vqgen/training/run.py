@@ -269,8 +269,8 @@ class Run:
         self._share_disk = all_agree((self.dir / "config.yaml").is_file())
         if not self._share_disk:
             self.accelerator.print(
-                f"run_dir={self.dir}: not all processes see it, so the main process alone writes checkpoints, and the run "
-                "goes on from them only after you have copied them to each machine"
+                f"run_dir={self.dir}: not all processes see it, so the main process alone writes checkpoints, and "
+                "the run goes on from them only after you have copied them to each machine"
             )
         for images in image_sets:
             images.report_skipped(self.dir / "skipped.txt")
