@@ -2,9 +2,14 @@
 
 import json
 import logging
+import shutil
+import signal
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import wandb
@@ -173,6 +178,18 @@ def test_a_key_without_a_network_becomes_an_offline_run(run, monkeypatch, caplog
     (folder,) = tracker.run_dir.glob("wandb/offline-run-*")
     assert f"wandb sync {folder}\n" in said
     assert warnings(caplog) == []
+
+
+def test_a_process_of_wandb_that_does_not_end_is_killed(tmp_path, monkeypatch):
+    (tmp_path / "wandb-core").symlink_to(shutil.which("sleep"))
+    hanging = subprocess.Popen([tmp_path / "wandb-core", "60"])
+    monkeypatch.setattr(tracking, "SERVICE_ENDS", 0.1)
+    monkeypatch.setattr(wandb, "teardown", hanging.wait)
+    # Without the process that other tests use.
+    alone = SimpleNamespace(children=lambda: [psutil.Process(hanging.pid)])
+    monkeypatch.setattr(tracking, "psutil", SimpleNamespace(Process=lambda: alone))
+    tracking._end_service()
+    assert hanging.returncode == -signal.SIGKILL
 
 
 def test_training_goes_on_where_wandb_does_not_start(run, monkeypatch, caplog):

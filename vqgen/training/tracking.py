@@ -6,6 +6,7 @@ import math
 import os
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -21,6 +23,24 @@ from vqgen.errors import need
 from vqgen.settings import TrackingConfig
 
 logger = logging.getLogger("vqgen")
+SERVICE_ENDS = 20.0  # seconds
+
+
+def _end_service() -> None:
+    """Ends the process that wandb has started for itself; kills it if it does not end, as was seen once."""
+    import wandb
+
+    def kill() -> None:
+        for child in psutil.Process().children():
+            if child.name() == "wandb-core":
+                child.kill()
+
+    killer = threading.Timer(SERVICE_ENDS, kill)
+    killer.start()
+    try:
+        wandb.teardown()
+    finally:
+        killer.cancel()
 
 
 class Tracker:
@@ -143,7 +163,7 @@ class _Wandb:
             mode = mode or ("online" if wandb.login(prompt=False) else "offline")
             self.run = wandb.init(mode=mode, **options)
         except (wandb.errors.CommError, wandb.errors.AuthenticationError) as error:
-            wandb.teardown()  # otherwise wandb would say that the id is in use
+            _end_service()  # otherwise wandb would say that the id is in use
             print(f"wandb: not reached ({_first_line(error)}), so this run is kept offline", flush=True)
             mode = "offline"
             self.run = wandb.init(mode=mode, **options)
