@@ -6,8 +6,10 @@ python stage2/evaluate.py RUN_DIR --compare OTHER_RUN_DIR
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import numpy as np
 import torch
@@ -188,29 +190,15 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     centre = known.kept.mean(dim=0)
     directions = [F.normalize(part.kept - centre) for part in (drawn, control, known)]
     in_features = [nearest(queries, directions[2]) for queries in directions[:2]]
-    shares, near_copies = {}, 0.0
     how = {**protocol, "held_out": held_out.fingerprint, "held_out_images": len(held_out_rows), "mirrored": flip}
-    if in_pixels:
-        (distance, place), (held_out_distance, _) = in_pixels
-        in_store = {**how, "searched": len(searched)}
-        shares["pixels"] = share_closer(distance, held_out_distance)
-        report.add("closer_in_pixels", shares["pixels"], in_store)
-    shares["features"] = share_closer(in_features[0][0], in_features[1][0])
     in_reference = {**how, "searched": len(known.kept), **network_protocol(network)}
-    report.add("closer_in_features", shares["features"], in_reference)
-    if in_pixels:
-        near_copies = (distance < held_out_distance.quantile(COPY_QUANTILE)).double().mean().item()
-        report.add("near_copies", near_copies, in_store)
-    signs, share = [], max(shares.values())
+    spaces = {"pixels": (in_pixels, {**how, "searched": len(searched)})} if in_pixels else {}
+    signs = copy_figures(report, {**spaces, "features": (in_features, in_reference)})
     if train_nll < MEMORISED_NLL * nll:
-        signs.append(f"NLL {train_nll:.3g} on training images, {nll:.3g} on held-out ones")
-    if share > MEMORISED_SHARE:
-        signs.append(f"samples are nearer to training images than held-out ones are, in {share:.0%} of pairs")
-    if near_copies > MEMORISED_COPIES:
-        signs.append(f"{near_copies:.0%} of samples are nearer to a training image than 1 % of held-out ones are")
+        signs.insert(0, f"NLL {train_nll:.3g} on training images, {nll:.3g} on held-out ones")
     if signs:
         report.warnings.append(f"the prior memorises: {'; '.join(signs)}; fewer steps or more images would help")
-    copied = stored.rows[searched[place.numpy()]] if in_pixels else None
+    copied = stored.rows[searched[in_pixels[0][1].numpy()]] if in_pixels else None
     alike = reference_rows[known.rows[in_features[0][1]]]
     nearness = (in_pixels or in_features)[0][0]
     picture = closest(samples, drawn, Versions(train, crops, flip), nearness, copied, alike)
@@ -220,6 +208,31 @@ def evaluate_run(run: Path, config: Stage2EvaluateConfig) -> None:
     print(f"{path}; samples nearest to training images, which are below them: {out / 'closest.png'}")
     log_evaluation(run, tracking, report.numbers(), {"closest": picture})
     print(f"next: python stage2/evaluate.py {quote(str(out))} --compare OTHER_RUN_DIR")
+
+
+def copy_figures(
+    report: Report, spaces: Mapping[str, tuple[Sequence[tuple[Tensor, Tensor]], Mapping[str, Any]]]
+) -> list[str]:
+    """Adds the figures of copies, and returns the signs of a prior that copies, in words.
+
+    Args:
+        report: the report to add them to.
+        spaces: by the space that is searched, `pixels` or `features`: what `nearest` has found for the samples and for
+            held-out images, and the figures' protocol.
+    """
+    shares, signs = {}, []
+    for space, (((distance, _), (held_out_distance, _)), protocol) in spaces.items():
+        shares[space] = share_closer(distance, held_out_distance)
+        report.add(f"closer_in_{space}", shares[space], protocol)
+    if (share := max(shares.values())) > MEMORISED_SHARE:
+        signs.append(f"samples are nearer to training images than held-out ones are, in {share:.0%} of pairs")
+    if "pixels" in spaces:
+        ((distance, _), (held_out_distance, _)), protocol = spaces["pixels"]
+        near_copies = (distance < held_out_distance.quantile(COPY_QUANTILE)).double().mean().item()
+        report.add("near_copies", near_copies, protocol)
+        if near_copies > MEMORISED_COPIES:
+            signs.append(f"{near_copies:.0%} of samples are nearer to a training image than 1 % of held-out ones are")
+    return signs
 
 
 def evaluate_images(config: Stage2EvaluateConfig) -> None:

@@ -1,6 +1,6 @@
 """Checkpoints of a large prior: how long training waits, when they are on the disk, and what reading them takes.
 
-python tests/benchmarks/checkpoints.py [folder=/tmp/checkpoints] [width=768] [layers=12]
+python tests/benchmarks/checkpoints.py [folder=runs/checkpoints] [width=768] [layers=12]
 torchrun --nproc_per_node 2 tests/benchmarks/checkpoints.py ...
 """
 
@@ -76,7 +76,7 @@ def measured(folder: Path, state: TrainState, in_shards: bool) -> list[float]:
 def main() -> None:
     given = dict(argument.split("=") for argument in sys.argv[1:])
     Accelerator(cpu=True)
-    folder = Path(given.get("folder", "/tmp/checkpoints"))
+    folder = Path(given.get("folder", "runs/checkpoints"))
     state = made(int(given.get("width", 768)), int(given.get("layers", 12)))
     numbers = sum(p.numel() for p in state.parts["model"].parameters())
     rows: dict[str, list[list[float]]] = {"shards": [], "one file": []}
